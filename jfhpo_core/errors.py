@@ -1,0 +1,34 @@
+"""The errors a user can meet. Each message says what was wrong, the value, the likely cause and what to do next."""
+
+
+class JfhpoError(Exception):
+    """Base of all errors that jfhpo raises on purpose."""
+
+
+class SpecError(JfhpoError):
+    """A study file, a task, a model family or a configuration is not usable. Raised before any money is spent."""
+
+
+class TrialFailure(JfhpoError):
+    """A trial failed because of its configuration: the optimizer learns from it as infeasible.
+
+    Args:
+        kind: One of `jfhpo_core.trial.FailureKind`'s values.
+        message: What happened, quoting the decisive line.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class InfrastructureError(JfhpoError):
+    """A worker, node or service failed. Says nothing about the configuration; the segment is tried again."""
+
+
+class CheckpointError(JfhpoError):
+    """A checkpoint is missing, incomplete or does not match its manifest."""
+
+
+class LedgerError(JfhpoError):
+    """The ledger refused a write or holds a study that does not match the study file."""

@@ -1,0 +1,420 @@
+"""The main job: ask for the next segment, train it, remember it; then validate, compare and recommend.
+
+What to do next is a pure function of the study and its trials (`plan_next`), so a search that was interrupted at any
+moment goes on as if nothing had happened: open segments are trained again, committed ones are never repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from jfhpo_core.cost import CostModel
+from jfhpo_core.dispatch import Dispatcher, Finished, Streamed
+from jfhpo_core.ledger import Ledger
+from jfhpo_core.strategies import Proposal, RandomSearch, Recommendation, Strategy, load_strategy
+from jfhpo_core.study import Study, base_scores
+from jfhpo_core.trial import (
+    Configuration,
+    Evaluation,
+    Outcome,
+    Purpose,
+    Segment,
+    StepRecord,
+    Suggestion,
+    Trial,
+    TrialState,
+    configuration_key,
+)
+
+POLL_SECONDS = 0.5
+
+
+class Phase(StrEnum):
+    """What the study is busy with."""
+
+    BASELINES = "baselines"
+    SEARCH = "search"
+    VALIDATION = "validation"
+    COMPARISON = "comparison"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do next: train `segment` of `trial`; or, with neither, wait for running segments (or, if DONE, stop)."""
+
+    phase: Phase
+    trial: Trial | None = None
+    segment: Segment | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A snapshot for displays.
+
+    Attributes:
+        live: Latest step record of each running trial.
+        spent_seconds: Device-seconds charged to the search budget.
+        elapsed_seconds: Wall-clock (or simulated) seconds of this call.
+    """
+
+    study: Study
+    phase: Phase
+    trials: Sequence[Trial]
+    live: dict[str, StepRecord]
+    spent_seconds: float
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the final table: a configuration on the target at full length, over the training seeds.
+
+    Attributes:
+        score: Mean final held-out score.
+        standard_error: Of the mean: evaluation noise and, with two seeds or more, the spread between seeds.
+        seeds: Finished seeds.
+        seconds: Device-seconds charged for these trainings.
+    """
+
+    label: str
+    configuration: Configuration
+    score: float
+    standard_error: float
+    seeds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The outcome of a study.
+
+    Attributes:
+        recommended: The recommended configuration, with the model's belief about it.
+        target_trial: The best finished training of it on the target; None if every one failed.
+        rows: Final table: the recommendation first, then the baselines, then random search.
+        complete: False if a wall-clock limit or an interruption ended the call before the study was done.
+    """
+
+    study: Study
+    trials: Sequence[Trial]
+    recommended: Recommendation | None
+    target_trial: Trial | None
+    rows: tuple[Comparison, ...]
+    spent_seconds: float
+    complete: bool
+
+
+def spent_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float:
+    """Device-seconds charged to trials of a purpose."""
+    return sum(trial.charge_seconds for trial in trials if trial.purpose == purpose)
+
+
+def committed_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float:
+    """Charged device-seconds plus what the running segments should add."""
+    expected = sum(
+        trial.open_segment.suggestion.expected_cost_seconds or 0.0
+        for trial in trials
+        if trial.open_segment is not None and trial.purpose == purpose
+    )
+    return spent_seconds(trials, purpose) + expected
+
+
+def call_seed(study: Study, trials: Sequence[Trial]) -> int:
+    """Seed of the next suggestion: depends on the study's seed and on how many segments were begun."""
+    begun = sum(len(trial.segments) + (trial.open_segment is not None) for trial in trials)
+    digest = hashlib.sha256(f"{study.spec.seeds.search}:{begun}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step:
+    """The next thing to do, from the study's trials alone."""
+    spec = study.spec
+    running = any(trial.open_segment is not None for trial in trials)
+    first, *further = spec.seeds.training
+    for baseline in spec.baselines:
+        step = _full_length(
+            study, trials, baseline.configuration, first, "baseline", Phase.BASELINES, f"baseline {baseline.name}", baseline.name
+        )  # fmt: skip
+        if step is not None:
+            return step
+
+    budget = spec.budget.device_seconds
+    remaining = budget * (1 - spec.budget.validation_share) - committed_seconds(trials)
+    if remaining > 0 and not _validating(trials):
+        proposal = strategy.suggest(study, trials, remaining, call_seed(study, trials))
+        if proposal is not None:
+            return _step(study, trials, proposal, Phase.SEARCH)
+    if running and not _validating(trials):
+        return Step(Phase.SEARCH)
+
+    step = _validate(study, strategy, trials)
+    if step is not None:
+        return step
+    recommended = recommend(study, strategy, trials)
+    for seed in further:
+        candidates = [(baseline.name, baseline.configuration) for baseline in spec.baselines]
+        if recommended is not None:
+            candidates.insert(0, ("recommended", recommended.configuration))
+        for label, configuration in candidates:
+            step = _full_length(
+                study, trials, configuration, seed, "confirmation", Phase.COMPARISON, f"{label}, seed {seed}", label
+            )
+            if step is not None:
+                return step
+    if spec.random_search and committed_seconds(trials, "random-search") < spent_seconds(trials):
+        proposal = RandomSearch().suggest(study, trials, 1.0, spec.seeds.search)
+        if proposal is not None:
+            return _step(study, trials, proposal, Phase.COMPARISON, "random-search")
+    return Step(Phase.COMPARISON) if running else Step(Phase.DONE)
+
+
+def _validating(trials: Sequence[Trial]) -> bool:
+    """Whether validation has begun: from then on the search proper is over, also after a restart."""
+    segments = [
+        segment
+        for trial in trials
+        for segment in (*(result.segment for result in trial.segments), trial.open_segment)
+        if segment is not None
+    ]
+    return any(segment.suggestion.source == "validation" for segment in segments)
+
+
+def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step | None:
+    """Bring the best-ranked configurations to full length on the target, as far as the budget allows, at least one."""
+    spec = study.spec
+    target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
+    tried = {
+        configuration_key(trial.configuration): trial
+        for trial in trials
+        if trial.model == target and trial.purpose == "search" and trial.seed == spec.seeds.training[0]
+    }
+    completed = [trial for trial in tried.values() if trial.final is not None]
+    open_count = sum(trial.open_segment is not None for trial in tried.values())
+    if open_count + len(completed) >= spec.budget.top_k:
+        return Step(Phase.VALIDATION) if open_count else None
+    remaining = spec.budget.device_seconds - committed_seconds(trials)
+    costs = CostModel.fit(study, trials)
+    for item in strategy.rank(study, trials):
+        known = tried.get(configuration_key(item.configuration))
+        if known is not None and known.state not in (TrialState.PAUSED, TrialState.PENDING):
+            continue
+        done = known.step * known.prompts_per_step if known is not None else 0
+        cost = costs.estimate(item.configuration, target, done, horizon).seconds
+        if cost > remaining and (completed or open_count):
+            continue
+        suggestion = Suggestion(
+            source="validation",
+            explanation=f"among the {spec.budget.top_k} best by posterior mean at the target ({item.mean:.3f}); "
+            "trained to full length to be sure",
+            expected_cost_seconds=cost,
+        )
+        return _step(study, trials, Proposal(item.configuration, target, horizon, suggestion), Phase.VALIDATION)
+    return Step(Phase.VALIDATION) if open_count else None
+
+
+def _full_length(
+    study: Study,
+    trials: Sequence[Trial],
+    configuration: Configuration,
+    seed: int,
+    purpose: Purpose,
+    phase: Phase,
+    why: str,
+    label: str,
+) -> Step | None:
+    """Train a configuration on the target over the full horizon, unless a trial of any purpose has done so."""
+    target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
+    wanted = configuration_key(configuration)
+    same = [
+        trial
+        for trial in trials
+        if (trial.model, trial.seed, configuration_key(trial.configuration)) == (target, seed, wanted)
+        and trial.purpose in (purpose, "baseline", "confirmation")
+    ]
+    if same:
+        return None
+    cost = CostModel.fit(study, trials).estimate(configuration, target, 0, horizon).seconds
+    suggestion = Suggestion(source=str(phase), explanation=why, expected_cost_seconds=cost)
+    trial = study.new_trial(len(trials), configuration, target, seed, purpose, label)
+    return Step(phase, trial, study.next_segment(trial, horizon, suggestion))
+
+
+def _step(study: Study, trials: Sequence[Trial], proposal: Proposal, phase: Phase, purpose: Purpose = "search") -> Step:
+    new = study.new_trial(len(trials), proposal.configuration, proposal.model, study.spec.seeds.training[0], purpose)
+    trial = next((trial for trial in trials if trial.key == new.key), new)
+    return Step(phase, trial, study.next_segment(trial, proposal.stop_prompts, proposal.suggestion))
+
+
+def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Recommendation | None:
+    """The best-ranked configuration whose full training on the target is done; None if there is none."""
+    target = study.ladder.target.name
+    finished = {
+        configuration_key(trial.configuration)
+        for trial in trials
+        if trial.model == target and trial.final is not None and trial.purpose == "search"
+    }
+    ranked = [item for item in strategy.rank(study, trials) if configuration_key(item.configuration) in finished]
+    return ranked[0] if ranked else None
+
+
+@dataclass
+class _Run:
+    """State of one call of `run_search`; all of it can be rebuilt from the ledger."""
+
+    study: Study
+    ledger: Ledger
+    dispatcher: Dispatcher
+    strategy: Strategy
+    began: float
+    in_flight: set[str] = field(default_factory=set)
+    live: dict[str, StepRecord] = field(default_factory=dict)
+    attempts_lost: int = 0
+
+    def submit(self, trial: Trial, segment: Segment) -> None:
+        scores = base_scores(self.ledger.trials())
+        history = self.ledger.step_records(trial.key)
+        self.dispatcher.submit(self.study.job(trial, segment, history, scores.get(trial.model)))
+        self.in_flight.add(trial.key)
+
+
+def run_search(
+    study: Study,
+    ledger: Ledger,
+    dispatcher: Dispatcher,
+    on_progress: Callable[[Progress], None] | None = None,
+    strategy: Strategy | None = None,
+) -> SearchResult:
+    """Run or continue a study until it is done.
+
+    Args:
+        study: A resolved study.
+        ledger: Where it is kept; this process must be its only writer.
+        dispatcher: Where its trials run. The caller closes it.
+        on_progress: Called after every event, for displays.
+        strategy: None uses the one that the study names.
+
+    Raises:
+        LedgerError: The ledger holds another study of this name.
+    """
+    ledger.open(study.spec)
+    run = _Run(study, ledger, dispatcher, strategy or load_strategy(study), dispatcher.now())
+    wall = time.monotonic()
+    limit = study.spec.budget.wall_seconds
+    for trial in ledger.trials():
+        if trial.open_segment is not None:
+            run.submit(trial, trial.open_segment)
+    while True:
+        phase = _fill(run)
+        out_of_time = limit is not None and time.monotonic() - wall > limit
+        if (phase is Phase.DONE and not run.in_flight) or out_of_time:
+            return conclude(study, ledger.trials(), run.strategy, complete=phase is Phase.DONE)
+        for event in dispatcher.wait(POLL_SECONDS):
+            _absorb(run, event)
+        if on_progress is not None:
+            trials = ledger.trials()
+            on_progress(
+                Progress(study, phase, trials, dict(run.live), spent_seconds(trials), dispatcher.now() - run.began)
+            )
+
+
+def _fill(run: _Run) -> Phase:
+    """Begin segments until all slots are busy or there is nothing to begin."""
+    while True:
+        trials = run.ledger.trials()
+        if len(run.in_flight) >= run.dispatcher.slots:
+            return _phase(trials)
+        step = plan_next(run.study, run.strategy, trials)
+        if step.trial is None or step.segment is None:
+            return step.phase
+        run.ledger.begin(step.trial, step.segment)
+        run.submit(step.trial, step.segment)
+
+
+def _phase(trials: Sequence[Trial]) -> Phase:
+    """The phase that the newest running segment belongs to."""
+    running = [trial for trial in trials if trial.open_segment is not None]
+    if any(trial.purpose in ("confirmation", "random-search") for trial in running):
+        return Phase.COMPARISON
+    if _validating(trials):
+        return Phase.VALIDATION
+    return Phase.BASELINES if all(trial.purpose == "baseline" for trial in running) else Phase.SEARCH
+
+
+def _absorb(run: _Run, event: Streamed | Finished) -> None:
+    if isinstance(event, Streamed):
+        run.ledger.stream(event.key, event.records)
+        if event.records:
+            run.live[event.key] = event.records[-1]
+        return
+    run.ledger.commit(event.key, event.result, event.records)
+    run.in_flight.discard(event.key)
+    run.live.pop(event.key, None)
+
+
+def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete: bool) -> SearchResult:
+    """Recommendation and final table, from the trials alone."""
+    recommended = recommend(study, strategy, trials)
+    rows: list[Comparison] = []
+    target_trial: Trial | None = None
+    if recommended is not None:
+        mine = _finals(study, trials, recommended.configuration)
+        target_trial = next((trial for trial in mine if trial.purpose == "search"), None)
+        rows.append(_compare("recommended", recommended.configuration, mine))
+    for baseline in study.spec.baselines:
+        mine = _finals(study, trials, baseline.configuration)
+        if mine:
+            rows.append(_compare(baseline.name, baseline.configuration, mine))
+    random = [trial for trial in trials if trial.purpose == "random-search" and trial.final is not None]
+    if random:
+        best = max(random, key=lambda trial: trial.final.score if trial.final else 0.0)
+        rows.append(_compare("random search", best.configuration, [best]))
+    return SearchResult(
+        study=study,
+        trials=tuple(trials),
+        recommended=recommended,
+        target_trial=target_trial,
+        rows=tuple(rows),
+        spent_seconds=spent_seconds(trials),
+        complete=complete,
+    )
+
+
+def _finals(study: Study, trials: Sequence[Trial], configuration: Configuration) -> list[Trial]:
+    """Trainings of a configuration on the target that came to an end, one per seed: full length, or stopped early."""
+    wanted = configuration_key(configuration)
+    by_seed: dict[int, Trial] = {}
+    for trial in trials:
+        ended = trial.state in (TrialState.COMPLETED, TrialState.STOPPED)
+        if (
+            ended
+            and trial.model == study.ladder.target.name
+            and trial.purpose != "random-search"
+            and configuration_key(trial.configuration) == wanted
+        ):
+            by_seed.setdefault(trial.seed, trial)
+    return list(by_seed.values())
+
+
+def _compare(label: str, configuration: Configuration, trials: Sequence[Trial]) -> Comparison:
+    """Mean and standard error over trials; a trial that a rule stopped counts with the score it was stopped at."""
+    last = [_last(trial) for trial in trials]
+    count = len(last)
+    score = sum(evaluation.score for evaluation in last) / count
+    measured = sum(evaluation.standard_error**2 for evaluation in last) / count**2
+    between = sum((evaluation.score - score) ** 2 for evaluation in last) / (count * (count - 1)) if count > 1 else 0.0
+    seconds = sum(trial.charge_seconds for trial in trials)
+    return Comparison(label, configuration, score, max(measured, between) ** 0.5, count, seconds)
+
+
+def _last(trial: Trial) -> Evaluation:
+    return trial.evaluations[-1]
+
+
+def lost_trials(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that infrastructure failures ended."""
+    return [trial for trial in trials if trial.segments and trial.segments[-1].outcome is Outcome.LOST]

@@ -1,0 +1,109 @@
+"""The contract between the search and whatever trains: one job in, a stream of step records and a checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.trial import Configuration, Decision, Evaluation, Record, Segment, StepRecord
+
+Observer = Callable[[StepRecord], Decision | None]
+"""Called by a trainer after every step. A decision that says stop ends the segment after an evaluation at that step."""
+
+
+class Job(Record):
+    """Everything a worker needs to train one segment. Plain data: it is sent to other machines.
+
+    Attributes:
+        configuration: The trial's complete configuration: hyperparameters that are searched, fixed or left at the
+            trainer's defaults (the trainer fills these in).
+        evaluation_steps: Steps at which the held-out set is scored, ascending; 0 asks for the base model's score.
+        history: Step records of the trial's earlier segments, for stopping rules that look back.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", arbitrary_types_allowed=True)
+
+    study: StudySpec
+    trial_key: str
+    model: str
+    model_path: str = Field(description="Folder of the checkpoint, or its name on the hub.")
+    parameters: int = Field(ge=1, description="Parameter count of the model.")
+    target_parameters: int = Field(ge=1, description="Parameter count of the target.")
+    devices: int = Field(default=1, ge=1, description="Devices that the trial holds.")
+    configuration: Configuration
+    seed: int
+    total_steps: int = Field(ge=1)
+    prompts_per_step: int = Field(ge=1)
+    segment: Segment
+    evaluation_steps: tuple[int, ...]
+    history: tuple[StepRecord, ...] = ()
+    store: str = Field(description="Root folder of the checkpoint store.")
+    start_checkpoints: tuple[str, ...] = Field(
+        default=(), description="Checkpoint folders to continue from, newest first; a damaged one is passed over."
+    )
+    base_score: float | None = Field(default=None, description="Held-out score of the untrained model, if known.")
+
+
+class TrainingResult(Record):
+    """What a trainer returns for a segment; the surrounding execution adds checkpoint, charge and verdict."""
+
+    end_step: int
+    end_prompts: int
+    evaluations: tuple[Evaluation, ...]
+    startup_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    seconds: float | None = Field(
+        default=None, description="Simulated duration; None means that the wall clock is the truth."
+    )
+
+
+class Trainer(Protocol):
+    """Turns a job into step records, evaluations and a checkpoint.
+
+    Contract (tests/trainers/conformance.py holds every trainer to it):
+
+    * `total_steps` sets the learning-rate schedule, whatever the segment's `stop_step` is.
+    * Training up to b in one segment or in two gives the same records, evaluations and checkpoint (exactly on CPU).
+    * `observe` is called once per step, in order, with consecutive steps. When it returns a stopping decision the
+      trainer evaluates at that step and returns; no checkpoint needs to be written then.
+    * When `segment.stop_step` is reached the trainer evaluates there and writes its resumable state into `stage`.
+    * A configuration it cannot train is refused by `check` before any work; failures during the work that are the
+      configuration's fault are raised as `TrialFailure`.
+    """
+
+    name: ClassVar[str]
+
+    hyperparameters: ClassVar[type[BaseModel]]
+    """Typed hyperparameters with their defaults and bounds. Unknown names in a study are refused by it."""
+
+    def check(self, study: StudySpec) -> None:
+        """Refuse a study that this trainer cannot run.
+
+        Raises:
+            SpecError: With the field, its value and the remedy.
+        """
+        ...
+
+    def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+        """Train one segment.
+
+        Args:
+            job: What to train.
+            start: Verified checkpoint folder to continue from (written by this trainer at `segment.start_step`), or
+                None to start at step 0.
+            stage: Empty folder that takes the checkpoint at `segment.stop_step`.
+            observe: See `Observer`.
+
+        Raises:
+            TrialFailure: The configuration's fault (out of memory, non-finite, a failing reward function).
+        """
+        ...
+
+
+def model_dump_hyperparameters(kind: type[BaseModel], configuration: dict[str, Any]) -> dict[str, Any]:
+    """Fill a configuration with a trainer's defaults, validated."""
+    return kind.model_validate(configuration).model_dump()
