@@ -61,7 +61,7 @@ class LogLinearLaw:
         return features @ self.mean, np.einsum("ij,jk,ik->i", features, self.covariance, features)
 
     def expected(self, features: Vector) -> Vector:
-        """Expected seconds, shape (n,). The prior's width is capped so that ignorance does not read as infinite cost."""
+        """Expected seconds, shape (n,); the width is capped so that ignorance does not read as infinite cost."""
         mean, variance = self.predict(features)
         return np.exp(mean + np.minimum(variance, 1.0) / 2)
 
@@ -113,8 +113,7 @@ class CostModel:
         for trial in trials:
             size = _log_size(study, trial.model)
             for result in trial.segments:
-                for evaluation in result.evaluations:
-                    evaluations.append(([1.0, size], evaluation.seconds))
+                evaluations += [([1.0, size], evaluation.seconds) for evaluation in result.evaluations]
                 if result.startup_seconds > 0:
                     startups.append(([1.0, size], result.startup_seconds))
                 count = result.end_step - result.segment.start_step

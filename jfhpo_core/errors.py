@@ -9,7 +9,7 @@ class SpecError(JfhpoError):
     """A study file, a task, a model family or a configuration is not usable. Raised before any money is spent."""
 
 
-class TrialFailure(JfhpoError):
+class TrialFailure(JfhpoError):  # noqa: N818  a verdict on the configuration, not a fault of the program
     """A trial failed because of its configuration: the optimizer learns from it as infeasible.
 
     Args:

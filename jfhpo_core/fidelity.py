@@ -132,7 +132,7 @@ def count_parameters(path: str) -> int:
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             return int(AutoModelForCausalLM.from_config(config).num_parameters())
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the hub's client raises a dozen unrelated kinds
         raise SpecError(
             f"{path}: neither a folder with a transformers checkpoint nor a model of the hub that can be reached "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); correct the path, "

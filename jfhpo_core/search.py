@@ -138,7 +138,8 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
     first, *further = spec.seeds.training
     for baseline in spec.baselines:
         step = _full_length(
-            study, trials, baseline.configuration, first, "baseline", Phase.BASELINES, f"baseline {baseline.name}", baseline.name
+            study, trials, baseline.configuration, first, "baseline", Phase.BASELINES,
+            f"baseline {baseline.name}", baseline.name,
         )  # fmt: skip
         if step is not None:
             return step

@@ -190,7 +190,7 @@ class Space(RootModel[dict[str, Parameter]]):
             for parent, values in parameter.when.items():
                 above = seen.get(parent)
                 if not isinstance(above, ChoiceParameter):
-                    raise ValueError(
+                    raise ValueError(  # noqa: TRY004  pydantic collects ValueErrors
                         f"{name} depends on {parent!r}, which must be a choice that stands above it in the space"
                     )
                 for value in values:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import ClassVar, Protocol
 
 from jfhpo_core.errors import SpecError
@@ -83,9 +84,7 @@ class KlGrowth:
         means = _windows(signal, self.window, self.patience + 1)
         if not means or means[-1] < self.floor:
             return None
-        growths = [
-            after / before - 1 if before > 0 else math.inf for before, after in zip(means, means[1:], strict=False)
-        ]
+        growths = [after / before - 1 if before > 0 else math.inf for before, after in pairwise(means)]
         worst = min(growths)
         if worst <= self.threshold:
             return None
@@ -141,9 +140,7 @@ class PaperRewardDrop:
         rewards = [record.reward for record in records[-self.patience - 1 :]]
         if len(rewards) <= self.patience:
             return None
-        drops = [
-            1 - after / before if before > 0 else -math.inf for before, after in zip(rewards, rewards[1:], strict=False)
-        ]
+        drops = [1 - after / before if before > 0 else -math.inf for before, after in pairwise(rewards)]
         worst = min(drops)
         if worst <= self.threshold:
             return None

@@ -1,0 +1,60 @@
+# Everything here runs inside .venv, which `make setup` creates and keeps up to date; nothing else is touched.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint docs clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+setup: $(READY) ## Create .venv with everything for demo, tests, lint and docs (quick when it is up to date)
+
+# uv is the installer, and pip brings it. uv does not read pip's settings, so an index or a folder of wheels that pip is
+# set to use is handed on. Without such a folder uv picks the build of torch that fits the machine: the CPU build where
+# it finds no NVIDIA driver. With one no build is picked, because that would ask an index which may be out of reach.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "jfhpo needs Python 3.11 or newer, and '$(PYTHON)' is not: name another one, e.g. make setup PYTHON=python3.12" >&2; \
+	  exit 1; }
+	@echo "Installing into .venv; the first time this downloads about 1 GB"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt uv
+	@set -e; \
+	pip_setting() { $(BIN)/python -m pip config get "global.$$1" 2>/dev/null || true; }; \
+	links=$$(echo $${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$(pip_setting find-links)}} | tr ' ' ','); \
+	index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(pip_setting index-url)}}; \
+	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+	if [ -n "$$links" ]; then export UV_FIND_LINKS="$$links"; \
+	else export UV_TORCH_BACKEND="$${UV_TORCH_BACKEND:-auto}"; fi; \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable . --group dev
+	@touch $@
+
+demo: $(READY) ## Search hyperparameters for a tiny language model on this machine (minutes)
+	@$(BIN)/jfhpo search examples/demo.yaml
+
+# Tests neither phone home nor look anything up on a model hub.
+test test-fast: export DO_NOT_TRACK = true
+test test-fast: export HF_HUB_OFFLINE = 1
+test test-fast: export RAY_USAGE_STATS_ENABLED = 0
+
+test: $(READY) ## Run the whole test suite, with coverage
+	@$(BIN)/pytest --quiet --cov --cov-report=term:skip-covered
+
+test-fast: $(READY) ## Run the tests that take seconds
+	@$(BIN)/pytest --quiet -m "not slow"
+
+lint: $(READY) ## Check style, format, types and the layering of the packages
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+
+docs: $(READY) ## Build the documentation into site/
+	@$(BIN)/mkdocs build --strict --quiet
+
+clean: ## Remove .venv and what tools leave behind; studies (mlflow.db, mlruns, .jfhpo) stay
+	rm -rf .venv site dist build htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
