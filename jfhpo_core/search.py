@@ -352,7 +352,8 @@ def _absorb(run: _Run, event: Streamed | Finished) -> None:
         if event.records:
             run.live[event.key] = event.records[-1]
         return
-    run.ledger.commit(event.key, event.result, event.records)
+    committed = 1 + sum(len(trial.segments) for trial in run.ledger.trials())
+    run.ledger.commit(event.key, event.result.model_copy(update={"committed": committed}), event.records)
     run.in_flight.discard(event.key)
     run.live.pop(event.key, None)
 

@@ -139,6 +139,7 @@ class SegmentResult(Record):
     failure: FailureKind | None = None
     message: str | None = None
     attempts: int = Field(default=1, ge=1, description="Tries needed, infrastructure failures included.")
+    committed: int = Field(default=0, ge=0, description="Rank of its commit in the study, from 1; 0 if not known.")
 
     @property
     def charge_seconds(self) -> float:
