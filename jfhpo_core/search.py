@@ -144,8 +144,7 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
         if step is not None:
             return step
 
-    budget = spec.budget.device_seconds
-    remaining = budget * (1 - spec.budget.validation_share) - committed_seconds(trials)
+    remaining = spec.budget.device_seconds - _reserve(study, strategy, trials) - committed_seconds(trials)
     if remaining > 0 and not _validating(trials):
         proposal = strategy.suggest(study, trials, remaining, call_seed(study, trials))
         if proposal is not None:
@@ -174,6 +173,35 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
     return Step(Phase.COMPARISON) if running else Step(Phase.DONE)
 
 
+def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float:
+    """Device-seconds held back for validation: what the top k still need on the target, within the budget's share."""
+    spec = study.spec
+    target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
+    on_target = _search_trials_on_target(study, trials)
+    best = [item.configuration for item in strategy.rank(study, trials)][: spec.budget.top_k]
+    costs = CostModel.fit(study, trials)
+    needed = 0.0
+    for configuration in best or [{}]:
+        known = on_target.get(configuration_key(configuration))
+        done = known.step * known.prompts_per_step if known is not None else 0
+        if done < horizon:
+            needed += costs.estimate(configuration, target, done, horizon).seconds
+    if len(best) < spec.budget.top_k:
+        needed *= spec.budget.top_k / max(1, len(best))
+    return min(needed, spec.budget.validation_share * spec.budget.device_seconds)
+
+
+def _search_trials_on_target(study: Study, trials: Sequence[Trial]) -> dict[str, Trial]:
+    """The search's trials on the target with the first training seed, by configuration key."""
+    return {
+        configuration_key(trial.configuration): trial
+        for trial in trials
+        if trial.model == study.ladder.target.name
+        and trial.purpose == "search"
+        and trial.seed == study.spec.seeds.training[0]
+    }
+
+
 def _validating(trials: Sequence[Trial]) -> bool:
     """Whether validation has begun: from then on the search proper is over, also after a restart."""
     segments = [
@@ -189,11 +217,7 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
     """Bring the best-ranked configurations to full length on the target, as far as the budget allows, at least one."""
     spec = study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
-    tried = {
-        configuration_key(trial.configuration): trial
-        for trial in trials
-        if trial.model == target and trial.purpose == "search" and trial.seed == spec.seeds.training[0]
-    }
+    tried = _search_trials_on_target(study, trials)
     completed = [trial for trial in tried.values() if trial.final is not None]
     open_count = sum(trial.open_segment is not None for trial in tried.values())
     if open_count + len(completed) >= spec.budget.top_k:
