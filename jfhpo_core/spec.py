@@ -350,6 +350,15 @@ _StudyLoader.add_implicit_resolver(
 )
 
 
+def parse_value(text: str) -> Any:
+    """Read a single YAML value by the rules of the study file ('1e-6' is a number).
+
+    Raises:
+        yaml.YAMLError: It is not YAML.
+    """
+    return _StudyLoader(text).get_single_data()
+
+
 def parse_study(text: str, source: str = "study", folder: Path | None = None) -> StudySpec:
     """Read a study from YAML text.
 
