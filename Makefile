@@ -53,7 +53,7 @@ lint: $(READY) ## Check style, format, types and the layering of the packages
 	@$(BIN)/lint-imports --no-logo
 
 docs: $(READY) ## Build the documentation into site/
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove .venv and what tools leave behind; studies (mlflow.db, mlruns, .jfhpo) stay
 	rm -rf .venv site dist build htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
