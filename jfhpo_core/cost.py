@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,7 @@ class CostModel:
     step: LogLinearLaw
     evaluation: LogLinearLaw
     startup: LogLinearLaw
+    _known: dict[tuple[object, ...], CostEstimate] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def fit(cls, study: Study, trials: Sequence[Trial]) -> CostModel:
@@ -136,15 +137,21 @@ class CostModel:
             start_prompts: Prompts of the checkpoint to continue from; 0 for a new trial.
             stop_prompts: A rung.
         """
-        batch = int(self.study.complete(configuration)["prompts_per_step"])
-        count = steps_at(stop_prompts, batch) - start_prompts // batch
-        levels = [level for level in self.study.spec.fidelity.levels if start_prompts < level <= stop_prompts]
-        size = np.array([[1.0, _log_size(self.study, model)]])
-        step_features = np.array([_step_features(self.study, configuration, model)])
+        features = _step_features(self.study, configuration, model)
+        key = (*features, model, start_prompts, stop_prompts)
+        if key not in self._known:
+            batch = int(self.study.complete(configuration)["prompts_per_step"])
+            count = steps_at(stop_prompts, batch) - start_prompts // batch
+            levels = sum(start_prompts < level <= stop_prompts for level in self.study.spec.fidelity.levels)
+            self._known[key] = self._estimate(features, model, count, levels)
+        return self._known[key]
+
+    def _estimate(self, features: list[float], model: str, steps: int, evaluations: int) -> CostEstimate:
+        size, step = np.array([[1.0, _log_size(self.study, model)]]), np.array([features])
         parts = [
             (float(self.startup.expected(size)[0]), self.startup.predict(size)[1][0] + self.startup.noise**2),
-            (count * float(self.step.expected(step_features)[0]), self.step.predict(step_features)[1][0]),
-            (len(levels) * float(self.evaluation.expected(size)[0]), self.evaluation.predict(size)[1][0]),
+            (steps * float(self.step.expected(step)[0]), self.step.predict(step)[1][0]),
+            (evaluations * float(self.evaluation.expected(size)[0]), self.evaluation.predict(size)[1][0]),
         ]
         devices = self.study.ladder[model].devices
         total = max(FLOOR_SECONDS, sum(seconds for seconds, _ in parts)) * devices

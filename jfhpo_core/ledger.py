@@ -94,7 +94,7 @@ def check_commit(trial: Trial, result: SegmentResult) -> bool:
     """
     index = result.segment.index
     if index < len(trial.segments):
-        if trial.segments[index] == result:
+        if trial.segments[index].model_dump_json() == result.model_dump_json():  # equal NaNs count as equal
             return False
         raise LedgerError(f"trial {trial.key}: segment {index} is already committed with another result")
     if trial.open_segment != result.segment:

@@ -36,6 +36,7 @@ from jfhpo_core.trial import (
     Suggestion,
     Trial,
     TrialState,
+    committed_seconds,
     configuration_key,
 )
 
@@ -155,9 +156,7 @@ class Feasibility:
                 rows.append(point(study, configuration, trial.model, 0)[:-1])
                 labels.append(float(trial.state is not TrialState.INFEASIBLE))
         width = study.space.dimension + 1
-        return cls(
-            torch.tensor(rows, dtype=torch.double).reshape(-1, width), torch.tensor(labels, dtype=torch.double)
-        )
+        return cls(torch.tensor(rows, dtype=torch.double).reshape(-1, width), torch.tensor(labels, dtype=torch.double))
 
     def probability(self, inputs: Tensor) -> Tensor:
         """For inputs (x, z, t) of shape (m, d + 2), shape (m,)."""
@@ -181,6 +180,8 @@ class JointFidelity:
         fresh: New Sobol configurations among the candidates of each suggestion.
         local: New configurations near the best known ones among the candidates.
         known: Best known configurations that are candidates for models they have not seen.
+        target_share: Of what the search has spent, at least this share goes to the target once the initial design is
+            complete: a guard against a cheap proxy that the model trusts too much.
     """
 
     name: ClassVar[str] = "jfhpo"
@@ -189,10 +190,9 @@ class JointFidelity:
     fresh: int = 32
     local: int = 32
     known: int = 8
+    target_share: float = 0.3
 
-    def suggest(
-        self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int
-    ) -> Proposal | None:
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
         costs = CostModel.fit(study, trials)
         initial = self._initial(study, trials, costs)
@@ -209,6 +209,10 @@ class JointFidelity:
         priced = [(item, cost) for item, cost in priced if cost <= remaining_seconds]
         if not priced:
             return None
+        due = self._target_is_due(study, trials)
+        on_target = [(item, cost) for item, cost in priced if item.model == study.ladder.target.name]
+        if due and on_target:
+            priced = on_target
         candidates = [item for item, _ in priced]
         inputs = torch.tensor(
             [point(study, item.configuration, item.model, item.stop_prompts) for item in candidates],
@@ -233,7 +237,8 @@ class JointFidelity:
                 source="jfhpo/knowledge-gradient",
                 explanation=f"{verb} on {chosen.model} to {progress(study.spec, chosen.stop_prompts):.0%}: "
                 f"should raise the best expected target score by {gain:.4f} for {cost:.1f} device-seconds, "
-                f"the most per second of {len(candidates)} candidates",
+                f"the most per second of {len(candidates)} candidates"
+                f"{' on the target, which was due' if due and on_target else ''}",
                 expected_gain=gain,
                 expected_cost_seconds=cost,
             ),
@@ -286,6 +291,12 @@ class JointFidelity:
                 f"anchor: the best of the initial design on {model.name}, to learn how sizes differ",
             )
         return None
+
+    def _target_is_due(self, study: Study, trials: Sequence[Trial]) -> bool:
+        """Whether the target has had less than its share of what the search has spent, running segments included."""
+        mine = [trial for trial in trials if trial.purpose == "search"]
+        on_target = [trial for trial in mine if trial.model == study.ladder.target.name]
+        return committed_seconds(on_target) < self.target_share * committed_seconds(mine)
 
     def _first(self, study: Study, trials: Sequence[Trial], costs: CostModel, why: str) -> Proposal:
         configuration = fresh_configurations(study, trials, study.spec.seeds.search, 1)[0]
@@ -442,9 +453,7 @@ class PaperStrategy:
     initial_trials: int = 8
     fresh: int = 64
 
-    def suggest(
-        self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int
-    ) -> Proposal | None:
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
         costs = CostModel.fit(study, trials)
         proxy, levels = self.proxy or study.ladder.models[0].name, study.spec.fidelity.levels
@@ -538,9 +547,7 @@ class PaperStrategy:
         ]
         pool = healthy or [trial for trial in trials if trial.evaluations]
         horizon = study.spec.fidelity.horizon_prompts
-        inputs = torch.tensor(
-            [self._input(study, trial.configuration, horizon) for trial in pool], dtype=torch.double
-        )
+        inputs = torch.tensor([self._input(study, trial.configuration, horizon) for trial in pool], dtype=torch.double)
         with torch.no_grad():
             posterior = model.posterior(inputs)
         means, deviations = posterior.mean.squeeze(-1).tolist(), posterior.variance.squeeze(-1).sqrt().tolist()

@@ -27,7 +27,9 @@ from jfhpo_core.trial import (
     Suggestion,
     Trial,
     TrialState,
+    committed_seconds,
     configuration_key,
+    spent_seconds,
 )
 
 POLL_SECONDS = 0.5
@@ -107,21 +109,6 @@ class SearchResult:
     rows: tuple[Comparison, ...]
     spent_seconds: float
     complete: bool
-
-
-def spent_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float:
-    """Device-seconds charged to trials of a purpose."""
-    return sum(trial.charge_seconds for trial in trials if trial.purpose == purpose)
-
-
-def committed_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float:
-    """Charged device-seconds plus what the running segments should add."""
-    expected = sum(
-        trial.open_segment.suggestion.expected_cost_seconds or 0.0
-        for trial in trials
-        if trial.open_segment is not None and trial.purpose == purpose
-    )
-    return spent_seconds(trials, purpose) + expected
 
 
 def call_seed(study: Study, trials: Sequence[Trial]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Literal
 
@@ -240,3 +240,18 @@ def trial_key(study: str, configuration: Mapping[str, Value], model: str, seed: 
     """
     identity = canonical_json([study, dict(configuration), model, seed, purpose])
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def spent_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float:
+    """Device-seconds charged to trials of a purpose."""
+    return sum(trial.charge_seconds for trial in trials if trial.purpose == purpose)
+
+
+def committed_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float:
+    """Charged device-seconds plus what the running segments should add."""
+    expected = sum(
+        trial.open_segment.suggestion.expected_cost_seconds or 0.0
+        for trial in trials
+        if trial.open_segment is not None and trial.purpose == purpose
+    )
+    return spent_seconds(trials, purpose) + expected
