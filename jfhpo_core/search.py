@@ -307,7 +307,7 @@ def run_search(
         study: A resolved study.
         ledger: Where it is kept; this process must be its only writer.
         dispatcher: Where its trials run. The caller closes it.
-        on_progress: Called after every event, for displays.
+        on_progress: Called before the first event, with the study as it stood, and after every further one.
         strategy: None uses the one that the study names.
 
     Raises:
@@ -322,16 +322,16 @@ def run_search(
             run.submit(trial, trial.open_segment)
     while True:
         phase = _fill(run)
-        out_of_time = limit is not None and time.monotonic() - wall > limit
-        if (phase is Phase.DONE and not run.in_flight) or out_of_time:
-            return conclude(study, ledger.trials(), run.strategy, complete=phase is Phase.DONE)
-        for event in dispatcher.wait(POLL_SECONDS):
-            _absorb(run, event)
         if on_progress is not None:
             trials = ledger.trials()
             on_progress(
                 Progress(study, phase, trials, dict(run.live), spent_seconds(trials), dispatcher.now() - run.began)
             )
+        out_of_time = limit is not None and time.monotonic() - wall > limit
+        if (phase is Phase.DONE and not run.in_flight) or out_of_time:
+            return conclude(study, ledger.trials(), run.strategy, complete=phase is Phase.DONE)
+        for event in dispatcher.wait(POLL_SECONDS):
+            _absorb(run, event)
 
 
 def _fill(run: _Run) -> Phase:
