@@ -1,18 +1,22 @@
 """The checkpoint store: a folder of committed training states that survive a crash at any moment.
 
 A checkpoint is staged, listed in a manifest with the SHA-256 of every file, flushed to disk, and only then renamed to
-its final place; whatever lies there is complete. It is verified before it is used; one that does not match its
-manifest is moved to `quarantine/` and the one before it serves.
+its final place; whatever lies there is complete. The ledger keeps the SHA-256 of the manifest, so a checkpoint is
+verified as a whole before it is used; one that does not match is moved to `quarantine/` and the one before it serves.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import stat
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 
 from jfhpo_core.errors import CheckpointError
@@ -20,14 +24,15 @@ from jfhpo_core.trial import Checkpoint
 
 MANIFEST = "jfhpo-manifest.json"
 KEY = re.compile(r"[0-9a-f]{16}")
-KEPT = 2
-"""Checkpoints kept per trial: the newest, and the one that serves if it turns out damaged."""
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointStore:
     """Checkpoints of one study under a root folder, which all workers share.
 
-    Layout: `<root>/<trial key>/step-00000012/` with the trainer's files and a manifest.
+    Layout: `<root>/<trial key>/step-00000012/` with the trainer's files and a manifest; `<root>/staging/` holds what is
+    being written or deleted, `<root>/quarantine/` what turned out damaged (kept for inspection, never read again).
 
     Args:
         root: Created if missing.
@@ -37,8 +42,14 @@ class CheckpointStore:
         self.root = root
 
     def stage(self, key: str) -> Path:
-        """A new empty folder on the store's file system to write a checkpoint into."""
-        folder = self._trial(key).parent / "staging" / f"{key}-{uuid.uuid4().hex}"
+        """A new empty folder on the store's file system to write a checkpoint into.
+
+        A trial has one writer at a time, so what interrupted ones left half written or half deleted goes first.
+        """
+        staging = self._trial(key).parent / "staging"
+        for leftover in staging.glob(f"{key}-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        folder = staging / f"{key}-{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
         return folder
 
@@ -46,90 +57,80 @@ class CheckpointStore:
         """Make a staged folder a checkpoint, atomically; committing the same step again replaces it.
 
         Raises:
-            CheckpointError: The stage is empty, or the disk refuses.
+            CheckpointError: The stage is empty or holds anything but plain files and folders, or the disk refuses.
         """
-        files = sorted(path for path in stage.rglob("*") if path.is_file())
-        if not files:
-            raise CheckpointError(f"{stage}: the trainer wrote no checkpoint into its stage")
-        manifest = {
-            "step": step,
-            "prompts": prompts,
-            "files": {
-                path.relative_to(stage).as_posix(): {"sha256": file_digest(path), "bytes": path.stat().st_size}
-                for path in files
-            },
-        }
-        text = json.dumps(manifest, indent=1, sort_keys=True)
         final = self._trial(key) / f"step-{step:08d}"
         try:
+            # A trainer that copies its starting checkpoint also copies that one's manifest, which says nothing here.
+            (stage / MANIFEST).unlink(missing_ok=True)
+            files = _files(stage)
+            if not files:
+                raise CheckpointError(f"{stage}: the trainer wrote no checkpoint into its stage")
+            digests = {name: file_digest(path) for name, path in files.items()}
+            size = sum(path.stat().st_size for path in files.values())
+            text = json.dumps({"step": step, "prompts": prompts, "files": digests}, indent=1, sort_keys=True)
             (stage / MANIFEST).write_text(text, encoding="utf-8")
-            for path in (*files, stage / MANIFEST):
-                _flush(path)
+            # Content before the names that lead to it, from the leaves to the root; then the rename, then its folders.
+            for parent, _, names in os.walk(stage, topdown=False):
+                for path in (*(Path(parent, name) for name in names), Path(parent)):
+                    _flush(path)
             final.parent.mkdir(parents=True, exist_ok=True)
             if final.exists():
                 self._discard(final)
             stage.rename(final)
-            _flush(final.parent)
+            for folder in (final.parent, stage.parent, self.root):
+                _flush(folder)
         except OSError as error:
             raise CheckpointError(f"{final}: the checkpoint could not be stored: {error}") from error
-        return self._describe(final, text)
+        return Checkpoint(
+            step=step,
+            prompts=prompts,
+            path=final.relative_to(self.root).as_posix(),
+            digest=hashlib.sha256(text.encode()).hexdigest(),
+            size_bytes=size,
+        )
 
-    def verify(self, path: str) -> Path:
-        """Check a checkpoint against its manifest and return its folder.
+    def verify(self, checkpoint: Checkpoint) -> Path:
+        """Check a checkpoint against what the ledger knows of it and return its folder.
 
         Raises:
-            CheckpointError: It is missing or damaged; a damaged one has been moved to quarantine.
+            CheckpointError: It is missing, unreadable or damaged; a damaged one has been moved to quarantine.
         """
-        folder = self._inside(path)
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: there is no such checkpoint")
-        fault = _fault(folder)
-        if fault is not None:
-            quarantine = self.root / "quarantine" / f"{folder.parent.name}-{folder.name}-{uuid.uuid4().hex[:8]}"
-            quarantine.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(quarantine)
-            raise CheckpointError(f"{folder}: {fault}; it was moved to {quarantine}")
+        folder = (self.root / checkpoint.path).resolve()
+        if not folder.is_relative_to(self.root.resolve()):
+            raise CheckpointError(f"{checkpoint.path!r} points outside the checkpoint store {self.root}")
+        try:
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder}: there is no such checkpoint")
+            fault = _fault(folder, checkpoint.digest)
+            if fault is not None:
+                quarantine = self.root / "quarantine" / f"{folder.parent.name}-{folder.name}-{uuid.uuid4().hex[:8]}"
+                quarantine.parent.mkdir(parents=True, exist_ok=True)
+                folder.rename(quarantine)
+                raise CheckpointError(f"{folder}: {fault}; it was moved to {quarantine}")
+        except OSError as error:
+            # Perhaps only the file system is out of reach for now: no verdict, so it stays where it is.
+            raise CheckpointError(f"{folder}: the checkpoint cannot be read: {error}") from error
         return folder
 
-    def checkpoints(self, key: str) -> list[Checkpoint]:
-        """Committed checkpoints of a trial, newest first; not verified."""
-        folders = sorted(self._trial(key).glob("step-*"), reverse=True)
-        return [self._describe(folder) for folder in folders if (folder / MANIFEST).is_file()]
-
-    def prune(self, key: str, keep: int = KEPT) -> None:
-        """Delete all but the newest checkpoints of a trial."""
-        for folder in sorted(self._trial(key).glob("step-*"), reverse=True)[keep:]:
-            self._discard(folder)
-
-    def clear_staging(self) -> None:
-        """Delete what interrupted workers left half written. Only while no worker runs."""
-        shutil.rmtree(self.root / "staging", ignore_errors=True)
+    def prune(self, key: str, keep: Collection[Path]) -> None:
+        """Delete a trial's checkpoints except `keep`. What cannot be deleted is logged: it only costs space."""
+        kept = {folder.name for folder in keep}
+        for folder in self._trial(key).glob("step-*"):
+            if folder.name not in kept:
+                try:
+                    self._discard(folder)
+                except OSError as error:
+                    logger.warning("%s: the old checkpoint could not be deleted: %s", folder, error)
 
     def _trial(self, key: str) -> Path:
         if not KEY.fullmatch(key):
             raise CheckpointError(f"{key!r} is not a trial key")
         return self.root / key
 
-    def _inside(self, path: str) -> Path:
-        folder = (self.root / path).resolve()
-        if not folder.is_relative_to(self.root.resolve()):
-            raise CheckpointError(f"{path!r} points outside the checkpoint store")
-        return folder
-
-    def _describe(self, folder: Path, manifest: str | None = None) -> Checkpoint:
-        text = (folder / MANIFEST).read_text(encoding="utf-8") if manifest is None else manifest
-        content = json.loads(text)
-        return Checkpoint(
-            step=content["step"],
-            prompts=content["prompts"],
-            path=folder.relative_to(self.root).as_posix(),
-            digest=hashlib.sha256(text.encode()).hexdigest(),
-            size_bytes=sum(entry["bytes"] for entry in content["files"].values()),
-        )
-
     def _discard(self, folder: Path) -> None:
         """Remove a checkpoint so that a half-deleted one is never taken for a whole one."""
-        trash = self.root / "staging" / f"discarded-{uuid.uuid4().hex}"
+        trash = self.root / "staging" / f"{folder.parent.name}-discarded-{uuid.uuid4().hex}"
         trash.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
@@ -141,26 +142,55 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fault(folder: Path) -> str | None:
+def _files(folder: Path) -> dict[str, Path]:
+    """Plain files under a folder by relative POSIX name, the manifest excepted.
+
+    Raises:
+        CheckpointError: There is a link or another special file, whose content a manifest cannot vouch for.
+    """
+    files = {}
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(parent, name)
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode):
+                files[path.relative_to(folder).as_posix()] = path
+            elif not stat.S_ISDIR(mode):
+                raise CheckpointError(f"{path} is a link or special file; a checkpoint holds plain files only")
+    files.pop(MANIFEST, None)
+    return files
+
+
+def _fault(folder: Path, digest: str) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file() or manifest.is_symlink():
+        return "its manifest is missing"
+    if file_digest(manifest) != digest:
+        return "its manifest is not the one that was committed"
+    digests = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        entries = {name: (entry["sha256"], entry["bytes"]) for name, entry in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read ({type(error).__name__}: {error})"
-    for name, (digest, size) in entries.items():
-        path = folder / name
-        if not path.is_file():
+        files = _files(folder)
+    except CheckpointError as error:
+        return str(error)
+    for name in sorted(digests.keys() | files.keys()):
+        if name not in files:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if file_digest(path) != digest:
+        if name not in digests:
+            return f"{name} does not belong to it"
+        if file_digest(files[name]) != digests[name]:
             return f"{name} does not match its checksum"
     return None
 
 
 def _flush(path: Path) -> None:
+    """Write a file or folder through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot flush a folder; their renames are ordered by the server.
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from jfhpo_core.checkpoints import CheckpointStore
-from jfhpo_core.errors import CheckpointError, TrialFailure
+from jfhpo_core.errors import CheckpointError, InfrastructureError, TrialFailure
 from jfhpo_core.stopping import Monitor, NonFinite, build_rules
-from jfhpo_core.trainers.base import Job, Trainer
+from jfhpo_core.trainers.base import Job, Trainer, TrainingResult
 from jfhpo_core.trial import Checkpoint, Decision, FailureKind, Outcome, Segment, SegmentResult, StepRecord
+
+logger = logging.getLogger(__name__)
 
 
 class Cancelled(Exception):  # noqa: N818  not an error: the driver asked for it
@@ -34,14 +37,18 @@ def run_job(
 
     Raises:
         Cancelled: `cancelled` said so.
-        CheckpointError: No usable checkpoint was left where one is needed, or the new one could not be stored.
+        CheckpointError: The new checkpoint could not be stored.
+        InfrastructureError: The trainer broke its contract.
     """
     began = time.perf_counter()
     segment = job.segment
     store = CheckpointStore(Path(job.store))
-    start, job = _starting_point(store, job)
+    start, job, note = _starting_point(store, job)
     monitor = Monitor(build_rules(job.study.stopping), list(job.history))
     decision: Decision | None = None
+
+    def charge(simulated: float | None = None) -> float:
+        return simulated if simulated is not None else time.perf_counter() - began
 
     def observe(record: StepRecord) -> Decision | None:
         nonlocal decision
@@ -56,16 +63,15 @@ def run_job(
         try:
             result = trainer.run(job, start, stage, observe)
         except TrialFailure as failure:
-            return _infeasible(
-                segment, job, monitor, FailureKind(failure.kind), str(failure), time.perf_counter() - began
-            )
+            kind, message = FailureKind(failure.kind), str(failure)
+            return _infeasible(segment, job, monitor, kind, message, charge())
+        except MemoryError as error:
+            kind, message = FailureKind.OUT_OF_MEMORY, f"the trainer ran out of memory: {error or 'MemoryError'}"
+            return _infeasible(segment, job, monitor, kind, message, charge())
         if decision is not None and decision.rule == NonFinite.name:
-            seconds = result.seconds if result.seconds is not None else time.perf_counter() - began
-            return _infeasible(segment, job, monitor, FailureKind.NON_FINITE, decision.explain(), seconds)
-        checkpoint: Checkpoint | None = None
-        if decision is None:
-            checkpoint = store.commit(job.trial_key, stage, result.end_step, result.end_prompts)
-            store.prune(job.trial_key)
+            kind, message = FailureKind.NON_FINITE, decision.explain()
+            return _infeasible(segment, job, monitor, kind, message, charge(result.seconds))
+        checkpoint = _commit(store, job, start, stage, result) if decision is None else None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return SegmentResult(
@@ -75,27 +81,37 @@ def run_job(
         end_prompts=result.end_prompts,
         evaluations=result.evaluations,
         checkpoint=checkpoint,
-        seconds=result.seconds if result.seconds is not None else time.perf_counter() - began,
+        seconds=charge(result.seconds),
         startup_seconds=result.startup_seconds,
         evaluation_seconds=result.evaluation_seconds,
         devices=job.devices,
         decision=decision,
+        message=note,
     )
 
 
-def _starting_point(store: CheckpointStore, job: Job) -> tuple[Path | None, Job]:
-    """The newest checkpoint that verifies, and the job with its segment moved back to it if need be.
+def _starting_point(store: CheckpointStore, job: Job) -> tuple[Path | None, Job, str | None]:
+    """The newest checkpoint that verifies, the job with its segment moved back to it if need be, and a note if so.
 
     With every checkpoint damaged the trial starts again at step 0: slower, but the same training.
     """
-    for path in job.start_checkpoints:
+    faults = []
+    for checkpoint in job.start_checkpoints:
         try:
-            folder = store.verify(path)
-        except CheckpointError:
+            folder = store.verify(checkpoint)
+        except CheckpointError as error:
+            faults.append(str(error))
             continue
-        step = int(folder.name.removeprefix("step-"))
-        return folder, _moved(job, step)
-    return None, _moved(job, 0)
+        return folder, _moved(job, checkpoint.step), _note(job, checkpoint.step, faults)
+    return None, _moved(job, 0), _note(job, 0, faults)
+
+
+def _note(job: Job, step: int, faults: list[str]) -> str | None:
+    if not faults:
+        return None
+    note = f"trained again from step {step} instead of {job.segment.start_step}: {'; '.join(faults)}"
+    logger.warning("trial %s: %s", job.trial_key, note)
+    return note
 
 
 def _moved(job: Job, step: int) -> Job:
@@ -107,6 +123,22 @@ def _moved(job: Job, step: int) -> Job:
             "history": tuple(record for record in job.history if record.step <= step),
         }
     )
+
+
+def _commit(store: CheckpointStore, job: Job, start: Path | None, stage: Path, result: TrainingResult) -> Checkpoint:
+    """Commit the stage, and keep beside it only the checkpoint that the segment started from.
+
+    The ledger learns of the new one later: if this process dies in between, the segment is trained again from `start`.
+    From then on `start` is the one that serves if the new one turns out damaged.
+    """
+    if result.end_step != job.segment.stop_step:
+        raise InfrastructureError(
+            f"trainer {job.study.trainer.name!r} returned at step {result.end_step} without a stopping decision; "
+            f"it must train up to step {job.segment.stop_step}"
+        )
+    checkpoint = store.commit(job.trial_key, stage, result.end_step, result.end_prompts)
+    store.prune(job.trial_key, [store.root / checkpoint.path, *([start] if start is not None else [])])
+    return checkpoint
 
 
 def _infeasible(

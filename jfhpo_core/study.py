@@ -122,7 +122,7 @@ class Study:
             evaluation_steps=tuple(evaluations),
             history=tuple(history),
             store=str(self.store),
-            start_checkpoints=tuple(checkpoint.path for checkpoint in checkpoints),
+            start_checkpoints=tuple(checkpoints),
             base_score=base_score,
         )
 

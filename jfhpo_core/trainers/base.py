@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from jfhpo_core.spec import StudySpec
-from jfhpo_core.trial import Configuration, Decision, Evaluation, Record, Segment, StepRecord
+from jfhpo_core.trial import Checkpoint, Configuration, Decision, Evaluation, Record, Segment, StepRecord
 
 Observer = Callable[[StepRecord], Decision | None]
 """Called by a trainer after every step. A decision that says stop ends the segment after an evaluation at that step."""
@@ -42,8 +42,8 @@ class Job(Record):
     evaluation_steps: tuple[int, ...]
     history: tuple[StepRecord, ...] = ()
     store: str = Field(description="Root folder of the checkpoint store.")
-    start_checkpoints: tuple[str, ...] = Field(
-        default=(), description="Checkpoint folders to continue from, newest first; a damaged one is passed over."
+    start_checkpoints: tuple[Checkpoint, ...] = Field(
+        default=(), description="Checkpoints to continue from, newest first; a damaged one is passed over."
     )
     base_score: float | None = Field(default=None, description="Held-out score of the untrained model, if known.")
 
