@@ -13,7 +13,7 @@ from typing import Protocol
 
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.spec import StudySpec
-from jfhpo_core.trial import Segment, SegmentResult, StepRecord, Trial
+from jfhpo_core.trial import Record, Segment, SegmentResult, StepRecord, Trial
 
 
 class Ledger(Protocol):
@@ -76,7 +76,7 @@ def check_begin(trial: Trial, segment: Segment) -> None:
     Raises:
         LedgerError: The segment is not the next one, or another one is open.
     """
-    if trial.open_segment is not None and trial.open_segment != segment:
+    if trial.open_segment is not None and not _same(trial.open_segment, segment):
         raise LedgerError(
             f"trial {trial.key}: segment {trial.open_segment.index} is open; commit it before beginning another"
         )
@@ -94,12 +94,17 @@ def check_commit(trial: Trial, result: SegmentResult) -> bool:
     """
     index = result.segment.index
     if index < len(trial.segments):
-        if trial.segments[index].model_dump_json() == result.model_dump_json():  # equal NaNs count as equal
+        if _same(trial.segments[index], result):
             return False
         raise LedgerError(f"trial {trial.key}: segment {index} is already committed with another result")
-    if trial.open_segment != result.segment:
+    if trial.open_segment is None or not _same(trial.open_segment, result.segment):
         raise LedgerError(f"trial {trial.key}: segment {index} was not begun")
     return True
+
+
+def _same(one: Record, other: Record) -> bool:
+    """Equality for which NaN equals NaN: a ledger that was read again holds other NaN objects."""
+    return one.model_dump_json() == other.model_dump_json()
 
 
 class MemoryLedger:

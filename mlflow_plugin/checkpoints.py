@@ -1,0 +1,79 @@
+"""An index of reusable checkpoints: one external logged model per trial, kept at its newest checkpoint.
+
+The files stay in the checkpoint store; MLflow's `search_logged_models` finds them by model, step, score or digest.
+One entry per trial, because the store keeps only a trial's newest checkpoints. The ledger never reads training state
+from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput, Metric
+
+from jfhpo_core.trial import Trial
+
+MODEL_TYPE = "jfhpo-checkpoint"
+EXTERNAL = "mlflow.model.isExternal"
+"""MLflow's mark of a model whose files it does not hold."""
+DIGEST = "jfhpo.digest"
+PAGE = 100
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a trial's checkpoint is indexed, and which checkpoint that is."""
+
+    model_id: str
+    digest: str | None
+
+
+def read_index(client: MlflowClient, experiment_id: str) -> dict[str, Entry]:
+    """All entries of an experiment by the run that they belong to."""
+    entries: dict[str, Entry] = {}
+    token: str | None = None
+    while True:
+        page = client.search_logged_models(
+            [experiment_id], f"attributes.model_type = '{MODEL_TYPE}'", max_results=PAGE, page_token=token
+        )
+        for model in page:
+            entries[model.source_run_id] = Entry(model.model_id, model.tags.get(DIGEST))
+        token = page.token
+        if not token:
+            return entries
+
+
+def write_index(
+    client: MlflowClient, experiment_id: str, run_id: str, trial: Trial, entry: Entry | None
+) -> Entry | None:
+    """Bring a trial's entry up to its newest checkpoint; returns it, or None if the trial has no checkpoint."""
+    checkpoint = trial.checkpoint
+    if checkpoint is None or (entry is not None and entry.digest == checkpoint.digest):
+        return entry
+    tags: Mapping[str, Any] = {
+        "jfhpo.trial_key": trial.key,
+        "jfhpo.step": str(checkpoint.step),
+        "jfhpo.path": checkpoint.path,
+        "jfhpo.bytes": str(checkpoint.size_bytes),
+        DIGEST: checkpoint.digest,
+    }
+    if entry is None:
+        params = {name: str(value) for name, value in {**trial.configuration, "model": trial.model}.items()}
+        model = client.create_logged_model(
+            experiment_id,
+            name=f"{trial.number:03d}-{trial.model}-checkpoint",
+            source_run_id=run_id,
+            tags={**tags, EXTERNAL: "true"},
+            params={**params, "seed": str(trial.seed)},
+            model_type=MODEL_TYPE,
+        )
+        model_id = model.model_id
+        client.finalize_logged_model(model_id, "READY")
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, checkpoint.step)])
+    else:
+        model_id = entry.model_id
+        client.set_logged_model_tags(model_id, dict(tags))
+    return Entry(model_id, checkpoint.digest)

@@ -1,0 +1,498 @@
+"""The ledger in MLflow: the study is a run, its trials are nested runs, and one tag per segment makes it count.
+
+What is read back lives in tags with JSON (`jfhpo.trial`, `jfhpo.open`, `jfhpo.segment.0003`) and in one artifact per
+segment with its step records. Metrics, parameters, names and descriptions are for people and are never read back.
+
+Order of writes. A trial and its first segment come into being by the one call that creates the run. A segment is
+committed by the one call that sets its `jfhpo.segment.NNNN` tag; its records are stored before, everything that
+can be derived (status, name, checkpoint index, curves of the study) is written after, and repaired by the next `open`
+if a crash came between. An open segment is the one in `jfhpo.open`, unless it is committed already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, ValidationError
+
+from jfhpo_core.errors import LedgerError
+from jfhpo_core.fidelity import build_ladder
+from jfhpo_core.ledger import check_begin, check_commit, mismatch_message
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.trial import Segment, SegmentResult, StepRecord, Trial
+from mlflow_plugin import checkpoints
+from mlflow_plugin.presentation import (
+    NOTE,
+    STATUS,
+    result_metrics,
+    run_name,
+    step_metrics,
+    study_metrics,
+    study_note,
+    study_parameters,
+    trial_labels,
+    trial_parameters,
+)
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+
+STUDY = "jfhpo.study"
+IDENTITY = "jfhpo.identity"
+DESCRIBED = "jfhpo.study_sha256"
+HEADER = "jfhpo.trial"
+OPEN = "jfhpo.open"
+SEGMENT = "jfhpo.segment.{:04d}"
+FACT = "jfhpo.fact."
+PARENT = "mlflow.parentRunId"
+
+TAG_LIMIT = 5000
+"""Characters of a tag. MLflow takes 8000 since version 2.15 and 5000 before; what is longer it cuts off silently."""
+METRICS_PER_CALL = 800
+"""MLflow takes 1000 entities in one call, tags and parameters included."""
+PARAMETERS_PER_CALL = 100
+STREAM_SECONDS = 2.0
+"""Shortest time between two writes of a running trial's metrics: a write costs about 20 ms of CPU."""
+FACT_NAME = re.compile(r"(?=.{1,200}$)[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+PIECE = re.compile(r":\d+$")
+CONNECT_SECONDS = 10
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+@dataclass
+class _Child:
+    """A trial and its run.
+
+    Attributes:
+        status: The run's status, as MLflow has it.
+        name: The run's name, as MLflow has it.
+        checkpoint: Where the trial's checkpoint is indexed, as MLflow has it.
+        records: Step records of the committed segments by step; None until they are read.
+        shown: Step records that this process has logged as metrics.
+        waiting: Streamed records that are not logged yet.
+        streamed_at: When metrics were last streamed, by the monotonic clock.
+    """
+
+    run_id: str
+    trial: Trial
+    status: str
+    name: str
+    checkpoint: checkpoints.Entry | None = None
+    records: dict[int, StepRecord] | None = None
+    shown: dict[int, StepRecord] = field(default_factory=dict)
+    waiting: list[StepRecord] = field(default_factory=list)
+    streamed_at: float = -math.inf
+
+
+class MlflowLedger:
+    """A ledger in an MLflow tracking store; see `jfhpo_core.ledger.Ledger` for what each method promises.
+
+    Trials are read from MLflow once, by `open`; from then on this process is the only writer and answers from memory.
+
+    Args:
+        client: Talks to the tracking store; None connects `open` to the one that the study names.
+    """
+
+    def __init__(self, client: MlflowClient | None = None) -> None:
+        self._given = client
+        self._opened: MlflowClient | None = None
+        self._study: StudySpec
+        self._experiment_id: str
+        self._parent: Run
+        self._sizes: dict[str, int] = {}
+        self._children: dict[str, _Child] = {}
+        self._facts: dict[str, str | float] = {}
+
+    def open(self, study: StudySpec) -> None:
+        """See `Ledger.open`.
+
+        Raises:
+            LedgerError: Also if the tracking store cannot be reached or holds something that cannot be read.
+        """
+        client = self._given or connect(study)
+        experiment = _experiment(client, study)
+        parent = _study_run(client, experiment.experiment_id, study)
+        if parent is not None and parent.data.tags.get(IDENTITY) != study.identity():
+            raise LedgerError(mismatch_message(study.study))
+        self._sizes = {model.name: model.parameters for model in build_ladder(study).models}
+        self._opened, self._study, self._experiment_id = client, study, experiment.experiment_id
+        self._parent = parent if parent is not None else self._create_study()
+        self._describe_study()
+        self._facts = _read_facts(self._parent)
+        self._children = self._read_children()
+        for child in self._children.values():
+            self._settle(child)
+
+    def trials(self) -> list[Trial]:
+        """See `Ledger.trials`."""
+        return [child.trial for child in self._children.values()]
+
+    def begin(self, trial: Trial, segment: Segment) -> None:
+        """See `Ledger.begin`."""
+        client = self._client
+        child = self._children.get(trial.key)
+        known = child.trial if child else trial.model_copy(update={"segments": (), "open_segment": None})
+        check_begin(known, segment)
+        if known.open_segment is not None:
+            return
+        begun = known.model_copy(update={"open_segment": segment})
+        tags = {**_pack(OPEN, segment.model_dump_json()), **trial_labels(begun)}
+        if child is None:
+            header = trial.model_copy(update={"segments": (), "open_segment": None}).model_dump_json()
+            run = client.create_run(
+                self._experiment_id,
+                tags={PARENT: self.study_run_id, **_pack(HEADER, header), **tags},
+                run_name=run_name(begun),
+            )
+            child = _Child(run.info.run_id, begun, run.info.status, run.info.run_name, records={})
+            self._children[trial.key] = child
+            self._log(child.run_id, params=trial_parameters(begun, self._sizes[trial.model]))
+        else:
+            self._log(child.run_id, tags=tags)
+            child.trial = begun
+            self._settle(child)
+
+    def stream(self, key: str, records: Sequence[StepRecord]) -> None:
+        """See `Ledger.stream`; written at most every `STREAM_SECONDS`."""
+        child = self._child(key)
+        child.waiting.extend(records)
+        if time.monotonic() - child.streamed_at >= STREAM_SECONDS:
+            self._log(child.run_id, self._unseen(child, child.waiting))
+            child.waiting = []
+            child.streamed_at = time.monotonic()
+
+    def commit(self, key: str, result: SegmentResult, records: Sequence[StepRecord]) -> None:
+        """See `Ledger.commit`."""
+        child = self._child(key)
+        if not check_commit(child.trial, result):
+            return
+        trial = child.trial.model_copy(update={"segments": (*child.trial.segments, result), "open_segment": None})
+        known = self._records(child)
+        lines = "".join(f"{record.model_dump_json()}\n" for record in records)
+        self._client.log_text(child.run_id, lines, _records_file(result.segment.index))
+        self._log(
+            child.run_id,
+            [*self._unseen(child, records), *result_metrics(trial, result, _now())],
+            tags={**_pack(SEGMENT.format(result.segment.index), result.model_dump_json()), **trial_labels(trial)},
+        )
+        child.trial, child.waiting, child.shown = trial, [], {}
+        known.update({record.step: record for record in records})
+        self._settle(child)
+        self._log(self.study_run_id, study_metrics(self._study, self.trials(), _now()))
+
+    def step_records(self, key: str) -> list[StepRecord]:
+        """See `Ledger.step_records`."""
+        if key not in self._children:
+            return []
+        records = self._records(self._children[key])
+        return [records[step] for step in sorted(records)]
+
+    def summarize(self, facts: Mapping[str, str | float], artifacts: Sequence[Path] = ()) -> None:
+        """See `Ledger.summarize`. The study's run counts as finished unless a segment is open.
+
+        Raises:
+            LedgerError: A fact's name is not one that MLflow takes.
+        """
+        tags: dict[str, str] = {}
+        for name, value in facts.items():
+            if not FACT_NAME.fullmatch(name):
+                raise LedgerError(
+                    f"fact {name!r}: names are made of letters, digits, '_', '-' and '.', with '/' between parts"
+                )
+            tags |= _pack(FACT + name, json.dumps(value, ensure_ascii=False))
+        metrics = [
+            Metric(f"fact/{name}", float(value), _now(), 0)
+            for name, value in facts.items()
+            if not isinstance(value, str) and math.isfinite(value)
+        ]
+        for path in artifacts:
+            self._client.log_artifact(self.study_run_id, str(path))
+        self._log(self.study_run_id, metrics, tags=tags)
+        self._facts |= facts
+        if all(child.trial.open_segment is None for child in self._children.values()):
+            self._client.set_terminated(self.study_run_id)
+
+    def facts(self) -> dict[str, str | float]:
+        """See `Ledger.facts`."""
+        return dict(self._facts)
+
+    def url(self) -> str | None:
+        """The study's run in the UI of the tracking server; None without a server (see `tracking_uri`)."""
+        if not _is_server(self.tracking_uri):
+            return None
+        return f"{self.tracking_uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.study_run_id}"
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where the study is kept, as `mlflow ui --backend-store-uri` takes it."""
+        return str(self._client.tracking_uri)
+
+    @property
+    def experiment_id(self) -> str:
+        """MLflow's id of the study's experiment."""
+        self._client  # noqa: B018  refuses a ledger that is not open
+        return self._experiment_id
+
+    @property
+    def study_run_id(self) -> str:
+        """MLflow's id of the study's run."""
+        self._client  # noqa: B018  refuses a ledger that is not open
+        return str(self._parent.info.run_id)
+
+    @property
+    def client(self) -> MlflowClient:
+        """The client that the ledger writes with."""
+        return self._client
+
+    def run_id(self, key: str) -> str:
+        """MLflow's id of a trial's run.
+
+        Raises:
+            LedgerError: The trial is unknown.
+        """
+        return self._child(key).run_id
+
+    @property
+    def _client(self) -> MlflowClient:
+        if self._opened is None:
+            raise LedgerError("the ledger is not open; call open(study) first")
+        return self._opened
+
+    def _child(self, key: str) -> _Child:
+        self._client  # noqa: B018  refuses a ledger that is not open
+        if key not in self._children:
+            raise LedgerError(f"trial {key} is unknown; begin a segment first")
+        return self._children[key]
+
+    def _create_study(self) -> Run:
+        tags = {STUDY: self._study.study, IDENTITY: self._study.identity(), "jfhpo.version": version("jfhpo")}
+        return self._client.create_run(self._experiment_id, tags=tags, run_name=self._study.study)
+
+    def _describe_study(self) -> None:
+        """Log the study file with what can be derived from it, unless this very file is logged already."""
+        text = self._study.to_yaml()
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if self._parent.data.tags.get(DESCRIBED) != digest:
+            self._client.log_text(self.study_run_id, text, "study.yaml")
+            tags = {DESCRIBED: digest, "jfhpo.strategy": self._study.strategy.name, NOTE: study_note(self._study)}
+            self._log(self.study_run_id, params=study_parameters(self._study), tags=tags)
+
+    def _read_children(self) -> dict[str, _Child]:
+        entries = checkpoints.read_index(self._client, self._experiment_id)
+        runs = _search(self._client, self._experiment_id, f"tags.`{PARENT}` = '{self.study_run_id}'")
+        children = [child for run in runs if (child := _read_child(run, entries)) is not None]
+        # A create_run that was sent twice (a lost answer) leaves two runs of one trial: the one that got further counts.
+        children.sort(key=lambda child: (child.trial.number, -len(child.trial.segments)))
+        by_key: dict[str, _Child] = {}
+        for child in children:
+            by_key.setdefault(child.trial.key, child)
+        return by_key
+
+    def _settle(self, child: _Child) -> None:
+        """Bring all that is derived from a trial up to date: status and name of its run, index of its checkpoint."""
+        trial = child.trial
+        status, name = STATUS[trial.state], run_name(trial)
+        if status != child.status:
+            if status == "RUNNING":
+                self._client.update_run(child.run_id, status)
+            else:
+                self._client.set_terminated(child.run_id, status)
+            child.status = status
+        if name != child.name:
+            self._client.set_tag(child.run_id, "mlflow.runName", name)
+            child.name = name
+        child.checkpoint = checkpoints.write_index(
+            self._client, self._experiment_id, child.run_id, trial, child.checkpoint
+        )
+
+    def _unseen(self, child: _Child, records: Sequence[StepRecord]) -> list[Metric]:
+        """Metrics of those records that are not logged yet."""
+        new = [record for record in records if child.shown.get(record.step) != record]
+        child.shown.update({record.step: record for record in new})
+        return step_metrics(new, _now())
+
+    def _records(self, child: _Child) -> dict[int, StepRecord]:
+        if child.records is None:
+            child.records = {}
+            for result in child.trial.segments:
+                text = self._read_text(child.run_id, _records_file(result.segment.index))
+                for line in text.splitlines():
+                    record = _parse(StepRecord, line, child.run_id)
+                    child.records[record.step] = record
+        return child.records
+
+    def _read_text(self, run_id: str, path: str) -> str:
+        with tempfile.TemporaryDirectory(prefix="jfhpo-") as folder:
+            try:
+                return Path(self._client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
+            except (MlflowException, OSError) as error:
+                raise LedgerError(
+                    f"MLflow run {run_id} has lost its artifact {path} ({error}); was the artifact folder moved or "
+                    "deleted? Restore it, or delete the run to train its trial again"
+                ) from error
+
+    def _log(
+        self,
+        run_id: str,
+        metrics: Sequence[Metric] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Log in as few calls as MLflow allows; the tags are written last and together."""
+        metrics, entries = list(metrics), [Param(name, value) for name, value in (params or {}).items()]
+        while len(metrics) > METRICS_PER_CALL or len(entries) > PARAMETERS_PER_CALL:
+            self._client.log_batch(run_id, metrics[:METRICS_PER_CALL], entries[:PARAMETERS_PER_CALL])
+            del metrics[:METRICS_PER_CALL], entries[:PARAMETERS_PER_CALL]
+        if metrics or entries or tags:
+            self._client.log_batch(run_id, metrics, entries, [RunTag(k, v) for k, v in (tags or {}).items()])
+
+
+def connect(study: StudySpec) -> MlflowClient:
+    """A client for the study's tracking store: the study file's, else `MLFLOW_TRACKING_URI`, else `DEFAULT_URI`.
+
+    Raises:
+        LedgerError: A tracking server does not answer. MLflow itself would try again for minutes.
+    """
+    uri = study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    # MLflow prints a link for every run that ends and a bar for every file; the search has its own display.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if _is_server(uri):
+        import requests
+
+        try:
+            requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS)
+        except requests.exceptions.SSLError:
+            pass  # MLflow's own settings for certificates decide
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise LedgerError(
+                f"the MLflow server {_without_password(uri)} does not answer ({type(error).__name__}); start it, or "
+                "correct tracking.uri in the study file or MLFLOW_TRACKING_URI"
+            ) from None
+    try:
+        return MlflowClient(tracking_uri=uri)
+    except MlflowException as error:
+        raise LedgerError(
+            f"MLflow cannot use the tracking URI {_without_password(uri)!r}: {error}; correct tracking.uri"
+        ) from error
+
+
+def _is_server(uri: str) -> bool:
+    return urlsplit(uri).scheme in ("http", "https")
+
+
+def _without_password(uri: str) -> str:
+    password = urlsplit(uri).password
+    return uri.replace(f":{password}@", ":***@") if password else uri
+
+
+def _experiment(client: MlflowClient, study: StudySpec) -> Experiment:
+    name = study.tracking.experiment or f"jfhpo/{study.study}"
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return client.get_experiment(client.create_experiment(name, _artifact_folder(client.tracking_uri, name)))
+    if experiment.lifecycle_stage != "active":
+        raise LedgerError(
+            f"MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore --experiment-id "
+            f"{experiment.experiment_id}), or name another one in tracking.experiment"
+        )
+    return experiment
+
+
+def _artifact_folder(uri: str, experiment: str) -> str | None:
+    """Folder `mlruns` beside an SQLite file, wherever this process was started; None leaves it to MLflow."""
+    parts = urlsplit(uri)
+    if parts.scheme != "sqlite" or not parts.path.strip("/"):
+        return None
+    folder = re.sub(r"[^A-Za-z0-9._-]", "-", experiment)
+    return (Path(parts.path.removeprefix("/")).absolute().parent / "mlruns" / folder).as_uri()
+
+
+def _study_run(client: MlflowClient, experiment_id: str, study: StudySpec) -> Run | None:
+    runs = _search(client, experiment_id, f"tags.`{STUDY}` = '{study.study}'")
+    return runs[0] if runs else None
+
+
+def _search(client: MlflowClient, experiment_id: str, condition: str) -> list[Run]:
+    """All active runs that meet a condition, oldest first."""
+    runs: list[Run] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment_id], condition, order_by=["attributes.start_time ASC"], page_token=token)
+        runs += page
+        token = page.token
+        if not token:
+            return runs
+
+
+def _read_child(run: Run, entries: Mapping[str, checkpoints.Entry]) -> _Child | None:
+    """The trial in a run; None if the run is not a trial of jfhpo but something a person has nested there."""
+    tags, run_id = run.data.tags, run.info.run_id
+    header = _unpack(tags, HEADER)
+    if header is None:
+        return None
+    segments: list[SegmentResult] = []
+    while (text := _unpack(tags, SEGMENT.format(len(segments)))) is not None:
+        segments.append(_parse(SegmentResult, text, run_id))
+    text = _unpack(tags, OPEN)
+    segment = _parse(Segment, text, run_id) if text is not None else None
+    if segment is not None and segment.index != len(segments):
+        segment = None
+    trial = _parse(Trial, header, run_id).model_copy(update={"segments": tuple(segments), "open_segment": segment})
+    return _Child(run_id, trial, run.info.status, run.info.run_name, entries.get(run_id))
+
+
+def _read_facts(parent: Run) -> dict[str, str | float]:
+    tags = parent.data.tags
+    names = [name for name in tags if name.startswith(FACT) and not PIECE.search(name)]
+    return {name.removeprefix(FACT): json.loads(_unpack(tags, name) or "null") for name in names}
+
+
+def _pack(name: str, text: str) -> dict[str, str]:
+    """A text as tags: one, or if it is too long, one that counts the pieces, and the pieces."""
+    if len(text) <= TAG_LIMIT:
+        return {name: text}
+    pieces = [text[start : start + TAG_LIMIT] for start in range(0, len(text), TAG_LIMIT)]
+    return {name: f"+{len(pieces)}", **{f"{name}:{number}": piece for number, piece in enumerate(pieces)}}
+
+
+def _unpack(tags: Mapping[str, str], name: str) -> str | None:
+    """The text that `_pack` stored; None if there is none."""
+    text = tags.get(name)
+    if text is None or not text.startswith("+"):
+        return text
+    return "".join(tags[f"{name}:{number}"] for number in range(int(text)))
+
+
+def _parse(kind: type[AnyModel], text: str, run_id: str) -> AnyModel:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        fault: Any = error.errors(include_url=False)[0]
+        raise LedgerError(
+            f"MLflow run {run_id} holds a {kind.__name__} that cannot be read ({fault['msg']}); it was edited, or "
+            "written by a newer jfhpo: upgrade jfhpo, or delete the run to train its trial again"
+        ) from None
+
+
+def _records_file(index: int) -> str:
+    return f"records/segment-{index:04d}.jsonl"
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
