@@ -27,6 +27,9 @@ ZERO_SHARE = 0.15
 SIGNIFICANT_DIGITS = 6
 """Floats are rounded to this many digits, so that what is printed is what was run."""
 
+RANGE_DIGITS = 12
+"""Digits of a linear range that coordinates resolve: what lies below is rounding error where the range crosses zero."""
+
 Vector = NDArray[np.float64]
 
 
@@ -69,6 +72,8 @@ class FloatParameter(_Parameter):
 
     def encode(self, value: Value) -> list[float]:
         """Value to coordinate in [0, 1]."""
+        if isinstance(value, bool | str):
+            raise ValueError(f"{value!r} is not a number")  # noqa: TRY004  like the other refusals
         number = float(value)
         if self.zero and number == 0:
             return [ZERO_SHARE / 2]
@@ -88,7 +93,8 @@ class FloatParameter(_Parameter):
         if self.log:
             number = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
         else:
-            number = self.low + share * (self.high - self.low)
+            width = self.high - self.low
+            number = round(self.low + share * width, RANGE_DIGITS - math.ceil(math.log10(width)))
         return min(self.high, max(self.low, float(f"{number:.{SIGNIFICANT_DIGITS}g}")))
 
 
@@ -115,6 +121,8 @@ class IntParameter(_Parameter):
     def encode(self, value: Value) -> list[float]:
         """Value to coordinate in (0, 1)."""
         number = int(value)
+        if number != value:
+            raise ValueError(f"{value!r} is not a whole number")
         if not self.low <= number <= self.high:
             raise ValueError(f"{number} lies outside [{self.low}, {self.high}]")
         low, high = self._ends()
@@ -137,7 +145,7 @@ class ChoiceParameter(_Parameter):
     @field_validator("values")
     @classmethod
     def _distinct(cls, values: list[Value]) -> list[Value]:
-        if len({(type(value), value) for value in values}) < len(values):
+        if len({(isinstance(value, bool), value) for value in values}) < len(values):
             raise ValueError(f"the values must differ from each other, got {values}")
         return values
 
