@@ -94,7 +94,7 @@ class FloatParameter(_Parameter):
             number = math.exp(math.log(self.low) + share * (math.log(self.high) - math.log(self.low)))
         else:
             width = self.high - self.low
-            number = round(self.low + share * width, RANGE_DIGITS - math.ceil(math.log10(width)))
+            number = round(self.low + share * width, RANGE_DIGITS - math.ceil(math.log10(width))) + 0.0  # no minus zero
         return min(self.high, max(self.low, float(f"{number:.{SIGNIFICANT_DIGITS}g}")))
 
 

@@ -29,7 +29,7 @@ def float_parameters(draw: st.DrawFn) -> dict[str, Any]:
         low = six_digits(10 ** draw(st.floats(-9, 3)))
         high = six_digits(low * 10 ** draw(st.floats(0.01, 6)))
     else:
-        low = six_digits(draw(st.floats(-1e4, 1e4)))
+        low = six_digits(round(draw(st.floats(-1e4, 1e4)), 4))
         high = six_digits(low + 10 ** draw(st.floats(-2, 4)))
     assume(low < high)
     return {"type": "float", "low": low, "high": high, "log": log, "zero": zero}
