@@ -138,6 +138,29 @@ class MlflowLedger:
         for child in self._children.values():
             self._settle(child)
 
+    def look(self, study: StudySpec) -> bool:
+        """Open for reading only, also while another process runs the study. Nothing is created or changed.
+
+        Returns:
+            False if the tracking store holds no such study; the ledger is not open then.
+
+        Raises:
+            LedgerError: As `open`.
+        """
+        if self._given is None and not _exists(_uri(study)):
+            return False
+        client = self._given or connect(study)
+        experiment = client.get_experiment_by_name(_experiment_name(study))
+        parent = _study_run(client, experiment.experiment_id, study) if experiment is not None else None
+        if parent is None:
+            return False
+        if parent.data.tags.get(IDENTITY) != study.identity():
+            raise LedgerError(mismatch_message(study.study))
+        self._opened, self._study, self._experiment_id = client, study, experiment.experiment_id
+        self._parent, self._facts = parent, _read_facts(parent)
+        self._children = self._read_children()
+        return True
+
     def trials(self) -> list[Trial]:
         """See `Ledger.trials`."""
         return [child.trial for child in self._children.values()]
@@ -368,7 +391,7 @@ def connect(study: StudySpec) -> MlflowClient:
     Raises:
         LedgerError: A tracking server does not answer. MLflow itself would try again for minutes.
     """
-    uri = study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    uri = _uri(study)
     # MLflow prints a link for every run that ends and a bar for every file; the search has its own display.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -392,6 +415,18 @@ def connect(study: StudySpec) -> MlflowClient:
         ) from error
 
 
+def _uri(study: StudySpec) -> str:
+    return study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def _exists(uri: str) -> bool:
+    """Whether a store that is a local file or folder is there; MLflow would create it. True for all other stores."""
+    parts = urlsplit(uri)
+    if parts.scheme == "sqlite":
+        return Path(parts.path.removeprefix("/")).exists()
+    return Path(parts.path).exists() if parts.scheme in ("", "file") else True
+
+
 def _is_server(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
 
@@ -401,8 +436,12 @@ def _without_password(uri: str) -> str:
     return uri.replace(f":{password}@", ":***@") if password else uri
 
 
+def _experiment_name(study: StudySpec) -> str:
+    return study.tracking.experiment or f"jfhpo/{study.study}"
+
+
 def _experiment(client: MlflowClient, study: StudySpec) -> Experiment:
-    name = study.tracking.experiment or f"jfhpo/{study.study}"
+    name = _experiment_name(study)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         return client.get_experiment(client.create_experiment(name, _artifact_folder(client.tracking_uri, name)))
