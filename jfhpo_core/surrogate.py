@@ -98,6 +98,14 @@ class _Parameters(torch.nn.Module):
         self.register_parameter(name, torch.nn.Parameter(value))
         self._priors[name] = prior
 
+    def bounds(self) -> list[tuple[float, float]]:
+        """Search range of every entry: four prior deviations around the prior mean."""
+        return [
+            (prior.mean - 4 * prior.deviation, prior.mean + 4 * prior.deviation)
+            for name, prior in self._priors.items()
+            for _ in range(getattr(self, name).numel())
+        ]
+
     def log_prior(self) -> Tensor:
         """Sum of the log densities, constants left out."""
         total = torch.zeros((), dtype=torch.double)
@@ -235,11 +243,9 @@ class JointSurrogate(SingleTaskGP):
 
     def fit(self) -> JointSurrogate:
         """Set the parameters to their posterior mode (L-BFGS from the prior means) and return the model."""
-        parameters = [
-            parameter
-            for module in (self.kernel.parameters_, self.mean_module.parameters_)
-            for parameter in module.parameters()
-        ]
+        modules = (self.kernel.parameters_, self.mean_module.parameters_)
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        bounds = [bound for module in modules for bound in module.bounds()]
         shapes = [parameter.numel() for parameter in parameters]
 
         def assign(vector: np.ndarray) -> None:
@@ -249,21 +255,23 @@ class JointSurrogate(SingleTaskGP):
 
         def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
             assign(vector)
-            for parameter in parameters:
-                parameter.grad = None
-            loss = -self.log_posterior() / len(self.train_targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            gradient = np.concatenate([parameter.grad.numpy().ravel() for parameter in parameters])
-            value = loss.item()
-            if not (math.isfinite(value) and np.isfinite(gradient).all()):
+            posterior = self.log_posterior()
+            if posterior is None:
                 return UNUSABLE, np.zeros_like(vector)
-            return value, gradient
+            loss = -posterior / len(self.train_targets)
+            gradients = torch.autograd.grad(loss, parameters)
+            return loss.item(), np.concatenate([gradient.numpy().ravel() for gradient in gradients])
 
         start = np.concatenate([parameter.detach().numpy().ravel() for parameter in parameters])
         result = minimize(
-            objective, start, jac=True, method="L-BFGS-B", options={"maxiter": FIT_ITERATIONS, "ftol": 1e-6}
+            objective,
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": FIT_ITERATIONS, "ftol": 1e-6},
         )
-        assign(result.x if np.isfinite(result.fun) and result.fun < UNUSABLE else start)
+        assign(result.x if result.fun < UNUSABLE else start)
         # The learned seed variance joins the measured one as the model's fixed observation noise.
         with torch.no_grad():
             self.likelihood.noise_covar.noise = self.noise_variances()
@@ -275,14 +283,17 @@ class JointSurrogate(SingleTaskGP):
         inputs = self.train_inputs[0]
         return self.measured_variances + self.kernel.seed_variance(inputs)
 
-    def log_posterior(self) -> Tensor:
-        """Log marginal likelihood plus log prior of the current parameters (up to a constant)."""
+    def log_posterior(self) -> Tensor | None:
+        """Log marginal likelihood plus log prior of the current parameters (up to a constant).
+
+        None if the covariance has no Cholesky factor.
+        """
         inputs, targets = self.train_inputs[0], self.train_targets
         covariance = self.kernel.forward(inputs, inputs)
         noise = self.noise_variances() + JITTER
         factor, failed = torch.linalg.cholesky_ex(covariance + torch.diag(noise))
         if failed.item():
-            return torch.tensor(-UNUSABLE * len(targets), dtype=torch.double, requires_grad=True)
+            return None
         residual = (targets - self.mean_module(inputs)).unsqueeze(-1)
         white = torch.linalg.solve_triangular(factor, residual, upper=False)
         likelihood = -white.square().sum() / 2 - factor.diagonal().log().sum()
