@@ -1,0 +1,138 @@
+"""The embedded default trainer: TRL's GRPOTrainer and RLOOTrainer in one process, on a CPU or on one GPU.
+
+This module knows what a study may ask of it and imports nothing heavy; `trl_training` does the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.hyperparameters import Hyperparameters
+from jfhpo_core.space import ChoiceParameter, IntParameter
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.tasks import load_task
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult, model_dump_hyperparameters
+
+
+class LoraSettings(BaseModel):
+    """Train low-rank adapters (LoRA, arXiv 2106.09685) instead of all weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0, description="Adapters are scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        default="all-linear",
+        description="Names of the adapted modules; 'all-linear' is every linear layer but the head.",
+    )
+
+
+class TrlSettings(BaseModel):
+    """The section `trainer.settings` of a study with trainer `trl`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lora: LoraSettings | None = Field(default=None, description="None trains all weights.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Precision of the computation. The trained weights stay in float32 in both cases: in bfloat16 the "
+        "updates of a usual learning rate would vanish.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="'auto' takes a GPU if there is one.")
+    threads: int = Field(default=1, ge=1, description="CPU threads of a trial.")
+    generation_batch: int = Field(default=512, ge=1, description="At most this many completions are sampled at once.")
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        description="At most this many completions go through the model at once in training; None: a whole mini-batch.",
+    )
+    gradient_checkpointing: bool = Field(default=False, description="Save memory by computing activations twice.")
+    chat_template: bool = Field(
+        default=False, description="Give prompts to the model as a user's message, in the model's chat template."
+    )
+
+
+class TrlTrainer:
+    """GRPO and its relatives by TRL; see `Hyperparameters` and `TrlSettings` for what can be set.
+
+    A step is one rollout of `prompts_per_step` x `n_samples` completions, followed by `mini_batches` optimizer updates
+    on equal parts of it. Advantages are computed over whole groups before the rollout is shuffled and parted. With
+    loss type `dr_grpo` advantages are not divided by the group's standard deviation, as in its paper; with `rloo` the
+    KL penalty enters the reward and the clip range applies to whole completions.
+    """
+
+    name: ClassVar[str] = "trl"
+    hyperparameters: ClassVar[type[BaseModel]] = Hyperparameters
+
+    def check(self, study: StudySpec) -> None:
+        """See `Trainer.check`."""
+        settings(study)
+        task = load_task(study.task)
+        if len(task.heldout) < _FEWEST_HELDOUT:
+            raise SpecError(
+                f"task.heldout: {len(task.heldout)} row gives no standard error; give at least {_FEWEST_HELDOUT}"
+            )
+        for model in study.family.models:
+            if model.devices != 1:
+                raise SpecError(
+                    f"family: model {model.name!r} asks for {model.devices} devices, but trainer 'trl' trains on one; "
+                    "set devices: 1, or use a trainer for clusters"
+                )
+        for where, prompts, samples, parts in _batchings(study):
+            if prompts * samples % parts:
+                raise SpecError(
+                    f"{where}: prompts_per_step={prompts} x n_samples={samples} = {prompts * samples} completions "
+                    f"cannot be parted into mini_batches={parts} equal updates; change one of the three"
+                )
+
+    def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+        """See `Trainer.run`."""
+        from jfhpo_core.trainers.trl_training import train
+
+        return train(job, settings(job.study), start, stage, observe)
+
+
+def settings(study: StudySpec) -> TrlSettings:
+    """The study's trainer settings.
+
+    Raises:
+        SpecError: A setting is unknown or out of bounds.
+    """
+    try:
+        return TrlSettings.model_validate(study.trainer.settings)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        known = ", ".join(TrlSettings.model_fields)
+        raise SpecError(
+            f"trainer.settings.{'.'.join(map(str, fault['loc']))}: {fault['msg']}; trainer 'trl' knows {known}"
+        ) from None
+
+
+_FEWEST_HELDOUT = 2
+_BATCHING = ("prompts_per_step", "n_samples", "mini_batches")
+
+
+def _batchings(study: StudySpec) -> Iterator[tuple[str, int, int, int]]:
+    """All combinations of the three batch hyperparameters that a trial of the study may have, with where they stand."""
+    fixed = model_dump_hyperparameters(Hyperparameters, study.trainer.fixed)
+    for prompts, samples, parts in product(*(_possible(study, name, fixed) for name in _BATCHING)):
+        yield "space and trainer.fixed", prompts, samples, parts
+    for baseline in study.baselines:
+        full = Hyperparameters.model_validate({**study.trainer.fixed, **baseline.configuration})
+        yield f"baselines.{baseline.name}", full.prompts_per_step, full.n_samples, full.mini_batches
+
+
+def _possible(study: StudySpec, name: str, fixed: dict[str, Any]) -> list[int]:
+    parameter = study.space[name] if name in set(study.space) else None
+    if isinstance(parameter, ChoiceParameter):
+        return [int(value) for value in parameter.values]
+    if isinstance(parameter, IntParameter):
+        return list(range(parameter.low, parameter.high + 1))
+    return [fixed[name]]

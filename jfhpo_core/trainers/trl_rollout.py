@@ -1,0 +1,168 @@
+"""Sampling completions and scoring them, for rollouts and for evaluation, without leaving a trace in random states."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from jfhpo_core.tasks import Row, Task, columns_of
+from jfhpo_core.trial import Evaluation
+
+EVALUATION_SEED = 20240213
+"""Every evaluation of every trial samples with these random numbers: configurations are compared on equal terms."""
+
+Tokens = list[int]
+
+
+@contextmanager
+def own_randomness(seed: int | None = None) -> Iterator[None]:
+    """Run with random states of one's own (Python, numpy, torch); the caller's are restored afterwards.
+
+    Args:
+        seed: Where to start from; None goes on from the caller's states.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  the global state is meant
+    with torch.random.fork_rng(devices):
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
+                torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How completions are sampled.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        stop_tokens: Ids that end a completion.
+        max_tokens: Length limit of a completion.
+        batch: At most this many completions are sampled at once.
+        chat_template: Whether prompts are wrapped as a user's message.
+    """
+
+    tokenizer: Any
+    stop_tokens: tuple[int, ...]
+    max_tokens: int
+    batch: int
+    chat_template: bool
+
+    def encode(self, prompts: Sequence[str]) -> list[Tokens]:
+        """Token ids of each prompt."""
+        if not self.chat_template:
+            ids: list[Tokens] = self.tokenizer(list(prompts))["input_ids"]
+            return ids
+        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        chats: list[Tokens] = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+        return chats
+
+    def decode(self, completions: Sequence[Tokens]) -> list[str]:
+        """Text of each completion, special tokens left out."""
+        texts: list[str] = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return texts
+
+    def truncated(self, completion: Tokens) -> bool:
+        """Whether a completion was cut off at the length limit."""
+        return completion[-1] not in self.stop_tokens
+
+    @torch.no_grad()
+    def sample(self, model: Any, prompts: Sequence[Tokens], temperature: float) -> list[Tokens]:
+        """One completion per prompt, up to and including its first stop token, at least one token long.
+
+        A model whose logits are not finite yields arbitrary tokens rather than an error: the gradient or the KL of the
+        step tells the stopping rules.
+        """
+        # What the checkpoint's own generation_config says (top_p, top_k, ...) must not leak into RL sampling, and
+        # `generate` fills whatever looks unset from it: hence the exchange.
+        module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        own_config, training = module.generation_config, module.training
+        module.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            max_new_tokens=self.max_tokens,
+            remove_invalid_values=True,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=list(self.stop_tokens),
+        )
+        module.eval()
+        try:
+            completions: list[Tokens] = []
+            for first in range(0, len(prompts), self.batch):
+                completions += self._sample_batch(module, prompts[first : first + self.batch])
+        finally:
+            module.generation_config = own_config
+            module.train(training)
+        return completions
+
+    def _sample_batch(self, module: Any, prompts: Sequence[Tokens]) -> list[Tokens]:
+        width = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=module.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=module.device
+        )
+        rows = module.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist()
+        return [self._until_stop(row) for row in rows]
+
+    def _until_stop(self, row: Tokens) -> Tokens:
+        end = next((position for position, token in enumerate(row) if token in self.stop_tokens), len(row) - 1)
+        return row[: end + 1]
+
+
+def evaluate(
+    model: Any,
+    sampler: Sampler,
+    task: Task,
+    rows: Sequence[Row],
+    samples: int,
+    temperature: float,
+    step: int,
+    prompts: int,
+) -> Evaluation:
+    """Score sampled completions of held-out prompts.
+
+    Args:
+        model: The policy.
+        sampler: How to sample.
+        task: Whose reward is the score.
+        rows: Held-out rows.
+        samples: Completions per row.
+        temperature: Of the sampling.
+        step: Training steps done, for the record.
+        prompts: Training prompts consumed, for the record.
+    """
+    began = time.perf_counter()
+    repeated = [row for row in rows for _ in range(samples)]
+    with own_randomness(EVALUATION_SEED):
+        texts = [row["prompt"] for row in repeated]
+        completions = sampler.decode(sampler.sample(model, sampler.encode(texts), temperature))
+        rewards = task.reward(prompts=texts, completions=completions, **columns_of(repeated))
+    means = np.array(rewards).reshape(len(rows), samples).mean(axis=1)
+    # All prompts scoring alike does not prove a noiseless score; half a completion's weight is the least to claim.
+    floor = 0.5 / len(rewards)
+    return Evaluation(
+        step=step,
+        prompts=prompts,
+        score=float(means.mean()),
+        standard_error=max(float(means.std(ddof=1)) / math.sqrt(len(rows)), floor),
+        samples=len(rewards),
+        seconds=time.perf_counter() - began,
+    )

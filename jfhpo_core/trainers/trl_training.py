@@ -1,0 +1,453 @@
+"""One job of the `trl` trainer: TRL's loop, with our prompts order, our record of every step, and exact resumption.
+
+TRL counts optimizer updates; a step of ours is a rollout and its `mini_batches` updates. Our schedule of prompts makes
+one epoch of the whole horizon, so that TRL can skip to any step; learning-rate schedules span the horizon as well,
+and a segment merely stops on the way.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate.state
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.trainer.utils import use_adapter
+
+from jfhpo_core.errors import InfrastructureError, SpecError, TrialFailure
+from jfhpo_core.hyperparameters import Hyperparameters
+from jfhpo_core.tasks import Row, Task, columns_of, load_task
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.trl import TrlSettings
+from jfhpo_core.trainers.trl_rollout import Sampler, Tokens, evaluate, own_randomness
+from jfhpo_core.trial import Evaluation, FailureKind, StepRecord
+
+PROGRESS = "jfhpo-progress.json"
+"""File of a checkpoint with what TRL does not count: our step and the completion tokens so far."""
+
+SCHEDULERS = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+"""Our names to those of transformers."""
+
+# A collection of all that these imports made takes most of a second, and transformers asks for one in every job.
+gc.collect()
+gc.freeze()
+
+
+def train(job: Job, settings: TrlSettings, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+    """See `Trainer.run`."""
+    began = time.perf_counter()
+    with _own_process_state(settings.threads):
+        try:
+            trainer = _build(job, settings, start, stage)
+            loop = _Loop(trainer, job, observe, began, fresh=start is None)
+            trainer.add_callback(loop)
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            if not loop.stopped:
+                trainer.save_state_to(stage, loop.step)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise TrialFailure(FailureKind.OUT_OF_MEMORY, f"out of memory: {error}") from error
+        except RuntimeError as error:
+            if "can't allocate memory" in str(error):
+                raise TrialFailure(FailureKind.OUT_OF_MEMORY, f"out of memory: {error}") from error
+            raise
+    return TrainingResult(
+        end_step=loop.step,
+        end_prompts=loop.step * job.prompts_per_step,
+        evaluations=tuple(loop.evaluations),
+        startup_seconds=loop.startup_seconds,
+        evaluation_seconds=sum(evaluation.seconds for evaluation in loop.evaluations),
+    )
+
+
+@contextmanager
+def _own_process_state(threads: int) -> Iterator[None]:
+    """Keep what a job sets for the whole process from the jobs that follow it."""
+    threads_before = torch.get_num_threads()
+    verbosity = transformers.logging.get_verbosity()
+    progress_bars = transformers.logging.is_progress_bar_enabled()
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with own_randomness(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_num_threads(threads_before)
+        transformers.logging.set_verbosity(verbosity)
+        if progress_bars:
+            transformers.logging.enable_progress_bar()
+        # Accelerate keeps device and precision of its first user in singletons.
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # noqa: SLF001
+        accelerate.state.GradientState._reset_state()  # noqa: SLF001
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+class PromptSchedule(torch.utils.data.Dataset[list[dict[str, Any]]]):
+    """The rows of every update of the full horizon: shuffled anew for each pass over the prompts, from the seed alone.
+
+    The order does not depend on the batch size, so configurations of one seed see the same prompts in the same order.
+
+    Args:
+        rows: Training rows.
+        prompts_per_step: Prompts of a rollout.
+        samples: Completions per prompt.
+        loads: How often TRL loads the same rollout (once per micro-batch).
+        steps: Steps of the full horizon.
+        seed: Of the order.
+    """
+
+    def __init__(
+        self, rows: tuple[Row, ...], prompts_per_step: int, samples: int, loads: int, steps: int, seed: int
+    ) -> None:
+        self._rows = rows
+        self._prompts_per_step = prompts_per_step
+        self._samples = samples
+        self._loads = loads
+        self._steps = steps
+        self._seed = seed
+        self._passes: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self._steps * self._loads
+
+    def __getitem__(self, load: int) -> list[dict[str, Any]]:
+        first = load // self._loads * self._prompts_per_step
+        rows = [self.row(position) for position in range(first, first + self._prompts_per_step)]
+        return [{"prompt": self._rows[row]["prompt"], "row": row} for row in rows for _ in range(self._samples)]
+
+    def row(self, position: int) -> int:
+        """Index of the row at a position of the endless stream of prompts."""
+        number, offset = divmod(position, len(self._rows))
+        if number not in self._passes:
+            self._passes = {number: np.random.default_rng((self._seed, number)).permutation(len(self._rows)).tolist()}
+        return self._passes[number][offset]
+
+
+@dataclass
+class _Signals:
+    """What is measured during one step."""
+
+    rewards: list[float] = field(default_factory=list)
+    completions: list[Tokens] = field(default_factory=list)
+    kls: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    learning_rate: float = 0.0
+    generation_seconds: float = 0.0
+
+
+class _Measured(transformers.Trainer):  # type: ignore[misc]
+    """What our trainers have in common: prompts, sampling and records in our hands, the algorithm in TRL's."""
+
+    def __init__(
+        self, *args: Any, task: Task, sampler: Sampler, schedule: PromptSchedule, beta: float, **kwargs: Any
+    ) -> None:
+        self.task = task
+        self.sampler = sampler
+        self._schedule = schedule
+        self.tokens = 0
+        self.signals = _Signals()
+        super().__init__(*args, reward_funcs=self._score, **kwargs)
+        # TRL makes a reference model only for beta > 0; ours is given one in any case, to measure the KL.
+        self.beta = beta
+        self.remove_callback(PrinterCallback)
+
+    def _send_telemetry(self) -> None:
+        """Nobody is told."""
+
+    def get_train_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
+        return DataLoader(self._schedule, batch_size=1, collate_fn=lambda items: items[0])
+
+    def _score(self, prompts: list[str], completions: list[str], row: list[int], **_: Any) -> list[float]:
+        """The task's reward, called as in evaluation: with the row's own columns and nothing of TRL's."""
+        rows = [self.task.train[number] for number in row]
+        self.signals.rewards = self.task.reward(prompts=prompts, completions=completions, **columns_of(rows))
+        return self.signals.rewards
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[Tokens], None, dict[str, Any]]:
+        return self.sampler.encode(prompts), None, {}
+
+    def _sample(self, prompt_ids: list[Tokens]) -> list[Tokens]:
+        completions = self.sampler.sample(self.model, prompt_ids, self.temperature)
+        self.signals.completions = completions
+        return completions
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        began = time.perf_counter()
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.beta == 0:
+            self._score_by_reference(batch)
+        # Whoever asked for it, the reference was the last to score the rollout.
+        batch["ref_per_token_logps"] = self._token_logps
+        self.signals.generation_seconds = time.perf_counter() - began
+        return batch
+
+    @torch.no_grad()
+    def _score_by_reference(self, batch: dict[str, Any]) -> None:
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        width, size = batch["completion_ids"].size(1), self.args.per_device_train_batch_size
+        if self.ref_model is not None:
+            self._get_per_token_logps_and_entropies(self.ref_model, ids, mask, width, batch_size=size)
+        else:  # LoRA: the reference is the model without its adapter
+            with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
+                self._get_per_token_logps_and_entropies(self.model, ids, mask, width, batch_size=size)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._token_logps = result[0].detach()
+        return result
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        loss = super()._compute_loss(model, inputs)
+        mask = inputs["completion_mask"]
+        difference = inputs["ref_per_token_logps"] - self._token_logps
+        k3 = torch.exp(difference) - difference - 1
+        self.signals.kls.append(float((k3 * mask).sum() / mask.sum()))
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self.signals.grad_norms.append(float(norm))
+        self.signals.learning_rate = self._get_learning_rate()
+        return norm
+
+    def take_record(self, step: int, prompts: int, seconds: float) -> StepRecord:
+        """The record of the step that has just ended.
+
+        Args:
+            step: Steps completed.
+            prompts: Prompts consumed since step 0.
+            seconds: Duration of the step.
+        """
+        signals, self.signals = self.signals, _Signals()
+        metrics = self._metrics["train"]
+        lengths = [len(completion) for completion in signals.completions]
+        self.tokens += sum(lengths)
+        groups = np.array(signals.rewards).reshape(-1, self.num_generations)
+        record = StepRecord(
+            step=step,
+            prompts=prompts,
+            tokens=self.tokens,
+            reward=float(groups.mean()),
+            reward_std=float(groups.std()),
+            zero_variance_share=float((groups.max(axis=1) == groups.min(axis=1)).mean()),
+            kl=_mean(signals.kls),
+            entropy=_mean(metrics["entropy"]),
+            clip_fraction=_mean(metrics["clip_ratio/region_mean"]),
+            grad_norm=_mean(signals.grad_norms),
+            completion_tokens=_mean(lengths),
+            truncated_share=_mean([self.sampler.truncated(completion) for completion in signals.completions]),
+            learning_rate=signals.learning_rate,
+            generation_seconds=signals.generation_seconds,
+            training_seconds=max(0.0, seconds - signals.generation_seconds),
+        )
+        metrics.clear()
+        return record
+
+    def save_state_to(self, stage: Path, step: int) -> None:
+        """Write all that resuming needs: weights (safetensors), optimizer, scheduler, random states and counters."""
+        self.save_model(str(stage))
+        # A pickle that nothing reads back.
+        (stage / "training_args.bin").unlink()
+        self._save_optimizer_and_scheduler(str(stage))
+        self._save_rng_state(str(stage))
+        self.state.save_to_json(str(stage / "trainer_state.json"))
+        (stage / PROGRESS).write_text(json.dumps({"step": step, "tokens": self.tokens}), encoding="utf-8")
+
+
+class _Grpo(_Measured, GRPOTrainer):  # type: ignore[misc]
+    def _generate_single_turn(self, prompt_ids: list[Tokens], *_: Any, **__: Any) -> tuple[list[Tokens], None]:
+        return self._sample(prompt_ids), None
+
+
+class _Rloo(_Measured, RLOOTrainer):  # type: ignore[misc]
+    def _generate_single_turn(self, prompt_ids: list[Tokens], *_: Any, **__: Any) -> list[Tokens]:
+        return self._sample(prompt_ids)
+
+
+class _Loop(TrainerCallback):  # type: ignore[misc]
+    """Reports every step, evaluates where it is due, and ends the segment."""
+
+    def __init__(self, trainer: _Measured, job: Job, observe: Observer, began: float, *, fresh: bool) -> None:
+        self._trainer = trainer
+        self._job = job
+        self._observe = observe
+        self._began = began
+        self._fresh = fresh
+        self._updates = int(job.configuration["mini_batches"])
+        self.step = 0 if fresh else job.segment.start_step
+        self.evaluations: list[Evaluation] = []
+        self.startup_seconds = 0.0
+        self.stopped = False
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.startup_seconds = time.perf_counter() - self._began
+        if self._fresh and 0 in self._job.evaluation_steps:
+            self._evaluate()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step, rest = divmod(state.global_step, self._updates)
+        if rest:
+            return
+        seconds = time.perf_counter() - self._began
+        prompts = self.step * self._job.prompts_per_step
+        decision = self._observe(self._trainer.take_record(self.step, prompts, seconds))
+        self.stopped = decision is not None and decision.stop
+        if self.stopped or self.step in self._job.evaluation_steps:
+            self._evaluate()
+        control.should_training_stop = self.stopped or self.step >= self._job.segment.stop_step
+        self._began = time.perf_counter()
+
+    def _evaluate(self) -> None:
+        spec, task = self._job.study.evaluation, self._trainer.task
+        self.evaluations.append(
+            evaluate(
+                self._trainer.model,
+                self._trainer.sampler,
+                task,
+                task.heldout[: spec.prompts],
+                spec.samples_per_prompt,
+                spec.temperature,
+                self.step,
+                self.step * self._job.prompts_per_step,
+            )
+        )
+
+
+def _build(job: Job, settings: TrlSettings, start: Path | None, stage: Path) -> Any:
+    chosen = Hyperparameters.model_validate(job.configuration)
+    task = load_task(job.study.task)
+    part = chosen.prompts_per_step * chosen.n_samples // chosen.mini_batches
+    accumulation = _accumulation(part, settings.micro_batch)
+    schedule = PromptSchedule(
+        task.train,
+        chosen.prompts_per_step,
+        chosen.n_samples,
+        chosen.mini_batches * accumulation,
+        job.total_steps,
+        job.seed,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(job.model_path, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32)
+    updates = job.total_steps * chosen.mini_batches
+    common: dict[str, Any] = {
+        "output_dir": str(stage),
+        "seed": job.seed,
+        "use_cpu": _on_cpu(settings),
+        "bf16": settings.dtype == "bfloat16",
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "max_steps": updates,
+        "learning_rate": chosen.learning_rate,
+        "lr_scheduler_type": SCHEDULERS[chosen.scheduler],
+        "warmup_steps": math.ceil(chosen.warmup_ratio * updates),
+        "weight_decay": chosen.weight_decay,
+        "max_grad_norm": chosen.max_grad_norm,
+        "num_generations": chosen.n_samples,
+        "per_device_train_batch_size": part // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": chosen.mini_batches * accumulation,
+        # See `_Measured.__init__`: any beta but zero makes TRL keep a reference.
+        "beta": chosen.kl_coefficient or 1.0,
+        "epsilon": chosen.clip_low,
+        "epsilon_high": chosen.clip_high,
+        "temperature": chosen.temperature,
+        "max_completion_length": task.max_completion_tokens,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    if chosen.loss_type == "rloo":
+        kind: Any = _Rloo
+        config = RLOOConfig(**common)
+    else:
+        kind = _Grpo
+        scale = "none" if chosen.loss_type == "dr_grpo" else "group"
+        config = GRPOConfig(**common, loss_type=chosen.loss_type, scale_rewards=scale)
+    # With several GPUs in sight transformers would spread a batch over them.
+    config._n_gpu = min(config.n_gpu, 1)  # noqa: SLF001
+    stop_tokens = _stop_tokens(model, tokenizer)
+    if tokenizer.pad_token is None:
+        if not stop_tokens:
+            raise SpecError(f"{job.model_path}: its tokenizer has neither a padding nor an end token; add one to it")
+        tokenizer.pad_token_id = stop_tokens[0]
+    sampler = Sampler(
+        tokenizer=tokenizer,
+        stop_tokens=stop_tokens,
+        max_tokens=task.max_completion_tokens,
+        batch=settings.generation_batch,
+        chat_template=settings.chat_template,
+    )
+    trainer = kind(
+        model=model,
+        args=config,
+        # TRL insists on a data set of this class; the prompts come from the schedule.
+        train_dataset=Dataset.from_dict({"prompt": [task.train[0]["prompt"]]}),
+        processing_class=tokenizer,
+        peft_config=_lora(settings),
+        task=task,
+        sampler=sampler,
+        schedule=schedule,
+        beta=chosen.kl_coefficient,
+    )
+    if start is not None:
+        trainer.tokens = json.loads((start / PROGRESS).read_text(encoding="utf-8"))["tokens"]
+    return trainer
+
+
+def _accumulation(part: int, micro_batch: int | None) -> int:
+    """Into how many equal micro-batches to cut an update of `part` completions: as few as the limit allows."""
+    limit = micro_batch or part
+    return next(count for count in range(1, part + 1) if part % count == 0 and part // count <= limit)
+
+
+def _on_cpu(settings: TrlSettings) -> bool:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise InfrastructureError(
+            "trainer.settings.device is 'cuda', but this worker sees no GPU; set cluster.gpus_per_device: 1, or "
+            "device: auto"
+        )
+    return settings.device == "cpu" or not torch.cuda.is_available()
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that the model or its tokenizer declares to be an end of text."""
+    declared = model.generation_config.eos_token_id
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    return tuple(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *declared]))
+
+
+def _lora(settings: TrlSettings) -> Any:
+    if settings.lora is None:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora.rank,
+        lora_alpha=settings.lora.alpha,
+        lora_dropout=settings.lora.dropout,
+        target_modules=settings.lora.target_modules,
+    )
+
+
+def _mean(values: list[float] | list[int] | list[bool]) -> float:
+    return sum(values) / len(values)
