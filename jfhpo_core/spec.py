@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.hyperparameters import default_spaces
@@ -20,17 +22,19 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names of studies, models and baselines: they become folder names, so no separators and no leading dot."""
 
 
-def _check_name(value: str) -> str:
-    if not NAME.fullmatch(value):
+def _check_name(value: Any) -> str:
+    if isinstance(value, bool | float):
+        raise ValueError("YAML reads this as a truth value or a number; put the name in quotes")  # noqa: TRY004
+    if not NAME.fullmatch(str(value)):
         raise ValueError("use letters, digits, '.', '_' and '-' (at most 64, starting with a letter or digit)")
-    return value
+    return str(value)
 
 
-Name = Annotated[str, BeforeValidator(lambda value: _check_name(str(value)))]
+Name = Annotated[str, BeforeValidator(_check_name)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSpec(_Section):
@@ -253,6 +257,11 @@ class TrackingSpec(_Section):
     workspace: str = Field(default=".jfhpo", description="Folder for checkpoints and reports.")
 
 
+def _fault(field: str, message: str) -> PydanticCustomError:
+    """A fault between sections, told at the field where it is best mended."""
+    return PydanticCustomError("study", "{message}", {"message": message, "field": field})
+
+
 class StudySpec(_Section):
     """A study: find good hyperparameters for reinforcement learning of the target model on the task."""
 
@@ -283,19 +292,22 @@ class StudySpec(_Section):
             for field, wanted in (("target", [self.target]), ("fidelity.proxies", self.fidelity.proxies or [])):
                 for name in wanted:
                     if name not in names:
-                        raise ValueError(f"{field}: {name!r} is not in the family ({', '.join(names)})")
+                        raise _fault(field, f"{name!r} is not in the family ({', '.join(names)})")
         baselines = [baseline.name for baseline in self.baselines]
         if len(set(baselines)) < len(baselines):
-            raise ValueError(f"baseline names must differ from each other, got {baselines}")
-        both = set(self.space) & set(self.trainer.fixed)
-        if both:
-            raise ValueError(f"searched and fixed at once: {', '.join(sorted(both))}; remove one of the two")
+            raise _fault("baselines", f"baseline names must differ from each other, got {baselines}")
+        for name in self.space:
+            if name in self.trainer.fixed:
+                raise _fault(
+                    f"trainer.fixed.{name}", "the space searches it, so it cannot be fixed; remove one of the two"
+                )
         for batch in self._batches():
             for level in self.fidelity.levels:
                 if level % batch:
-                    raise ValueError(
+                    raise _fault(
+                        "fidelity",
                         f"a rung at {level} prompts is not a whole number of steps of {batch} prompts "
-                        "(prompts_per_step); choose horizon_prompts and rungs as multiples of it"
+                        "(prompts_per_step); choose horizon_prompts and rungs as multiples of it",
                     )
         return self
 
@@ -303,14 +315,16 @@ class StudySpec(_Section):
         if "prompts_per_step" in set(self.space):
             parameter = self.space["prompts_per_step"]
             if not isinstance(parameter, ChoiceParameter):
-                raise ValueError("prompts_per_step must be a choice, so that every rung is a whole number of steps")
+                raise _fault(
+                    "space.prompts_per_step", "it must be a choice, so that every rung is a whole number of steps"
+                )
             values = list(parameter.values)
         else:
             values = [self.trainer.fixed.get("prompts_per_step", 16)]
         values += [b.configuration["prompts_per_step"] for b in self.baselines if "prompts_per_step" in b.configuration]
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"prompts_per_step must be a whole number of at least 1, got {value!r}")
+                raise _fault("study", f"prompts_per_step must be a whole number of at least 1, got {value!r}")
         return [int(value) for value in values]
 
     def identity(self) -> str:
@@ -326,7 +340,8 @@ class StudySpec(_Section):
 
     def to_yaml(self) -> str:
         """The complete study, defaults included, as YAML that `load_study` reads back to an equal study."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+        data = self.model_dump(mode="json")
+        text: str = yaml.dump(data, Dumper=_StudyDumper, sort_keys=False, allow_unicode=True, width=110)
         return text
 
 
@@ -348,6 +363,13 @@ _StudyLoader.add_implicit_resolver(
     re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
     list("-+0123456789."),
 )
+
+
+class _StudyDumper(yaml.SafeDumper):
+    """Quotes the texts that `_StudyLoader` would read as numbers."""
+
+
+_StudyDumper.yaml_implicit_resolvers = _StudyLoader.yaml_implicit_resolvers
 
 
 def parse_value(text: str) -> Any:
@@ -373,11 +395,13 @@ def parse_study(text: str, source: str = "study", folder: Path | None = None) ->
     try:
         loader = _StudyLoader(text)
         node = loader.get_single_node()
-        _refuse_repeated_keys(node, source)
+        _check_nodes(node, source)
         data = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise SpecError(f"{source}, line {line}: this is not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(f"{source}: this is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise SpecError(
             f"{source}: a study file is a mapping that begins with `study: NAME`; `jfhpo schema` lists the fields"
@@ -431,52 +455,65 @@ def resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:
     return spec.model_copy(update={"family": spec.family.model_copy(update={"models": models}), "task": task})
 
 
-def _refuse_repeated_keys(node: yaml.Node | None, source: str) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
+def _check_nodes(node: yaml.Node | None, source: str, above: tuple[yaml.Node, ...] = ()) -> None:
+    """Refuse what YAML allows and a study cannot mean: repeated keys, keys that are no words, aliases of themselves."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return
+    if node in above:
+        raise SpecError(f"{source}, line {node.start_mark.line + 1}: an alias refers to a value that contains it")
+    seen: set[str] = set()
+    for item in node.value:
+        key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
+        if key is not None:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise SpecError(f"{source}, line {line}: a field's name must be a word, not a list or a mapping")
             if key.value in seen:
-                raise SpecError(f"{source}, line {key.start_mark.line + 1}: {key.value!r} is given twice; keep one")
+                raise SpecError(f"{source}, line {line}: {key.value!r} is given twice; keep one")
             seen.add(key.value)
-            _refuse_repeated_keys(value, source)
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_repeated_keys(item, source)
+        _check_nodes(value, source, (*above, node))
 
 
-def _line(node: yaml.Node | None, location: tuple[int | str, ...]) -> int:
-    """Line of the deepest node on a validation error's path (parts that pydantic adds for unions are skipped)."""
+def _locate(node: yaml.Node | None, location: Sequence[int | str]) -> tuple[int, str]:
+    """Line and dotted field of a validation error: what of its path stands in the file, and a last part that should."""
     line = node.start_mark.line + 1 if node is not None else 1
+    field = []
     for part in location:
         if isinstance(node, yaml.MappingNode):
             match = next(((key, value) for key, value in node.value if key.value == str(part)), None)
-            if match is not None:
-                line, node = match[0].start_mark.line + 1, match[1]
+            if match is None:
+                continue  # pydantic adds parts for the members of a union
+            line, node = match[0].start_mark.line + 1, match[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = node.start_mark.line + 1
-    return line
+        else:
+            continue
+        field.append(str(part))
+    return line, ".".join(field)
 
 
 _REMEDIES = {
-    "missing": "add the field",
+    "missing": "add it",
     "extra_forbidden": "remove it or correct its spelling; `jfhpo schema` lists the fields",
+    "model_type": "write its fields as `{field: value}`; `jfhpo schema` lists them",
     "union_tag_invalid": "use type: float, int or choice",
     "union_tag_not_found": "add `type: float`, `type: int` or `type: choice`",
 }
 
 
 def _explain(error: ValidationError, node: yaml.Node | None, source: str) -> str:
-    lines = []
+    lines: dict[str, list[str]] = {}
     for fault in error.errors(include_url=False):
-        location = fault["loc"]
-        field = ".".join(str(part) for part in location) or "study"
-        message = fault["msg"].removeprefix("Value error, ")
-        shown = ""
-        if fault["type"] != "missing" and not isinstance(fault["input"], dict | list | BaseModel):
-            shown = f" (value: {json.dumps(fault['input'], default=str)})"
+        between = fault.get("ctx", {}).get("field")
+        line, field = _locate(node, between.split(".") if between else fault["loc"])
+        if fault["type"] == "missing":
+            field = f"{field}.{fault['loc'][-1]}".lstrip(".")
         remedy = _REMEDIES.get(fault["type"])
-        lines.append(
-            f"{source}, line {_line(node, location)}: {field}: {message}{shown}{f' -> {remedy}' if remedy else ''}"
-        )
-    return "\n".join(lines)
+        message = fault["msg"].removeprefix("Value error, ") + (f" -> {remedy}" if remedy else "")
+        place = f"{source}, line {line}: {field or 'study'}"
+        if fault["type"] != "missing" and not isinstance(fault["input"], dict | list | BaseModel):
+            place += f" = {json.dumps(fault['input'], default=str)}"
+        lines.setdefault(place, []).append(message)
+    # Faults at one place are the members of a union, each saying why the value is none of it.
+    return "\n".join(f"{place}: {'; or: '.join(messages)}" for place, messages in lines.items())
