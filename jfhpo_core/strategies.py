@@ -70,9 +70,9 @@ def load_strategy(study: Study) -> Strategy:
         if name == "random":
             return RandomSearch(**settings)
         if name in ("jfhpo", "paper"):
-            from jfhpo_core import optimizer
+            from jfhpo_core.optimizer import JointFidelity, PaperStrategy
 
-            return optimizer.JointFidelity(**settings) if name == "jfhpo" else optimizer.PaperStrategy(**settings)
+            return JointFidelity(**settings) if name == "jfhpo" else PaperStrategy(**settings)
     except TypeError as error:
         raise SpecError(f"strategy.settings: {error}") from None
     raise SpecError(f"strategy.name: no strategy {name!r}; there are jfhpo, paper, random")

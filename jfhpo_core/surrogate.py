@@ -24,7 +24,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,23 +98,31 @@ class _Parameters(torch.nn.Module):
         self.register_parameter(name, torch.nn.Parameter(value))
         self._priors[name] = prior
 
+    def value(self, name: str) -> Tensor:
+        """The parameter itself."""
+        return self.get_parameter(name)
+
+    def scale(self, name: str) -> Tensor:
+        """The exponential of a parameter that is kept as a logarithm."""
+        return self.get_parameter(name).exp()
+
     def bounds(self) -> list[tuple[float, float]]:
         """Search range of every entry: four prior deviations around the prior mean."""
         return [
             (prior.mean - 4 * prior.deviation, prior.mean + 4 * prior.deviation)
             for name, prior in self._priors.items()
-            for _ in range(getattr(self, name).numel())
+            for _ in range(self.value(name).numel())
         ]
 
     def log_prior(self) -> Tensor:
         """Sum of the log densities, constants left out."""
         total = torch.zeros((), dtype=torch.double)
         for name, prior in self._priors.items():
-            total = total - ((getattr(self, name) - prior.mean) / prior.deviation).square().sum() / 2
+            total = total - ((self.value(name) - prior.mean) / prior.deviation).square().sum() / 2
         return total
 
 
-class JointFidelityKernel(Kernel):
+class JointFidelityKernel(Kernel):  # type: ignore[misc]
     """Covariance of the standardized gain; see the module's docstring.
 
     Args:
@@ -145,19 +153,19 @@ class JointFidelityKernel(Kernel):
 
     def saturation(self, progress: Tensor) -> Tensor:
         """g(t), same shape as t."""
-        tau = self.parameters_.tau.exp()
+        tau = self.parameters_.scale("tau")
         return torch.expm1(-progress / tau) / torch.expm1(-1 / tau)
 
     def seed_variance(self, inputs: Tensor) -> Tensor:
         """Variance between training seeds at inputs (..., n, d + 2), shape (..., n)."""
-        return self.parameters_.seed.exp() * self.saturation(inputs[..., -1]).square()
+        return self.parameters_.scale("seed") * self.saturation(inputs[..., -1]).square()
 
     def _shifted(self, inputs: Tensor) -> Tensor:
         x = inputs[..., : self.dimension]
         if not self.shifting:
             return x
         move = torch.zeros(self.dimension, dtype=x.dtype).index_put(
-            (torch.tensor(self.shifting),), self.parameters_.shift
+            (torch.tensor(self.shifting),), self.parameters_.value("shift")
         )
         return x + move * inputs[..., self.dimension].unsqueeze(-1)
 
@@ -165,25 +173,25 @@ class JointFidelityKernel(Kernel):
         """Covariance matrix (..., n, m), or its diagonal (..., n)."""
         if diag:
             return self.variance(x1)
-        values, scale = self.parameters_, self.parameters_.lengthscales.exp()
-        shared = values.shared.exp() * matern52(distances(self._shifted(x1) / scale, self._shifted(x2) / scale))
+        values, scale = self.parameters_, self.parameters_.scale("lengthscales")
+        shared = values.scale("shared") * matern52(distances(self._shifted(x1) / scale, self._shifted(x2) / scale))
         first, second = x1[..., : self.dimension] / scale, x2[..., : self.dimension] / scale
-        residual = values.residual.exp() * matern52(distances(first, second) / values.stretch.exp())
+        residual = values.scale("residual") * matern52(distances(first, second) / values.scale("stretch"))
         below = torch.minimum(-x1[..., self.dimension].unsqueeze(-1), -x2[..., self.dimension].unsqueeze(-2))
         t1, t2 = x1[..., -1], x2[..., -1]
-        over_time = matern52((t1.unsqueeze(-1) - t2.unsqueeze(-2)).abs() / values.time.exp())
+        over_time = matern52((t1.unsqueeze(-1) - t2.unsqueeze(-2)).abs() / values.scale("time"))
         outer = self.saturation(t1).unsqueeze(-1) * self.saturation(t2).unsqueeze(-2)
-        return outer * over_time * (shared + below.clamp_min(0) * (residual + values.size.exp()))
+        return outer * over_time * (shared + below.clamp_min(0) * (residual + values.scale("size")))
 
     def variance(self, inputs: Tensor) -> Tensor:
         """Prior variance, shape (..., n)."""
         values = self.parameters_
         below = -inputs[..., self.dimension]
-        spread = values.shared.exp() + below.clamp_min(0) * (values.residual.exp() + values.size.exp())
+        spread = values.scale("shared") + below.clamp_min(0) * (values.scale("residual") + values.scale("size"))
         return self.saturation(inputs[..., -1]).square() * spread
 
 
-class SaturatingMean(Mean):
+class SaturatingMean(Mean):  # type: ignore[misc]
     """Mean gain c g(t)."""
 
     def __init__(self, kernel: JointFidelityKernel) -> None:
@@ -195,7 +203,7 @@ class SaturatingMean(Mean):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean at inputs (..., n, d + 2), shape (..., n)."""
-        return self.parameters_.gain * self._kernel[0].saturation(x[..., -1])
+        return self.parameters_.value("gain") * self._kernel[0].saturation(x[..., -1])
 
 
 @dataclass(frozen=True)
@@ -213,11 +221,11 @@ class Observations:
     variances: Tensor
 
 
-class JointSurrogate(SingleTaskGP):
+class JointSurrogate(SingleTaskGP):  # type: ignore[misc]
     """A BoTorch model with the joint kernel, fitted to the posterior mode of its parameters.
 
-    Its targets are gains divided by `scale`; `posterior` and the moments below are in those units too, so that BoTorch's
-    own acquisition functions see a standardized model. `gain_moments` returns score units.
+    Its targets are gains divided by `scale`; `posterior` and the moments below are in those units too, so that
+    BoTorch's own acquisition functions see a standardized model. `gain_moments` returns score units.
 
     Args:
         observations: At least one.
@@ -250,7 +258,7 @@ class JointSurrogate(SingleTaskGP):
 
         def assign(vector: np.ndarray) -> None:
             with torch.no_grad():
-                for parameter, part in zip(parameters, torch.from_numpy(vector).split(shapes), strict=True):
+                for parameter, part in zip(parameters, torch.split(torch.from_numpy(vector), shapes), strict=True):
                     parameter.copy_(part)
 
         def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
@@ -296,12 +304,15 @@ class JointSurrogate(SingleTaskGP):
             return None
         residual = (targets - self.mean_module(inputs)).unsqueeze(-1)
         white = torch.linalg.solve_triangular(factor, residual, upper=False)
-        likelihood = -white.square().sum() / 2 - factor.diagonal().log().sum()
-        return likelihood + self.kernel.parameters_.log_prior() + self.mean_module.parameters_.log_prior()
+        likelihood: Tensor = -white.square().sum() / 2 - factor.diagonal().log().sum()
+        prior: Tensor = self.kernel.parameters_.log_prior() + self.mean_module.parameters_.log_prior()
+        return likelihood + prior
 
     def moments(self, pending: Tensor | None = None, pending_variances: Tensor | None = None) -> Moments:
-        """Posterior moments in standardized units; trainings that are still running count as if they had returned
-        what is expected of them, which leaves the mean and removes the variance that they will remove.
+        """Posterior moments in standardized units.
+
+        Trainings that are still running count as if they had returned what is expected of them, which leaves the mean
+        as it is and takes away the variance that they will take away.
 
         Args:
             pending: Inputs of the running trainings, shape (p, d + 2).
@@ -340,7 +351,8 @@ class Moments:
     """
 
     def __init__(self, kernel: JointFidelityKernel, mean: Mean, inputs: Tensor, targets: Tensor, noise: Tensor) -> None:
-        self._kernel, self._mean, self._inputs = kernel, mean, inputs
+        self._kernel, self._inputs = kernel, inputs
+        self._mean: Callable[[Tensor], Tensor] = mean
         with torch.no_grad():
             covariance = kernel.forward(inputs, inputs) + torch.diag(noise + JITTER)
             self._factor = torch.linalg.cholesky(covariance)
@@ -366,4 +378,5 @@ class Moments:
 
     def _whiten(self, inputs: Tensor) -> Tensor:
         cross = self._kernel.forward(self._inputs, inputs)
-        return torch.linalg.solve_triangular(self._factor, cross, upper=False)
+        white: Tensor = torch.linalg.solve_triangular(self._factor, cross, upper=False)
+        return white

@@ -96,7 +96,7 @@ def test_covariance_is_positive_semidefinite(seed: int, count: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in kernel.parameters_.parameters():
-            parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.double) * 0.5
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.double) * 0.5)
     inputs = random_inputs(count, seed)
     matrix = kernel.forward(inputs, inputs).detach()
     assert float(torch.linalg.eigvalsh(matrix).min()) > -1e-6 * float(matrix.diagonal().max())
