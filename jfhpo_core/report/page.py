@@ -1,0 +1,305 @@
+"""The page of the report: gathers figures and tables, and fills the template.
+
+Names, configurations and messages come from users and their code: the template escapes everything but the figures,
+whose texts matplotlib has escaped, and the page's content security policy forbids every request.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from jfhpo_core.agreement import FidelityAgreement, length_agreements, most_telling, size_agreements
+from jfhpo_core.report import summary, text
+from jfhpo_core.search import SearchResult
+from jfhpo_core.space import ChoiceParameter, FloatParameter
+from jfhpo_core.study import Study
+from jfhpo_core.trial import Configuration, StepRecord, Trial, TrialState, Value
+
+REPORT = "report.html"
+
+LISTED_TRIALS = 2000
+"""Rows of the table of all trials; the newest are left out beyond it, and the page says so."""
+
+LONGEST_TEXT = 600
+"""Characters of a message or value that are shown."""
+
+EDGE = 0.02
+"""A value in the outer two percent of its range is called 'at the edge': the best may lie beyond."""
+
+DISTRIBUTIONS = ("jfhpo", "torch", "botorch", "trl", "transformers", "ray", "mlflow", "prefect")
+
+CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+"""User and password in a URI: never shown."""
+
+
+def write_report(
+    result: SearchResult,
+    step_records: Mapping[str, Sequence[StepRecord]],
+    folder: Path,
+    facts: Mapping[str, str | float] | None = None,
+    written: datetime | None = None,
+) -> Path:
+    """Write the report of a study, finished or not.
+
+    Args:
+        result: What `run_search` or `conclude` returned.
+        step_records: Step records by trial key; trials without any are shown without training curves.
+        folder: Where `report.html` goes; made if need be. An earlier report is replaced, whole or not at all.
+        facts: Further facts to show, e.g. `Ledger.facts()`; addresses (http, https) become links.
+        written: Date to print; None is now.
+
+    Returns:
+        The path of the file.
+    """
+    page = _template().render(_context(result, step_records, facts or {}, written or datetime.now(UTC)))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / REPORT
+    draft = path.with_suffix(".part")
+    draft.write_text(page, encoding="utf-8")
+    return draft.replace(path)
+
+
+def write_headline(result: SearchResult, path: Path) -> Path:
+    """Write the outcome as one picture, for a README or a slide.
+
+    Args:
+        result: As for `write_report`.
+        path: Ends in `.svg` (follows the reader's light or dark scheme) or `.png`.
+
+    Raises:
+        ValueError: It ends in something else.
+    """
+    from jfhpo_core.report import figures
+
+    return figures.save_figure(figures.headline_figure(result), path, summary.verdict(result))
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "duration": text.duration,
+        "parameters": text.parameters,
+        "share": text.share,
+        "number": text.number,
+        "signed": text.signed,
+        "setting": text.setting,
+        "clip": clip,
+    }
+    return environment.get_template("template.html")
+
+
+def clip(value: object) -> str:
+    """Text cut to `LONGEST_TEXT` characters, without credentials."""
+    whole = CREDENTIALS.sub("***", str(value))
+    return whole if len(whole) <= LONGEST_TEXT else f"{whole[:LONGEST_TEXT]} … ({len(whole)} characters)"
+
+
+def _context(
+    result: SearchResult,
+    step_records: Mapping[str, Sequence[StepRecord]],
+    facts: Mapping[str, str | float],
+    written: datetime,
+) -> dict[str, Any]:
+    from jfhpo_core.report import figures
+
+    study, trials = result.study, result.trials
+    sizes = {model.name: size_agreements(study, trials, model.name) for model in study.ladder.proxies}
+    telling = [item for items in sizes.values() if (item := most_telling(items)) is not None]
+    measured = any(trial.evaluations for trial in trials)
+
+    def figure(name: str, label: str, draw: Callable[[], Any], wanted: bool = True) -> Markup | None:
+        drawn = draw() if wanted else None
+        return None if drawn is None else Markup(figures.inline_svg(drawn, name, label))  # noqa: S704 - escaped there
+
+    return {
+        "study": study,
+        "spec": study.spec,
+        "result": result,
+        "written": written.strftime("%Y-%m-%d %H:%M %Z"),
+        "light": figures.css_variables(figures.LIGHT),
+        "dark": figures.css_variables(figures.DARK),
+        "verdict": summary.verdict(result),
+        "contrasts": summary.contrasts(result),
+        "caveats": summary.caveats(result),
+        "interval": summary.interval,
+        "settings": settings_table(result),
+        "comparison": figure(
+            "comparison",
+            f"Dot and whisker plot. {summary.verdict(result)}",
+            lambda: figures.comparison_figure(result),
+            wanted=any(math.isfinite(row.score) for row in result.rows),
+        ),
+        "bill": figure(
+            "bill",
+            "Bars: device-time by purpose and model; the table below has the numbers.",
+            lambda: figures.bill_figure(result),
+            wanted=bool(trials),
+        ),
+        "costs": summary.cost_by_purpose(result),
+        "purposes": summary.PURPOSES,
+        "counts": purpose_counts(trials),
+        "ratio": summary.search_trial_ratio(result),
+        "activities": summary.activities(result, step_records),
+        "activity_names": summary.ACTIVITIES,
+        "tokens": sum(records[-1].tokens for records in step_records.values() if records),
+        "learning": figure(
+            "learning",
+            "Learning curves: held-out score over training prompts, one panel per model, one curve per trial; the "
+            "table of all trials has the last scores.",
+            lambda: figures.learning_figure(result),
+            wanted=measured,
+        ),
+        "dynamics": figure(
+            "dynamics",
+            "Training reward and KL to the reference over training prompts, one panel per model.",
+            lambda: figures.dynamics_figure(result, step_records),
+        ),
+        "left_out": sum(bool(trial.evaluations) for trial in trials) - len(figures.drawn_trials(result)),
+        "incumbent": figure(
+            "incumbent",
+            "Best score so far against charged device-time: the search on the target and on each proxy, and random "
+            "search if there was one; recipes as horizontal lines.",
+            lambda: figures.incumbent_figure(result),
+            wanted=bool(summary.incumbents(result)),
+        ),
+        "agreement": figure(
+            "agreement",
+            "Scatter of the score on each proxy against the score on the target; the table has the correlations.",
+            lambda: figures.agreement_figure(result, telling),
+            wanted=bool(telling),
+        ),
+        "telling": telling,
+        "size_agreements": _with_pairs(sizes),
+        "length_agreements": _with_pairs(
+            {model.name: length_agreements(study, trials, model.name) for model in study.ladder.models}
+        ),
+        "share_of": lambda item: share_of(study, item),
+        "stopped": [trial for trial in trials if trial.state is TrialState.STOPPED],
+        "failed": [trial for trial in trials if trial.state in (TrialState.INFEASIBLE, TrialState.LOST)],
+        "sources": summary.sources(trials),
+        "rows": [trial_row(trial) for trial in trials[:LISTED_TRIALS]],
+        "unlisted": max(0, len(trials) - LISTED_TRIALS),
+        "yaml": CREDENTIALS.sub("***", study.spec.to_yaml()),
+        "versions": versions(),
+        "facts": [(name, clip(value), is_address(value)) for name, value in facts.items()],
+    }
+
+
+def _with_pairs(agreements: Mapping[str, Sequence[FidelityAgreement]]) -> dict[str, list[FidelityAgreement]]:
+    """Agreements by model, without those that have no order to compare."""
+    found = {model: [item for item in items if item.agreement.pairs > 1] for model, items in agreements.items()}
+    return {model: items for model, items in found.items() if items}
+
+
+def share_of(study: Study, item: FidelityAgreement) -> str:
+    """The share of the horizon at which the first fidelity of an agreement was measured."""
+    return text.share(item.first[1] / study.spec.fidelity.horizon_prompts)
+
+
+def is_address(value: object) -> bool:
+    """Whether a fact may become a link."""
+    return isinstance(value, str) and re.match(r"https?://[^\s]+$", value) is not None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table of configurations.
+
+    Attributes:
+        range: What was searched; None if it was fixed or left at the trainer's default.
+        values: One per row of the final table; None where the configuration lacks it.
+        edge: Whether the recommended value lies at the edge of its range.
+    """
+
+    name: str
+    range: str | None
+    values: tuple[Value | None, ...]
+    edge: bool
+
+
+def settings_table(result: SearchResult) -> list[Setting]:
+    """Complete configurations side by side, in the order of the final table; searched hyperparameters first."""
+    study = result.study
+    complete = [study.complete(row.configuration) for row in result.rows]
+    names = list(dict.fromkeys(name for configuration in complete for name in configuration))
+    names.sort(key=lambda name: name not in set(study.space))
+    return [
+        Setting(
+            name,
+            _range(study, name) if name in set(study.space) else None,
+            tuple(configuration.get(name) for configuration in complete),
+            result.recommended is not None and _at_edge(study, name, result.rows[0].configuration),
+        )
+        for name in names
+    ]
+
+
+def _range(study: Study, name: str) -> str:
+    parameter = study.space[name]
+    if isinstance(parameter, ChoiceParameter):
+        return ", ".join(text.setting(value) for value in parameter.values)
+    zero = "0 or " if isinstance(parameter, FloatParameter) and parameter.zero else ""
+    log = ", log scale" if parameter.log else ""
+    return f"{zero}{text.setting(parameter.low)} to {text.setting(parameter.high)}{log}"
+
+
+def _at_edge(study: Study, name: str, configuration: Configuration) -> bool:
+    if name not in set(study.space) or name not in configuration:
+        return False
+    parameter, value = study.space[name], configuration[name]
+    if isinstance(parameter, ChoiceParameter):
+        return False
+    if isinstance(parameter, FloatParameter):
+        (coordinate,) = parameter.encode(value)
+        return coordinate > 1 - EDGE or (coordinate < EDGE and not parameter.zero)
+    return value in (parameter.low, parameter.high)
+
+
+def purpose_counts(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
+    """Number of trials by purpose and state."""
+    return {
+        purpose: dict(summary.states([trial for trial in trials if trial.purpose == purpose]))
+        for purpose in summary.PURPOSES
+        if any(trial.purpose == purpose for trial in trials)
+    }
+
+
+def trial_row(trial: Trial) -> dict[str, Any]:
+    """What the table of all trials shows of one."""
+    suggestion = trial.open_segment.suggestion if trial.open_segment is not None else None
+    if suggestion is None and trial.segments:
+        suggestion = trial.segments[-1].segment.suggestion
+    rate = trial.configuration.get("learning_rate", next(iter(trial.configuration.values()), ""))
+    return {
+        "trial": trial,
+        "sort_value": rate,
+        "last": trial.evaluations[-1] if trial.evaluations else None,
+        "suggestion": suggestion,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of the distributions that matter for a repetition; those not installed are left out."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

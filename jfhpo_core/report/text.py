@@ -1,0 +1,77 @@
+"""Numbers as people write them."""
+
+from __future__ import annotations
+
+from jfhpo_core.trial import Value
+
+MINUTE, HOUR = 60.0, 3600.0
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def duration_unit(seconds: float) -> tuple[float, str]:
+    """The unit that suits a duration: its length in seconds, and its name."""
+    if seconds < 3 * MINUTE:
+        return 1.0, "seconds"
+    return (MINUTE, "minutes") if seconds < 3 * HOUR else (HOUR, "hours")
+
+
+def duration(seconds: float) -> str:
+    """A duration with its unit.
+
+    >>> duration(97.2), duration(754), duration(40000)
+    ('97.2 s', '12.6 min', '11.1 h')
+    """
+    length, unit = duration_unit(seconds)
+    amount = seconds / length
+    return f"{amount:.{0 if amount >= 100 else 1}f} {({'seconds': 's', 'minutes': 'min', 'hours': 'h'})[unit]}"
+
+
+def parameters(count: int) -> str:
+    """A parameter count.
+
+    >>> parameters(104_000), parameters(1_800_000), parameters(7_600_000_000)
+    ('104k', '1.8M', '7.6B')
+    """
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{suffix}"
+    return str(count)
+
+
+def share(value: float) -> str:
+    """A share in percent.
+
+    >>> share(0.2)
+    '20 %'
+    """
+    return f"{100 * value:.0f} %"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A score or correlation; a value that is not finite is named as such.
+
+    >>> number(0.71875), number(float("nan"))
+    ('0.719', 'nan')
+    """
+    return f"{value:.{digits}f}".replace("-", MINUS)
+
+
+def signed(value: float) -> str:
+    """A difference of scores.
+
+    >>> signed(0.5439)
+    '+0.544'
+    """
+    return f"{value:+.3f}".replace("-", MINUS)
+
+
+def setting(value: Value) -> str:
+    """A hyperparameter's value.
+
+    >>> setting(True), setting(0.00033455612), setting("cosine"), setting(8)
+    ('true', '0.0003346', 'cosine', '8')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
