@@ -57,8 +57,12 @@ class Dispatcher(Protocol):
         """Seconds on the clock that trials run by (simulated or real), from an arbitrary origin."""
         ...
 
+    def cancel(self, key: str) -> None:
+        """Abandon a trial's running job, if it has one: nothing of it counts, and it never finishes."""
+        ...
+
     def close(self) -> None:
-        """Abandon running jobs and release all workers."""
+        """Abandon running jobs and release all workers; none of their processes is left."""
         ...
 
 
@@ -110,6 +114,11 @@ class InlineDispatcher:
     def now(self) -> float:
         """See `Dispatcher.now`."""
         return self._clock
+
+    def cancel(self, key: str) -> None:
+        """See `Dispatcher.cancel`."""
+        self._running = [completed for completed in self._running if completed.event.key != key]
+        heapq.heapify(self._running)
 
     def close(self) -> None:
         """See `Dispatcher.close`."""

@@ -1,0 +1,503 @@
+"""Running jobs on Ray: a private instance on this machine, or a cluster. The only module that imports ray.
+
+Workers are Ray actors that stay warm from job to job, so that imports are paid once. One thread per running job follows
+it from the driver: it takes a worker, passes the step records on as they stream in, watches for silence, and starts
+again on a fresh worker after an infrastructure failure. No worker outlives the driver: a private instance dies with the
+process that started it (also by SIGKILL), and a cluster ends the actors of a driver that is gone.
+
+On a cluster every node needs jfhpo of the same version, and the study's workspace, prompts and reward file under the
+same paths (a shared file system). `ray://` addresses (Ray Client) cannot stream and are refused.
+
+Jobs train in a thread of the worker process. `signal.alarm` works in main threads only, so a reward function must not
+use it: with math-verify pass `parsing_timeout=None` and `timeout_seconds=None`, as TRL itself does in threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import queue
+import secrets
+import statistics
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from jfhpo_core.dispatch import Event, Finished, Streamed
+from jfhpo_core.errors import InfrastructureError, SpecError
+from jfhpo_core.execution import Cancelled, run_job
+from jfhpo_core.spec import ClusterSpec
+from jfhpo_core.trainers import Job, load_trainer
+from jfhpo_core.trial import FailureKind, Outcome, SegmentResult, StepRecord
+
+HANG_SECONDS = 600.0
+"""A job that has delivered a step may always be silent for this long: evaluation and checkpoint take their time."""
+
+HANG_FACTOR = 20.0
+"""A silence of this many times the job's own median step counts as hung, if it also exceeds `HANG_SECONDS`."""
+
+HANG_STARTUP_SECONDS = 1800.0
+"""Silence allowed before the first step (loading, first evaluation); longer if the whole segment is expected to be."""
+
+CANCEL_GRACE_SECONDS = 5.0
+"""Time for a cancelled job to end at its next step before its worker is killed."""
+
+PLACEMENT_NOTICE_SECONDS = 60.0
+"""Say that a job waits for resources this often."""
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Step records are all that a private instance has to hold."""
+
+POLL_SECONDS = 0.2
+
+logger = logging.getLogger(__name__)
+
+_trainer = functools.cache(load_trainer)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """An attempt that gave no result.
+
+    Attributes:
+        kind: What the configuration is guilty of if every attempt ends this way; None if it never is.
+        details: The worker's traceback, if there is one.
+    """
+
+    reason: str
+    kind: FailureKind | None = None
+    details: str | None = None
+
+
+class _WorkerProcess:
+    """What runs in a worker: one job at a time.
+
+    Args:
+        trainer: Imported at once, so that the first job finds it warm.
+    """
+
+    def __init__(self, trainer: str) -> None:
+        _trainer(trainer)
+        self._cancelled = threading.Event()
+
+    def ready(self) -> int:
+        """Process id; answers as soon as the worker can train."""
+        return os.getpid()
+
+    def cancel(self) -> None:
+        """End the running job at its next step."""
+        self._cancelled.set()
+
+    def train(self, job: Job) -> Iterator[StepRecord | SegmentResult | _Loss]:
+        """Yield a job's step records as they come, then its result, or how it was lost; nothing more if cancelled."""
+        self._cancelled.clear()
+        items: queue.SimpleQueue[StepRecord | SegmentResult | _Loss | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                items.put(run_job(job, _trainer(job.study.trainer.name), items.put, self._cancelled.is_set))
+            except Cancelled:
+                pass
+            except Exception as error:  # noqa: BLE001  the driver tries again, and reports what it was
+                items.put(_Loss(_last_line(error), details=traceback.format_exc()))
+            finally:
+                items.put(None)
+
+        threading.Thread(target=work, name=f"trial-{job.trial_key}", daemon=True).start()
+        while (item := items.get()) is not None:
+            yield item
+
+
+@dataclass(eq=False)
+class _Worker:
+    actor: Any
+    devices: int
+
+
+@dataclass
+class _Silence:
+    """How long a job may stay silent, learned from its own speed."""
+
+    job: Job
+    heard: float = field(default_factory=time.monotonic)
+    intervals: list[float] = field(default_factory=list)
+    started: bool = False
+
+    def hear(self) -> None:
+        """A record has come."""
+        now = time.monotonic()
+        if self.started:
+            self.intervals.append(now - self.heard)
+        self.started, self.heard = True, now
+
+    @property
+    def limit_seconds(self) -> float:
+        """Longest silence that is no hang."""
+        if not self.started:
+            expected = self.job.segment.suggestion.expected_cost_seconds or 0.0
+            return max(HANG_STARTUP_SECONDS, expected / self.job.devices)
+        return max(HANG_SECONDS, HANG_FACTOR * statistics.median(self.intervals or [0.0]))
+
+    @property
+    def too_long(self) -> bool:
+        """Whether the job must be taken for hung."""
+        return time.monotonic() - self.heard > self.limit_seconds
+
+
+class RayDispatcher:
+    """Runs jobs on warm Ray workers. See `Dispatcher`.
+
+    The constructor returns while Ray starts in the background, so that the driver can go on importing. If Ray does not
+    start, the next `wait` raises.
+
+    A private instance listens on the loopback interface only and demands a random token. Its CPUs are not counted:
+    `slots` alone bounds how many trials run, also on a machine with fewer cores. Each worker uses
+    `cpus_per_device` x devices threads.
+
+    What becomes of a job whose attempts all fail: infeasible if each of them hung (`hung`) or was killed by Ray for
+    the host's memory (`out-of-memory`), and then the last attempt is charged; else lost, free of charge.
+
+    Args:
+        cluster: Where to run, what a device is, how often to try again.
+        slots: How many jobs run at the same time.
+        trainer: Start all workers at once and have them import this trainer; None starts them with the first jobs.
+
+    Raises:
+        SpecError: The address cannot be used.
+    """
+
+    def __init__(self, cluster: ClusterSpec, slots: int, trainer: str | None = None) -> None:
+        self.slots = slots
+        self._cluster = cluster
+        self._address = (os.environ.get("RAY_ADDRESS") or "local") if cluster.address == "auto" else cluster.address
+        if self._address.startswith("ray://"):
+            raise SpecError(
+                f"cluster.address: {self._address!r} is a Ray Client address, which cannot stream; run on a machine of "
+                "the cluster and use its address there (host:6379), or submit the search with `ray job submit`"
+            )
+        self._ray = _import_ray(private=self._address == "local")
+        self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self._fatal: BaseException | None = None
+        self._free_slots = threading.Semaphore(slots)
+        self._jobs: dict[str, tuple[threading.Thread, threading.Event]] = {}
+        self._lock = threading.Lock()
+        self._idle: list[_Worker] = []
+        self._placing: list[_Worker] = []
+        self._started = threading.Event()
+        self._closing = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, args=(trainer,), name="ray-keeper", daemon=True)
+        self._keeper.start()
+
+    def submit(self, job: Job) -> None:
+        """See `Dispatcher.submit`."""
+        cancelled = threading.Event()
+        thread = threading.Thread(
+            target=self._attend, args=(job, cancelled), name=f"trial-{job.trial_key}", daemon=True
+        )
+        self._jobs[job.trial_key] = (thread, cancelled)
+        thread.start()
+
+    def wait(self, timeout_seconds: float) -> list[Event]:
+        """See `Dispatcher.wait`.
+
+        Raises:
+            InfrastructureError: Ray did not start.
+            SpecError: This machine cannot give a worker what the study asks for.
+        """
+        events: list[Event] = []
+        try:
+            item = self._fatal or self._events.get(timeout=timeout_seconds)
+            while not isinstance(item, BaseException):
+                events.append(item)
+                item = self._events.get_nowait()
+        except queue.Empty:
+            return events
+        self._fatal = item
+        if not events:
+            raise item
+        return events
+
+    def now(self) -> float:
+        """See `Dispatcher.now`."""
+        return time.monotonic()
+
+    def cancel(self, key: str) -> None:
+        """See `Dispatcher.cancel`."""
+        if key in self._jobs:
+            self._jobs[key][1].set()
+
+    def close(self) -> None:
+        """See `Dispatcher.close`."""
+        running = list(self._jobs.values())
+        for _, cancelled in running:
+            cancelled.set()
+        for thread, _ in running:
+            thread.join()
+        self._closing.set()
+        self._keeper.join()
+
+    def _keep(self, trainer: str | None) -> None:
+        """Hold Ray from start to end. The kernel ends a private instance together with the thread that started it."""
+        ray = self._ray
+        owned = not ray.is_initialized()
+        try:
+            if owned:
+                ray.init(**_init_options(self._address))
+            if trainer is not None:
+                self._idle += [self._start_worker(trainer, devices=1) for _ in range(self.slots)]
+        except BaseException as error:  # noqa: BLE001  whatever it is, the driver must hear of it
+            message = f"Ray did not start (cluster.address {self._address!r}): {_last_line(error)}"
+            remedy = "try again, or run without Ray by `cluster: {address: inline}`"
+            self._events.put(InfrastructureError(f"{message}; {remedy}"))
+        else:
+            self._started.set()
+            self._closing.wait()
+            for worker in self._idle:
+                self._kill(worker)
+        if owned:
+            ray.shutdown()
+
+    def _attend(self, job: Job, cancelled: threading.Event) -> None:
+        """Follow a job to its end; runs in a thread of its own."""
+        try:
+            _acquire(self._free_slots, cancelled)
+            try:
+                event = self._finish(job, cancelled)
+            finally:
+                self._free_slots.release()
+        except Cancelled:
+            self._jobs.pop(job.trial_key, None)
+        except BaseException as error:  # noqa: BLE001  a thread's exception would vanish; the driver raises it
+            self._events.put(error)
+        else:
+            self._jobs.pop(job.trial_key, None)
+            self._events.put(event)
+
+    def _finish(self, job: Job, cancelled: threading.Event) -> Finished:
+        losses: list[_Loss] = []
+        while True:
+            records: list[StepRecord] = []
+            began = time.monotonic()
+            outcome = self._attempt(job, records, cancelled)
+            if isinstance(outcome, SegmentResult):
+                result = outcome.model_copy(update={"attempts": len(losses) + 1})
+                return Finished(job.trial_key, result, tuple(records))
+            losses.append(outcome)
+            logger.warning("trial %s: attempt %d was lost: %s", job.trial_key, len(losses), outcome.reason)
+            if outcome.details is not None:
+                logger.info("trial %s: %s", job.trial_key, outcome.details)
+            if len(losses) > self._cluster.segment_retries:
+                return _give_up(job, losses, records, time.monotonic() - began)
+
+    def _attempt(self, job: Job, records: list[StepRecord], cancelled: threading.Event) -> SegmentResult | _Loss:
+        """Run a job once, on one worker, which survives only if the job ended in good order.
+
+        Raises:
+            Cancelled: The driver withdrew the job.
+        """
+        outcome = _Loss("the worker ended without a result")
+        worker: _Worker | None = None
+        try:
+            worker = self._take(job, cancelled)
+            for item in self._stream(job, worker, cancelled):
+                if isinstance(item, StepRecord):
+                    records.append(item)
+                    self._events.put(Streamed(job.trial_key, (item,)))
+                elif isinstance(item, SegmentResult):
+                    self._release(worker)
+                    worker = None
+                    return item
+                else:
+                    outcome = item
+        except TimeoutError as error:
+            outcome = _Loss(str(error), FailureKind.HUNG)
+        except self._ray.exceptions.OutOfMemoryError as error:
+            outcome = _Loss(_last_line(error), FailureKind.OUT_OF_MEMORY)
+        except self._ray.exceptions.RayError as error:
+            outcome = _Loss(_last_line(error))
+        finally:
+            if worker is not None:
+                self._kill(worker)
+        return outcome
+
+    def _stream(
+        self, job: Job, worker: _Worker, cancelled: threading.Event
+    ) -> Iterator[StepRecord | SegmentResult | _Loss]:
+        """What a worker yields for a job, as it comes.
+
+        Raises:
+            TimeoutError: It has been silent for too long.
+            Cancelled: The driver withdrew the job, and it has ended or had its time to.
+        """
+        ray = self._ray
+        stream = worker.actor.train.remote(job)
+        silence = _Silence(job)
+        deadline: float | None = None
+        while True:
+            if cancelled.is_set() and deadline is None:
+                worker.actor.cancel.remote()
+                deadline = time.monotonic() + CANCEL_GRACE_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
+                raise Cancelled(job.trial_key)
+            if not ray.wait([stream], timeout=POLL_SECONDS)[0]:
+                if silence.too_long:
+                    raise TimeoutError(
+                        f"no step for {silence.limit_seconds:.0f} s, after {len(silence.intervals)} steps of "
+                        f"{statistics.median(silence.intervals or [0.0]):.1f} s"
+                    )
+                continue
+            try:
+                item = ray.get(next(stream))
+            except StopIteration:
+                if cancelled.is_set():
+                    raise Cancelled(job.trial_key) from None
+                return
+            silence.hear()
+            if not cancelled.is_set():
+                yield item
+
+    def _take(self, job: Job, cancelled: threading.Event) -> _Worker:
+        """A worker that is ready for a job: an idle one, or a fresh one."""
+        while not self._started.wait(POLL_SECONDS):
+            if cancelled.is_set():
+                raise Cancelled(job.trial_key)
+        while True:
+            with self._lock:
+                worker = next((worker for worker in self._idle if worker.devices == job.devices), None)
+                fresh = worker is None
+                if worker is None:
+                    # Idle workers of other shapes may hold the very resources that this one needs.
+                    while self._idle:
+                        self._kill(self._idle.pop())
+                    worker = self._start_worker(job.study.trainer.name, job.devices)
+                else:
+                    self._idle.remove(worker)
+                self._placing.append(worker)
+            try:
+                self._await(worker, job, cancelled)
+            except BaseException as error:
+                self._kill(worker)
+                if fresh or not isinstance(error, self._ray.exceptions.RayError):
+                    raise
+            else:
+                return worker
+            finally:
+                with self._lock:
+                    self._placing.remove(worker)
+
+    def _await(self, worker: _Worker, job: Job, cancelled: threading.Event) -> None:
+        """Wait until a worker has its resources and its imports."""
+        ray = self._ray
+        gpus = self._cluster.gpus_per_device * worker.devices
+        if self._address == "local" and gpus > (there := ray.cluster_resources().get("GPU", 0.0)):
+            raise SpecError(
+                f"cluster.gpus_per_device: a trial of model {job.model!r} needs {gpus:g} GPUs and this machine has "
+                f"{there:g}; lower it (0 trains on CPUs), or give the address of a cluster"
+            )
+        ready = worker.actor.ready.remote()
+        notice = time.monotonic() + PLACEMENT_NOTICE_SECONDS
+        while not ray.wait([ready], timeout=POLL_SECONDS)[0]:
+            if cancelled.is_set():
+                raise Cancelled(job.trial_key)
+            if time.monotonic() > notice:
+                notice += PLACEMENT_NOTICE_SECONDS
+                logger.warning(
+                    "trial %s waits for a worker with %g CPUs and %g GPUs; the cluster has %g and %g",
+                    job.trial_key, self._cluster.cpus_per_device * worker.devices, gpus,
+                    ray.cluster_resources().get("CPU", 0.0), ray.cluster_resources().get("GPU", 0.0),
+                )  # fmt: skip
+        ray.get(ready)
+
+    def _start_worker(self, trainer: str, devices: int) -> _Worker:
+        cpus = self._cluster.cpus_per_device * devices
+        options = {
+            "num_cpus": 0 if self._address == "local" else cpus,
+            "num_gpus": self._cluster.gpus_per_device * devices,
+            "max_concurrency": 2,  # `cancel` must get through while `train` runs
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cpus)))}},
+        }
+        return _Worker(self._ray.remote(_WorkerProcess).options(**options).remote(trainer), devices)
+
+    def _release(self, worker: _Worker) -> None:
+        """Keep a worker for the next job, unless a job of another shape may be waiting for its resources."""
+        with self._lock:
+            if any(other.devices != worker.devices for other in self._placing):
+                self._kill(worker)
+            else:
+                self._idle.append(worker)
+
+    def _kill(self, worker: _Worker) -> None:
+        self._ray.kill(worker.actor)
+
+
+def _import_ray(private: bool) -> Any:
+    """Import ray, with the settings that it reads from the environment on import."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if private:
+        # Ray's workers run at a low priority otherwise, behind everything else on the machine.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        # The children of a killed worker (data loaders, engines, launchers) must not train on.
+        os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
+        # Ray binds to loopback where it knows of no cluster. Whoever reaches its ports can run code, so other users
+        # of this machine need to be kept out, too.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray
+    import ray.exceptions
+
+    warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
+    return ray
+
+
+def _init_options(address: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        # No CPUs: they would not be counted (see `RayDispatcher`), and Ray would start a spare worker for each.
+        options |= {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    return options
+
+
+def _give_up(job: Job, losses: list[_Loss], records: list[StepRecord], seconds: float) -> Finished:
+    """The verdict on a job whose attempts all failed."""
+    kinds = {loss.kind for loss in losses}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    reason = losses[-1].reason
+    if kind is None:
+        records, seconds = [], 0.0
+        message = (
+            f"lost after {len(losses)} attempts, which says nothing about the configuration: {reason}; check memory, "
+            "disk and network of the machines and Ray's logs (by default in /tmp/ray/session_latest/logs)"
+        )
+    else:
+        message = f"each of {len(losses)} attempts ended like this: {reason}"
+    step = records[-1].step if records else job.segment.start_step
+    result = SegmentResult(
+        segment=job.segment,
+        outcome=Outcome.LOST if kind is None else Outcome.INFEASIBLE,
+        end_step=step,
+        end_prompts=step * job.prompts_per_step,
+        seconds=seconds,
+        devices=job.devices,
+        failure=kind,
+        message=message,
+        attempts=len(losses),
+    )
+    return Finished(job.trial_key, result, tuple(records))
+
+
+def _acquire(slots: threading.Semaphore, cancelled: threading.Event) -> None:
+    while not slots.acquire(timeout=POLL_SECONDS):
+        if cancelled.is_set():
+            raise Cancelled
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[-1].strip()}"
