@@ -1,0 +1,255 @@
+"""The command line. Heavy imports wait until a command needs them: `jfhpo --help` answers at once."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from jfhpo_core.errors import JfhpoError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flows.display import Display
+    from flows.runtime import StudyOutcome
+
+REFUSED = 2
+"""Exit code when a study or a command is refused, as for a wrong option."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM (128 + SIGINT, as shells have it)."""
+
+LOG_WIDTH = 160
+"""Columns of tables when the output is no terminal."""
+
+NOISY_LOGGERS = (
+    "alembic",
+    "botorch",
+    "datasets",
+    "filelock",
+    "linear_operator",
+    "mlflow",
+    "ray",
+    "transformers",
+    "trl",
+)
+
+QUIET_ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+class _Commands(TyperGroup):
+    """Ends every command that fails on purpose with a short message instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except JfhpoError as error:
+            from rich.text import Text
+
+            _console(stderr=True).print(Text(f"{error}", style="red"), soft_wrap=True)
+            raise typer.Exit(REFUSED) from None
+        except KeyboardInterrupt:
+            _console(stderr=True).print("interrupted: run the same command to continue")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Joint-fidelity hyperparameter search for reinforcement learning of language models.",
+)
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a field, e.g. --set budget.trial_seconds=900. May be repeated."
+    ),
+]
+
+
+@app.command()
+def search(
+    study: StudyFile,
+    overrides: Overrides = None,
+    plain: Annotated[bool, typer.Option("--plain", help="One line per finished segment, no live display.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+) -> None:
+    """Run a study, or continue it where it was interrupted."""
+    from flows.overrides import read_study
+
+    spec = read_study(study, overrides or ())
+    console = _console()
+    with _quiet_libraries(), _sigterm_interrupts():
+        from flows.display import LiveDisplay, PlainDisplay, SilentDisplay
+        from flows.runtime import run_study
+
+        display: Display
+        if quiet:
+            display = SilentDisplay()
+        elif plain or not console.is_terminal:
+            display = PlainDisplay(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+        else:
+            display = LiveDisplay(console, spec.study)
+        with display:
+            outcome = run_study(spec, display.progress, display.status)
+    _print_outcome(console, outcome)
+
+
+@app.command()
+def plan(study: StudyFile, overrides: Overrides = None) -> None:
+    """Check a study and forecast its bill. Spends and writes nothing."""
+    from flows.overrides import read_study
+
+    spec = read_study(study, overrides or ())
+    with _quiet_libraries():
+        from flows.display import plan_view
+        from flows.forecast import forecast
+        from flows.runtime import recorded
+        from jfhpo_core.strategies import load_strategy
+        from jfhpo_core.study import resolve
+
+        resolved = resolve(spec)
+        load_strategy(resolved)
+        ledger = recorded(resolved)
+        trials = ledger.trials() if ledger is not None else []
+        view = plan_view(resolved, trials, forecast(resolved, trials))
+    _console().print(view)
+
+
+@app.command()
+def show(study: StudyFile, overrides: Overrides = None) -> None:
+    """Print a study's trials and figures as the ledger has them. Runs and writes nothing."""
+    from flows.overrides import read_study
+
+    spec = read_study(study, overrides or ())
+    with _quiet_libraries():
+        from flows.display import result_view, trial_table
+        from flows.runtime import look
+
+        result = look(spec)
+    console = _console()
+    console.print(trial_table(result.trials))
+    console.print(result_view(result))
+
+
+@app.command()
+def report(study: StudyFile, overrides: Overrides = None) -> None:
+    """Write a study's report again, from the ledger."""
+    from flows.overrides import read_study
+
+    spec = read_study(study, overrides or ())
+    with _quiet_libraries():
+        from flows.runtime import rebuild_report
+
+        path = rebuild_report(spec)
+    _console().print(str(path), markup=False, soft_wrap=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of study files."""
+    import json
+
+    from jfhpo_core.spec import study_schema
+
+    typer.echo(json.dumps(study_schema(), indent=2))
+
+
+@app.command()
+def rules() -> None:
+    """List the stopping rules with their defaults."""
+    from dataclasses import fields
+    from inspect import getdoc
+
+    from jfhpo_core.stopping import RULE_SETS, RULES
+
+    for name, rule in RULES.items():
+        members = [chosen for chosen, members in RULE_SETS.items() if name in {member.name for member in members}]
+        typer.echo(f"{name}  (in: {', '.join(members)})")
+        for line in (getdoc(rule) or "").splitlines():
+            typer.echo(f"    {line}".rstrip())
+        for item in fields(rule):
+            typer.echo(f"    {item.name} = {item.default}")
+        typer.echo()
+    typer.echo("Change them in the study file: stopping: {rules: default, override: {kl_growth: {floor: 0.5}}}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    typer.echo(f"jfhpo {installed('jfhpo')}")
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    console = Console(stderr=stderr, highlight=False)
+    # Logs and pipes have no width; 80 columns would break the tables.
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=LOG_WIDTH)
+
+
+def _print_outcome(console: Console, outcome: StudyOutcome) -> None:
+    from flows.display import next_steps, result_view
+
+    console.print(result_view(outcome.result))
+    console.print()
+    for name, where in next_steps(outcome).items():
+        console.print(f"{name:8}{where}", markup=False, soft_wrap=True)
+    if not outcome.result.complete:
+        console.print("\nThe wall-clock limit was reached: run the same command to continue")
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep logs and warnings of libraries off the screen; what they raise is still seen."""
+    for name, value in QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM end a search as Ctrl-C does: workers are released, the study can be continued."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Running a study with all that is around it: lock, ledger, workers, report, registry; for command line and flow."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from flows.summary import facts
+from jfhpo_core.dispatch import Dispatcher, InlineDispatcher
+from jfhpo_core.errors import LedgerError
+from jfhpo_core.report.page import REPORT, write_report
+from jfhpo_core.search import Phase, Progress, SearchResult, conclude, plan_next, run_search
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.strategies import Strategy, load_strategy
+from jfhpo_core.study import Study, resolve
+from jfhpo_core.trial import canonical_json
+
+if TYPE_CHECKING:
+    from mlflow_plugin.ledger import MlflowLedger
+
+INLINE = "inline"
+LOCK = "run.lock"
+PUBLISHED = "published"
+MODEL_URI = "model_uri"
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What a study came to, and where to look at it.
+
+    Attributes:
+        tracking_uri: The MLflow store that holds it.
+        url: The study's page, if the store is a server.
+        report: The HTML report.
+        model_uri: The registered target model, e.g. 'models:/demo@champion'; None if none was registered.
+    """
+
+    result: SearchResult
+    tracking_uri: str
+    url: str | None
+    report: Path
+    model_uri: str | None
+
+
+def run_study(
+    spec: StudySpec,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_status: Callable[[str], None] = lambda _: None,
+) -> StudyOutcome:
+    """Run or continue a study until it is done; a study that is done gives the same outcome again without training.
+
+    However this call ends (Ctrl-C, SIGTERM turned into an exception, kill -9), calling it again continues the study.
+
+    Args:
+        spec: The study.
+        on_progress: Called after every event of the search.
+        on_status: Called with a few words when something begins that takes seconds.
+
+    Raises:
+        SpecError: The study is not usable; nothing has been started then.
+        LedgerError: Another process runs the study, or the ledger holds a different one of its name.
+    """
+    study = resolve(spec)
+    with _exclusive(study):
+        # A study with a report has most likely been finished: look into its ledger before starting workers for nothing.
+        reported = (study.folder / REPORT).exists()
+        on_status("opening the ledger" if reported else "starting workers and opening the ledger")
+        dispatcher = None if reported else _start_dispatcher(spec)
+        try:
+            ledger, strategy = _open(study)
+            trials = ledger.trials()
+            if reported and plan_next(study, strategy, trials).phase is Phase.DONE:
+                result = conclude(study, trials, strategy, complete=True)
+            else:
+                dispatcher = dispatcher or _start_dispatcher(spec)
+                result = run_search(study, ledger, dispatcher, on_progress, strategy)
+        finally:
+            if dispatcher is not None:
+                on_status("releasing the workers")
+                dispatcher.close()
+        on_status("writing the report and registering the model")
+        return _publish(study, ledger, result)
+
+
+def recorded(study: Study) -> MlflowLedger | None:
+    """The study's ledger for reading only, also while the study is being run; None if nothing is recorded."""
+    from mlflow_plugin.ledger import MlflowLedger
+
+    ledger = MlflowLedger()
+    return ledger if ledger.look(study.spec) else None
+
+
+def look(spec: StudySpec) -> SearchResult:
+    """The outcome so far, from the ledger alone; runs and writes nothing.
+
+    Raises:
+        LedgerError: The ledger holds no such study.
+    """
+    return _look(resolve(spec))[1]
+
+
+def rebuild_report(spec: StudySpec) -> Path:
+    """Write the report of a study again from its ledger, whatever state the study is in.
+
+    Raises:
+        LedgerError: The ledger holds no such study.
+    """
+    study = resolve(spec)
+    ledger, result = _look(study)
+    return _write_report(study, ledger, result)
+
+
+def _look(study: Study) -> tuple[MlflowLedger, SearchResult]:
+    ledger = recorded(study)
+    trials = ledger.trials() if ledger is not None else []
+    if ledger is None or not trials:
+        raise LedgerError(
+            f"the ledger holds no trials of study {study.spec.study!r}; begin it with `jfhpo search`, or correct "
+            "tracking.uri (or MLFLOW_TRACKING_URI, or the folder you are in)"
+        )
+    strategy = load_strategy(study)
+    complete = plan_next(study, strategy, trials).phase is Phase.DONE
+    return ledger, conclude(study, trials, strategy, complete)
+
+
+@contextmanager
+def _exclusive(study: Study) -> Iterator[None]:
+    """Hold the study: a ledger has one writer. The lock goes with the process, so a crash leaves none behind."""
+    study.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(study.folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LedgerError(
+            f"study {study.spec.study!r} is being run by another process ({lock.lock_file} is held); wait for it, end "
+            "it, or give this study another name"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _open(study: Study) -> tuple[MlflowLedger, Strategy]:
+    from mlflow_plugin.ledger import MlflowLedger
+
+    ledger = MlflowLedger()
+    ledger.open(study.spec)
+    return ledger, load_strategy(study)
+
+
+def _start_dispatcher(spec: StudySpec) -> Dispatcher:
+    """The study's dispatcher. Ray comes up in the background, while this process imports what it needs itself."""
+    slots = spec.budget.max_parallel
+    if spec.cluster.address == INLINE:
+        return InlineDispatcher(slots)
+    from jfhpo_core.ray_dispatch import RayDispatcher
+
+    return RayDispatcher(spec.cluster, slots, trainer=spec.trainer.name)
+
+
+def _write_report(study: Study, ledger: MlflowLedger, result: SearchResult) -> Path:
+    records = {trial.key: ledger.step_records(trial.key) for trial in result.trials}
+    return write_report(result, records, study.folder, ledger.facts())
+
+
+def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyOutcome:
+    """Registered model, figures and report, once per state of the study."""
+    report = study.folder / REPORT
+    state = canonical_json([trial.model_dump(mode="json") for trial in result.trials])
+    digest = hashlib.sha256(state.encode()).hexdigest()[:16]
+    known = ledger.facts()
+    if known.get(PUBLISHED) != digest or not report.exists():
+        model_uri = _register(study, ledger, result) if result.complete else None
+        ledger.summarize({**facts(result), MODEL_URI: model_uri or ""})
+        ledger.summarize({PUBLISHED: digest}, [_write_report(study, ledger, result)])
+    return StudyOutcome(result, ledger.tracking_uri, ledger.url(), report, str(ledger.facts()[MODEL_URI]) or None)
+
+
+def _register(_study: Study, _ledger: MlflowLedger, _result: SearchResult) -> str | None:
+    """Register the recommended target model; None if there is none or the study asks for no registration."""
+    return None
