@@ -19,6 +19,7 @@ import logging
 import os
 import queue
 import secrets
+import socket
 import statistics
 import threading
 import time
@@ -53,6 +54,9 @@ PLACEMENT_NOTICE_SECONDS = 60.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Step records are all that a private instance has to hold."""
 
+CONNECT_SECONDS = 10.0
+"""For a cluster to answer at all."""
+
 POLL_SECONDS = 0.2
 
 logger = logging.getLogger(__name__)
@@ -82,7 +86,7 @@ class _WorkerProcess:
     """
 
     def __init__(self, trainer: str) -> None:
-        _trainer(trainer)
+        _trainer(trainer).warm_up()
         self._cancelled = threading.Event()
 
     def ready(self) -> int:
@@ -175,11 +179,7 @@ class RayDispatcher:
         self.slots = slots
         self._cluster = cluster
         self._address = (os.environ.get("RAY_ADDRESS") or "local") if cluster.address == "auto" else cluster.address
-        if self._address.startswith("ray://"):
-            raise SpecError(
-                f"cluster.address: {self._address!r} is a Ray Client address, which cannot stream; run on a machine of "
-                "the cluster and use its address there (host:6379), or submit the search with `ray job submit`"
-            )
+        _check_address(self._address)
         self._ray = _import_ray(private=self._address == "local")
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self._fatal: BaseException | None = None
@@ -434,6 +434,25 @@ class RayDispatcher:
 
     def _kill(self, worker: _Worker) -> None:
         self._ray.kill(worker.actor)
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address in a second that Ray itself would try for minutes, and then end the process."""
+    host, colon, port = address.rpartition(":")
+    if "://" in address:
+        raise SpecError(
+            f"cluster.address: {address!r} leads to Ray Client or the jobs API, which cannot stream step records; run on "
+            "a machine of the cluster and give HOST:6379, or submit the search itself with `ray job submit`"
+        )
+    if not colon:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"cluster.address: no Ray cluster answers at {address!r} ({error}); check the address and the firewall, or "
+            "use 'local'"
+        ) from None
 
 
 def _import_ray(private: bool) -> Any:

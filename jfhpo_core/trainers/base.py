@@ -88,6 +88,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def warm_up(self) -> None:
+        """Import what `run` will need. A worker calls it once, before its first job; `run` must work without it, too."""
+        ...
+
     def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
         """Train one segment.
 

@@ -71,6 +71,9 @@ class SimulatedTrainer:
         """See `Trainer.check`."""
         landscape(study)
 
+    def warm_up(self) -> None:
+        """See `Trainer.warm_up`; there is nothing to import."""
+
     def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
         """See `Trainer.run`."""
         surface = landscape(job.study)

@@ -92,6 +92,10 @@ class TrlTrainer:
                     f"cannot be parted into mini_batches={parts} equal updates; change one of the three"
                 )
 
+    def warm_up(self) -> None:
+        """See `Trainer.warm_up`."""
+        from jfhpo_core.trainers import trl_training  # noqa: F401  torch, transformers and TRL take seconds
+
     def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
         """See `Trainer.run`."""
         from jfhpo_core.trainers.trl_training import train
