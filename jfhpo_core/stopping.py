@@ -44,6 +44,13 @@ def _windows(signal: Sequence[float], window: int, count: int) -> list[float]:
     return [_mean(signal[len(signal) - window - back : len(signal) - back]) for back in reversed(range(count))]
 
 
+def _growth(before: float, after: float) -> float:
+    """Relative growth of a signal that is not negative; from nothing to nothing is none."""
+    if before > 0:
+        return after / before - 1
+    return math.inf if after > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class NonFinite:
     """Stop as soon as loss signals are not finite: reward, KL, entropy or gradient norm is NaN or infinite."""
@@ -78,19 +85,19 @@ class KlGrowth:
 
     def update(self, records: Sequence[StepRecord]) -> Decision | None:
         """See `StoppingRule.update`."""
-        if len(records) <= self.warmup or any(record.kl is None for record in records[-self.window :]):
+        recent = records[-(self.window + self.patience) :]
+        signal = [record.kl for record in recent if record.kl is not None]
+        if len(records) <= self.warmup or len(signal) < len(recent):
             return None
-        signal = [record.kl or 0.0 for record in records]
         means = _windows(signal, self.window, self.patience + 1)
         if not means or means[-1] < self.floor:
             return None
-        growths = [after / before - 1 if before > 0 else math.inf for before, after in pairwise(means)]
-        worst = min(growths)
-        if worst <= self.threshold:
+        growths = [_growth(before, after) for before, after in pairwise(means)]
+        if not all(growth > self.threshold for growth in growths):
             return None
         return Decision(
-            stop=True, rule=self.name, signal="smallest KL growth per step", value=worst, threshold=self.threshold,
-            step=records[-1].step,
+            stop=True, rule=self.name, signal="smallest KL growth per step", value=min(growths),
+            threshold=self.threshold, step=records[-1].step,
         )  # fmt: skip
 
 
@@ -118,11 +125,11 @@ class RewardDrop:
         start = _mean(signal[: self.window])
         if start == 0:
             return None
-        drop = min((start - mean) / abs(start) for mean in means)
-        if drop <= self.threshold:
+        drops = [(start - mean) / abs(start) for mean in means]
+        if not all(drop > self.threshold for drop in drops):
             return None
         return Decision(
-            stop=True, rule=self.name, signal="drop of the smoothed reward since the start", value=drop,
+            stop=True, rule=self.name, signal="drop of the smoothed reward since the start", value=min(drops),
             threshold=self.threshold, step=records[-1].step,
         )  # fmt: skip
 
@@ -141,12 +148,11 @@ class PaperRewardDrop:
         if len(rewards) <= self.patience:
             return None
         drops = [1 - after / before if before > 0 else -math.inf for before, after in pairwise(rewards)]
-        worst = min(drops)
-        if worst <= self.threshold:
+        if not all(drop > self.threshold for drop in drops):
             return None
         return Decision(
-            stop=True, rule=self.name, signal="smallest reward drop per step", value=worst, threshold=self.threshold,
-            step=records[-1].step,
+            stop=True, rule=self.name, signal="smallest reward drop per step", value=min(drops),
+            threshold=self.threshold, step=records[-1].step,
         )  # fmt: skip
 
 
@@ -199,9 +205,18 @@ def build_rules(spec: StoppingSpec) -> tuple[StoppingRule, ...]:
             raise SpecError(
                 f"stopping.override.{name}: no parameter {', '.join(sorted(unknown))}; there are {', '.join(known)}"
             )
-        typed = {key: int(value) if isinstance(getattr(rule, key), int) else value for key, value in change.items()}
+        typed = {key: _typed(f"{name}.{key}", value, getattr(rule, key)) for key, value in change.items()}
         rules[name] = replace(rule, **typed)  # type: ignore[type-var]
     return tuple(rules.values())
+
+
+def _typed(name: str, value: float, default: float) -> float:
+    """A rule's parameter: counts (whole, and all but a warm-up at least 1) as int, the others at least 0."""
+    least = 1 if isinstance(default, int) and not name.endswith(".warmup") else 0
+    if value < least or (isinstance(default, int) and value != int(value)):
+        kind = "whole number" if isinstance(default, int) else "number"
+        raise SpecError(f"stopping.override.{name}: {value:g} is not a {kind} of at least {least}")
+    return type(default)(value)
 
 
 @dataclass
