@@ -121,7 +121,7 @@ def test_reward_drop_compares_smoothed_rewards_with_the_start() -> None:
 
 
 def test_reward_drop_needs_patience_and_warm_up() -> None:
-    dip = stream(reward=[0.6] * 9 + [0.0, 0.0, 0.0, 0.6, 0.6, 0.6])
+    dip = stream(reward=[0.6] * 9 + [0.1, 0.1, 0.1, 0.6, 0.6, 0.6])
     assert_stops_at(RewardDrop(patience=2), dip, 13)
     assert first_stop(RewardDrop(patience=3), dip) is None
     falling = [0.6] * 4 + [0.0] * 12
