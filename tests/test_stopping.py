@@ -127,7 +127,7 @@ def test_reward_drop_needs_patience_and_warm_up() -> None:
     falling = [0.6] * 4 + [0.0] * 12
     assert_stops_at(RewardDrop(), stream(reward=falling), 9)
     assert_stops_at(RewardDrop(warmup=11), stream(reward=falling), 12)
-    assert_stops_at(RewardDrop(warmup=0), stream(reward=falling), 7)
+    assert_stops_at(RewardDrop(warmup=0), stream(reward=falling), 8)
 
 
 def test_reward_drop_understands_negative_rewards() -> None:
