@@ -138,9 +138,9 @@ class CostModel:
             stop_prompts: A rung.
         """
         features = _step_features(self.study, configuration, model)
-        key = (*features, model, start_prompts, stop_prompts)
+        batch = int(self.study.complete(configuration)["prompts_per_step"])
+        key = (*features, batch, model, start_prompts, stop_prompts)
         if key not in self._known:
-            batch = int(self.study.complete(configuration)["prompts_per_step"])
             count = steps_at(stop_prompts, batch) - start_prompts // batch
             levels = sum(start_prompts < level <= stop_prompts for level in self.study.spec.fidelity.levels)
             self._known[key] = self._estimate(features, model, count, levels)
@@ -149,16 +149,20 @@ class CostModel:
     def _estimate(self, features: list[float], model: str, steps: int, evaluations: int) -> CostEstimate:
         size, step = np.array([[1.0, _log_size(self.study, model)]]), np.array([features])
         parts = [
-            (float(self.startup.expected(size)[0]), self.startup.predict(size)[1][0] + self.startup.noise**2),
-            (steps * float(self.step.expected(step)[0]), self.step.predict(step)[1][0]),
-            (evaluations * float(self.evaluation.expected(size)[0]), self.evaluation.predict(size)[1][0]),
+            (count * float(law.expected(row)[0]), law.predict(row)[1][0] + law.noise**2)
+            for count, law, row in (
+                (1, self.startup, size),
+                (steps, self.step, step),
+                (evaluations, self.evaluation, size),
+            )
         ]
         devices = self.study.ladder[model].devices
         total = max(FLOOR_SECONDS, sum(seconds for seconds, _ in parts)) * devices
         # Parts are log-normal; their sum is given the log-normal with the same first two moments.
         variance = sum((seconds * devices) ** 2 * math.expm1(min(float(spread), 4.0)) for seconds, spread in parts)
         spread = math.sqrt(math.log1p(variance / total**2))
-        return CostEstimate(total, total * math.exp(-1.645 * spread), total * math.exp(1.645 * spread))
+        median = total * math.exp(-(spread**2) / 2)
+        return CostEstimate(total, median * math.exp(-1.645 * spread), median * math.exp(1.645 * spread))
 
 
 def _updated(law: LogLinearLaw, rows: list[tuple[list[float], float]]) -> LogLinearLaw:

@@ -96,11 +96,13 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
         count_parameters(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="neither a folder with a transformers checkpoint nor a model of the hub"):
         count_parameters(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_parameters_of_a_checkpoint_without_safetensors_come_from_its_config(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
