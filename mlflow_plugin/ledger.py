@@ -4,9 +4,10 @@ What is read back lives in tags with JSON (`jfhpo.trial`, `jfhpo.open`, `jfhpo.s
 segment with its step records. Metrics, parameters, names and descriptions are for people and are never read back.
 
 Order of writes. A trial and its first segment come into being by the one call that creates the run. A segment is
-committed by the one call that sets its `jfhpo.segment.NNNN` tag; its records are stored before, everything that
-can be derived (status, name, checkpoint index, curves of the study) is written after, and repaired by the next `open`
-if a crash came between. An open segment is the one in `jfhpo.open`, unless it is committed already.
+committed by the one call that sets its `jfhpo.segment.NNNN` tag, which comes last in that call; its records are stored
+before. Status and name of the run are written after. A crash at any point leaves a ledger that `open` can read, and
+`open` puts right what people would see wrong: statuses, names, parameters and the index of checkpoints. An open segment
+is the one in `jfhpo.open`, unless it is committed already.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class _Child:
     """A trial and its run.
 
     Attributes:
+        described: Whether the run has its parameters.
         status: The run's status, as MLflow has it.
         name: The run's name, as MLflow has it.
         checkpoint: Where the trial's checkpoint is indexed, as MLflow has it.
@@ -90,6 +92,7 @@ class _Child:
 
     run_id: str
     trial: Trial
+    described: bool
     status: str
     name: str
     checkpoint: checkpoints.Entry | None = None
@@ -137,6 +140,7 @@ class MlflowLedger:
         self._children = self._read_children()
         for child in self._children.values():
             self._settle(child)
+            self._index(child, child.trial)
 
     def look(self, study: StudySpec) -> bool:
         """Open for reading only, also while another process runs the study. Nothing is created or changed.
@@ -182,13 +186,12 @@ class MlflowLedger:
                 tags={PARENT: self.study_run_id, **_pack(HEADER, header), **tags},
                 run_name=run_name(begun),
             )
-            child = _Child(run.info.run_id, begun, run.info.status, run.info.run_name, records={})
+            child = _Child(run.info.run_id, begun, False, run.info.status, run.info.run_name, records={})
             self._children[trial.key] = child
-            self._log(child.run_id, params=trial_parameters(begun, self._sizes[trial.model]))
         else:
             self._log(child.run_id, tags=tags)
             child.trial = begun
-            self._settle(child)
+        self._settle(child)
 
     def stream(self, key: str, records: Sequence[StepRecord]) -> None:
         """See `Ledger.stream`; written at most every `STREAM_SECONDS`."""
@@ -208,9 +211,11 @@ class MlflowLedger:
         known = self._records(child)
         lines = "".join(f"{record.model_dump_json()}\n" for record in records)
         self._client.log_text(child.run_id, lines, _records_file(result.segment.index))
+        self._index(child, trial)
+        model_id = child.checkpoint.model_id if child.checkpoint is not None else None
         self._log(
             child.run_id,
-            [*self._unseen(child, records), *result_metrics(trial, result, _now())],
+            [*self._unseen(child, records), *result_metrics(trial, result, _now(), model_id)],
             tags={**_pack(SEGMENT.format(result.segment.index), result.model_dump_json()), **trial_labels(trial)},
         )
         child.trial, child.waiting, child.shown = trial, [], {}
@@ -319,7 +324,7 @@ class MlflowLedger:
         entries = checkpoints.read_index(self._client, self._experiment_id)
         runs = _search(self._client, self._experiment_id, f"tags.`{PARENT}` = '{self.study_run_id}'")
         children = [child for run in runs if (child := _read_child(run, entries)) is not None]
-        # A create_run that was sent twice (a lost answer) leaves two runs of one trial: the one that got further counts.
+        # A create_run sent twice (its answer was lost) leaves two runs of one trial: the one that got further counts.
         children.sort(key=lambda child: (child.trial.number, -len(child.trial.segments)))
         by_key: dict[str, _Child] = {}
         for child in children:
@@ -327,8 +332,11 @@ class MlflowLedger:
         return by_key
 
     def _settle(self, child: _Child) -> None:
-        """Bring all that is derived from a trial up to date: status and name of its run, index of its checkpoint."""
+        """Bring parameters, status and name of a trial's run up to date."""
         trial = child.trial
+        if not child.described:
+            self._log(child.run_id, params=trial_parameters(trial, self._sizes[trial.model]))
+            child.described = True
         status, name = STATUS[trial.state], run_name(trial)
         if status != child.status:
             if status == "RUNNING":
@@ -339,6 +347,9 @@ class MlflowLedger:
         if name != child.name:
             self._client.set_tag(child.run_id, "mlflow.runName", name)
             child.name = name
+
+    def _index(self, child: _Child, trial: Trial) -> None:
+        """Bring the index up to the newest checkpoint of `trial`."""
         child.checkpoint = checkpoints.write_index(
             self._client, self._experiment_id, child.run_id, trial, child.checkpoint
         )
@@ -493,7 +504,9 @@ def _read_child(run: Run, entries: Mapping[str, checkpoints.Entry]) -> _Child | 
     if segment is not None and segment.index != len(segments):
         segment = None
     trial = _parse(Trial, header, run_id).model_copy(update={"segments": tuple(segments), "open_segment": segment})
-    return _Child(run_id, trial, run.info.status, run.info.run_name, entries.get(run_id))
+    return _Child(
+        run_id, trial, bool(run.data.params), run.info.status, run.info.run_name, checkpoint=entries.get(run_id)
+    )
 
 
 def _read_facts(parent: Run) -> dict[str, str | float]:

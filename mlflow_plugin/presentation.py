@@ -110,10 +110,20 @@ def step_metrics(records: Sequence[StepRecord], timestamp: int) -> list[Metric]:
     ]
 
 
-def result_metrics(trial: Trial, result: SegmentResult, timestamp: int) -> list[Metric]:
-    """Metrics of a committed segment of `trial`: its evaluations, and the trial's charge so far."""
+def result_metrics(trial: Trial, result: SegmentResult, timestamp: int, model_id: str | None) -> list[Metric]:
+    """Metrics of a committed segment of `trial`: its evaluations, and the trial's charge so far.
+
+    The evaluation of the segment's checkpoint also goes to the logged model `model_id` that indexes it.
+    """
+    saved = result.checkpoint.step if result.checkpoint is not None else None
     metrics = [
-        Metric(name, _plottable(value), timestamp, evaluation.step)
+        Metric(
+            name,
+            _plottable(value),
+            timestamp,
+            evaluation.step,
+            model_id=model_id if evaluation.step == saved else None,
+        )
         for evaluation in result.evaluations
         for name, value in _scores(evaluation)
     ]
@@ -199,12 +209,15 @@ def _cell(text: str) -> str:
 def study_note(study: StudySpec) -> str:
     """Description of the study's run."""
     task = study.task.embedded or study.task.prompts
+    summary = (
+        f"Hyperparameter search by jfhpo for **{study.target}** on **{task}** "
+        f"({study.trainer.name}, {study.fidelity.horizon_prompts} prompts per full trial, "
+        f"{study.budget.device_seconds:g} device-seconds of search)."
+    )
     lines = [
         study.description,
         "",
-        f"Hyperparameter search by jfhpo for **{study.target}** on **{task}** "
-        f"({study.trainer.name}, {study.fidelity.horizon_prompts} prompts per full trial, "
-        f"{study.budget.device_seconds:g} device-seconds of search).",
+        summary,
         "",
         "- The nested runs are its trials; `study.yaml` among the artifacts repeats the study.",
         "- `study/best_target_score` against `study/spent_seconds` shows what the search found for which cost.",

@@ -50,7 +50,7 @@ def make_study(**changes: object) -> StudySpec:
     return parse_study(STUDY).model_copy(update=changes)
 
 
-def make_trial(number: int, model: str = "small", **configuration: float | int | str | bool) -> Trial:
+def make_trial(number: int, model: str = "small", **configuration: float | str | bool) -> Trial:
     values = configuration or {"learning_rate": 10.0 ** -(number % 5 + 2)}
     return Trial(
         key=trial_key("conformance", values, model, number),
@@ -139,7 +139,7 @@ results = st.builds(
             explanation=words,
             expected_gain=st.none() | anything,
             expected_cost_seconds=st.none() | anything,
-        ),  # fmt: skip
+        ),
     ),
     outcome=st.sampled_from(Outcome),
     end_step=steps,
@@ -155,7 +155,7 @@ results = st.builds(
             seconds=positive,
         ),
         max_size=4,
-    ).map(tuple),  # fmt: skip
+    ).map(tuple),
     checkpoint=st.none() | st.builds(Checkpoint, step=steps, prompts=steps, path=words, digest=words, size_bytes=steps),
     seconds=positive,
     startup_seconds=positive,

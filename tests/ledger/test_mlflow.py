@@ -1,16 +1,475 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
-from jfhpo_core.ledger import Ledger
-from mlflow_plugin.ledger import MlflowLedger
-from tests.ledger.conformance import LedgerConformance
+from jfhpo_core.dispatch import InlineDispatcher
+from jfhpo_core.errors import LedgerError
+from jfhpo_core.ledger import Ledger, MemoryLedger
+from jfhpo_core.search import run_search
+from jfhpo_core.spec import StudySpec, TrackingSpec
+from jfhpo_core.study import resolve
+from jfhpo_core.trial import Decision, FailureKind, Outcome, Trial
+from mlflow_plugin.ledger import TAG_LIMIT, MlflowLedger
+from tests.ledger.conformance import (
+    TOTAL_STEPS,
+    LedgerConformance,
+    make_record,
+    make_records,
+    make_result,
+    make_segment,
+    make_study,
+    make_trial,
+    text,
+)
+
+
+@pytest.fixture
+def client(tracking_uri: str) -> MlflowClient:
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+@pytest.fixture
+def ledger(client: MlflowClient) -> MlflowLedger:
+    ledger = MlflowLedger(client)
+    ledger.open(make_study())
+    return ledger
 
 
 class TestMlflowLedger(LedgerConformance):
     @pytest.fixture
     def reopen(self, tracking_uri: str) -> Callable[[], Ledger]:
         return lambda: MlflowLedger(MlflowClient(tracking_uri=tracking_uri))
+
+
+def run_of(ledger: MlflowLedger, trial: Trial) -> Run:
+    return ledger.client.get_run(ledger.run_id(trial.key))
+
+
+def test_what_people_see_of_a_trial(ledger: MlflowLedger) -> None:
+    trial = make_trial(7, "small", learning_rate=3.2e-4, scheduler="cosine")
+    first, second = make_segment(0, 0, 4, "it looked good"), make_segment(1, 4, TOTAL_STEPS, "it went on well")
+    ledger.begin(trial, first)
+    run = run_of(ledger, trial)
+    assert (run.info.run_name, run.info.status) == ("007 small lr=0.00032", "RUNNING")
+    assert run.data.tags["mlflow.parentRunId"] == ledger.study_run_id
+    assert run.data.params["learning_rate"] == "0.00032"
+    assert run.data.params["model_parameters"] == "100000"
+
+    ledger.commit(trial.key, make_result(first), make_records(0, 4))
+    run = run_of(ledger, trial)
+    assert (run.info.run_name, run.info.status) == ("007 small lr=0.00032 · 4/12 steps", "FINISHED")
+    assert run.data.tags["jfhpo.state"] == "paused"
+    assert run.data.metrics["eval/score"] == pytest.approx(0.4)
+    history = ledger.client.get_metric_history(run.info.run_id, "train/reward")
+    assert [(metric.step, metric.value) for metric in history] == [(r.step, r.reward) for r in make_records(0, 4)]
+
+    ledger.begin(ledger.trials()[0], second)
+    assert run_of(ledger, trial).info.status == "RUNNING"
+    stopped = make_result(
+        second,
+        outcome=Outcome.STOPPED,
+        end_step=6,
+        checkpoint=None,
+        evaluations=(),
+        decision=Decision(stop=True, rule="kl-growth", signal="kl", value=0.9, threshold=0.15, step=6),
+    )
+    ledger.commit(trial.key, stopped, make_records(4, 6))
+    run = run_of(ledger, trial)
+    assert (run.info.run_name, run.info.status) == ("007 small lr=0.00032 · 6/12 steps", "KILLED")
+    assert run.data.tags["jfhpo.stopped_by"] == "kl-growth: kl = 0.9 against 0.15 at step 6"
+    assert run.data.tags["jfhpo.why"] == "it went on well"
+    assert run.data.metrics["cost/seconds"] == pytest.approx(5.0)
+    for words in ("Stopped", "it looked good", "it went on well", "kl-growth"):
+        assert words in run.data.tags["mlflow.note.content"]
+
+
+def test_an_infeasible_trial_is_told_apart(ledger: MlflowLedger) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    result = make_result(
+        segment, outcome=Outcome.INFEASIBLE, end_step=0, checkpoint=None, evaluations=(),
+        failure=FailureKind.OUT_OF_MEMORY, message="no memory left",
+    )  # fmt: skip
+    ledger.commit(trial.key, result, [])
+    run = run_of(ledger, trial)
+    assert (run.info.status, run.data.tags["jfhpo.state"]) == ("FAILED", "infeasible")
+    assert run.data.tags["jfhpo.failure"] == "out-of-memory: no memory left"
+
+
+def test_what_people_see_of_a_study(ledger: MlflowLedger, tmp_path: Path) -> None:
+    for number, model in enumerate(["large", "small", "large"]):
+        trial, segment = make_trial(number, model), make_segment(0, 0, TOTAL_STEPS)
+        ledger.begin(trial, segment)
+        ledger.commit(trial.key, make_result(segment), make_records(0, 2))
+    (tmp_path / "report.html").write_text("<p>fine</p>")
+    ledger.summarize({"score": 0.75, "recommended": "lr=3e-4"}, [tmp_path / "report.html"])
+    run = ledger.client.get_run(ledger.study_run_id)
+    assert (run.info.run_name, run.info.status) == ("conformance", "FINISHED")
+    assert run.data.params["target"] == "large"
+    assert run.data.params["fidelity.horizon_prompts"] == "960"
+    assert run.data.metrics["fact/score"] == 0.75
+    assert run.data.metrics["study/best_target_score"] == pytest.approx(1.2)
+    spent = ledger.client.get_metric_history(run.info.run_id, "study/spent_seconds")
+    assert [(metric.step, metric.value) for metric in spent] == [(1, 2.5), (2, 5.0), (3, 7.5)]
+    files = {file.path for file in ledger.client.list_artifacts(run.info.run_id)}
+    assert files == {"study.yaml", "report.html"}
+
+
+def test_a_changed_budget_renews_the_study_file(ledger: MlflowLedger, client: MlflowClient, tmp_path: Path) -> None:
+    study = make_study(budget=make_study().budget.model_copy(update={"trial_seconds": 7.0}))
+    MlflowLedger(client).open(study)
+    path = client.download_artifacts(ledger.study_run_id, "study.yaml", str(tmp_path))
+    assert Path(path).read_text() == study.to_yaml()
+
+
+def test_streamed_records_are_logged_once(ledger: MlflowLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow_plugin.ledger.STREAM_SECONDS", 0.0)
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    ledger.stream(trial.key, make_records(0, 2))
+    assert len(ledger.client.get_metric_history(ledger.run_id(trial.key), "train/reward")) == 2
+    ledger.stream(trial.key, make_records(2, 3))
+    ledger.commit(trial.key, make_result(segment), make_records(0, 4))
+    history = ledger.client.get_metric_history(ledger.run_id(trial.key), "train/reward")
+    assert [metric.step for metric in history] == [1, 2, 3, 4]
+
+
+def test_a_gap_stands_for_a_non_finite_signal(ledger: MlflowLedger) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, make_result(segment), [make_record(1, kl=math.inf)])
+    (metric,) = ledger.client.get_metric_history(ledger.run_id(trial.key), "train/kl")
+    assert math.isnan(metric.value)
+
+
+def test_checkpoints_can_be_searched(ledger: MlflowLedger) -> None:
+    for number in range(3):
+        trial = make_trial(number, learning_rate=10.0**-number)
+        start = 0
+        for index, stop in enumerate((4, 8)):
+            segment = make_segment(index, start, stop)
+            ledger.begin(trial if index == 0 else ledger.trials()[-1], segment)
+            ledger.commit(trial.key, make_result(segment), make_records(start, stop))
+            start = stop
+    found = ledger.client.search_logged_models(
+        [ledger.experiment_id], "tags.`jfhpo.step` = '8' AND params.learning_rate = '0.1'"
+    )
+    assert len(found) == 1
+    assert found[0].source_run_id == ledger.run_id(ledger.trials()[1].key)
+    assert found[0].tags["jfhpo.path"] == "key/step-00000008"
+    scores = {metric.step: metric.value for metric in found[0].metrics if metric.key == "eval/score"}
+    assert scores == {4: pytest.approx(0.4), 8: pytest.approx(0.8)}
+    assert len(ledger.client.search_logged_models([ledger.experiment_id], "metrics.`eval/score` > 0.7")) == 3
+
+
+def test_every_tag_fits(ledger: MlflowLedger) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4, "reason | " * 4000)
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, make_result(segment, message="x" * 20_000), [])
+    assert max(len(value) for value in run_of(ledger, trial).data.tags.values()) <= TAG_LIMIT
+
+
+def test_a_run_that_a_person_nested_is_ignored(ledger: MlflowLedger, client: MlflowClient) -> None:
+    client.create_run(ledger.experiment_id, tags={"mlflow.parentRunId": ledger.study_run_id})
+    again = MlflowLedger(client)
+    again.open(make_study())
+    assert again.trials() == []
+
+
+def test_a_trial_that_was_created_twice_counts_once(ledger: MlflowLedger, client: MlflowClient) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    tags = run_of(ledger, trial).data.tags
+    client.create_run(ledger.experiment_id, tags={name: tags[name] for name in tags if name != "mlflow.runName"})
+    ledger.commit(trial.key, make_result(segment), make_records(0, 4))
+    again = MlflowLedger(client)
+    again.open(make_study())
+    assert again.trials() == ledger.trials()
+
+
+def test_unreadable_content_is_explained(ledger: MlflowLedger, client: MlflowClient) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, make_result(segment), make_records(0, 4))
+    again = MlflowLedger(client)
+    again.open(make_study())
+    shutil.rmtree(Path(run_of(ledger, trial).info.artifact_uri.removeprefix("file://")))
+    with pytest.raises(LedgerError, match=r"lost its artifact records/segment-0000\.jsonl"):
+        again.step_records(trial.key)
+    client.set_tag(ledger.run_id(trial.key), "jfhpo.segment.0000", json.dumps({"segment": 3}))
+    with pytest.raises(LedgerError, match="SegmentResult that cannot be read"):
+        MlflowLedger(client).open(make_study())
+
+
+def test_an_unopened_ledger_says_so() -> None:
+    with pytest.raises(LedgerError, match="not open"):
+        MlflowLedger().begin(make_trial(0), make_segment(0, 0, 4))
+
+
+def test_a_deleted_experiment_is_explained(ledger: MlflowLedger, client: MlflowClient) -> None:
+    client.delete_experiment(ledger.experiment_id)
+    with pytest.raises(LedgerError, match="mlflow experiments restore"):
+        MlflowLedger(client).open(make_study())
+
+
+def test_a_server_that_does_not_answer_is_explained() -> None:
+    study = make_study(tracking=TrackingSpec(uri=f"http://me:secret@127.0.0.1:{free_port()}"))
+    with pytest.raises(LedgerError, match="does not answer") as caught:
+        MlflowLedger().open(study)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_default_store_lies_in_the_working_directory(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copyfile(empty_database, tmp_path / "mlflow.db")
+    ledger = MlflowLedger()
+    ledger.open(make_study())
+    assert ledger.tracking_uri == "sqlite:///mlflow.db"
+    assert ledger.url() is None
+    assert list((tmp_path / "mlruns").rglob("study.yaml"))
+
+
+def test_the_environment_names_the_store(tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    ledger = MlflowLedger()
+    ledger.open(make_study())
+    assert ledger.tracking_uri == tracking_uri
+    # Artifacts lie beside the database, not where the process happened to start.
+    assert list((tmp_path / "mlruns").rglob("study.yaml"))
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_search_gives_the_same_as_in_memory(client: MlflowClient, tmp_path: Path) -> None:
+    study = search_study(tmp_path)
+    ledgers = (MemoryLedger(), MlflowLedger(client))
+    in_memory, in_mlflow = (run_search(resolve(study), ledger, InlineDispatcher(2)) for ledger in ledgers)
+    assert len(in_mlflow.trials) > 3
+    assert text(list(in_mlflow.trials)) == text(list(in_memory.trials))
+
+
+def search_study(tmp_path: Path) -> StudySpec:
+    study = make_study()
+    return study.model_copy(
+        update={
+            "budget": study.budget.model_copy(update={"trial_seconds": 200.0}),
+            "strategy": study.strategy.model_copy(update={"name": "random"}),
+            "tracking": TrackingSpec(workspace=str(tmp_path / "workspace")),
+        }
+    )
+
+
+class Crash(BaseException):
+    """The process dies."""
+
+
+class Mortal:
+    """A client that dies before its n-th call.
+
+    Dying before a call is the same as dying after the one before it; a kill in the midst of one is `kill -9`'s test.
+    """
+
+    def __init__(self, client: MlflowClient, survives: float) -> None:
+        self.client, self.survives, self.calls = client, survives, 0
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.client, name)
+        if not callable(value):
+            return value
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if self.calls >= self.survives:
+                raise Crash(name)
+            self.calls += 1
+            return value(*arguments, **keywords)
+
+        return call
+
+
+LIFE = [(0, 0, 0, 4), (1, 0, 0, TOTAL_STEPS), (0, 1, 4, TOTAL_STEPS), (2, 0, 0, 4)]
+"""Trial, segment, first and last step, in the order in which they are trained."""
+
+
+def live(ledger: Ledger) -> None:
+    """A short study that goes on from whatever the ledger holds, as `run_search` does."""
+    ledger.open(make_study())
+    for number, index, start, stop in LIFE:
+        trial = next((trial for trial in ledger.trials() if trial.number == number), make_trial(number, "large"))
+        if len(trial.segments) > index:
+            continue
+        segment = make_segment(index, start, stop, "long " * 1500)
+        if trial.open_segment is None:
+            ledger.begin(trial, segment)
+        ledger.stream(trial.key, make_records(start, stop - 1))
+        ledger.commit(trial.key, make_result(segment), make_records(start, stop))
+    ledger.summarize({"done": 1.0})
+
+
+def check_life(ledger: MlflowLedger) -> None:
+    """A finished `live` leaves this, however often it was interrupted."""
+    expected = MemoryLedger()
+    live(expected)
+    assert ledger.trials() == expected.trials()
+    for trial in expected.trials():
+        assert ledger.step_records(trial.key) == expected.step_records(trial.key)
+        run = run_of(ledger, trial)
+        assert run.info.status == "FINISHED"
+        assert run.info.run_name.endswith(f"{trial.step}/12 steps")
+        assert run.data.params["model"] == "large"
+    assert ledger.facts() == expected.facts()
+    index = ledger.client.search_logged_models([ledger.experiment_id])
+    # A crash between creating an entry and reading its answer may leave a second entry, never a wrong one.
+    newest = {model.source_run_id: model.tags["jfhpo.digest"] for model in index}
+    assert newest == {
+        ledger.run_id(trial.key): trial.checkpoint.digest for trial in expected.trials() if trial.checkpoint
+    }
+
+
+@pytest.mark.slow
+def test_a_crash_between_any_two_calls_loses_nothing(empty_database: Path, tmp_path: Path) -> None:
+    def client(name: str) -> MlflowClient:
+        path = tmp_path / name / "mlflow.db"
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            shutil.copyfile(empty_database, path)
+        return MlflowClient(tracking_uri=f"sqlite:///{path}")
+
+    immortal = Mortal(client("whole"), math.inf)
+    ledger = MlflowLedger(immortal)  # type: ignore[arg-type]
+    live(ledger)
+    calls = immortal.calls
+    check_life(ledger)
+    assert calls > 20
+    for survived in range(calls):
+        name = f"dies-{survived}"
+        before: list[Trial] = []
+        mortal = MlflowLedger(Mortal(client(name), survived))  # type: ignore[arg-type]
+        with pytest.raises(Crash):
+            live(mortal)
+        if mortal._opened is not None:
+            before = mortal.trials()
+        after = MlflowLedger(client(name))
+        after.open(make_study())
+        # What the dead process knew as committed is there.
+        for trial in before:
+            assert next(one for one in after.trials() if one.key == trial.key).segments[: len(trial.segments)] == (
+                trial.segments
+            )
+        live(after)
+        check_life(after)
+        fresh = MlflowLedger(client(name))
+        fresh.open(make_study())
+        check_life(fresh)
+
+
+def _live_in(uri: str) -> None:
+    live(MlflowLedger(MlflowClient(tracking_uri=uri)))
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_nothing(tracking_uri: str) -> None:
+    # Forking saves the seconds that importing MLflow takes; this process has not opened the database yet.
+    context = multiprocessing.get_context("fork")
+    chance = random.Random(0)
+    kills = 0
+    for _ in range(200):
+        process = context.Process(target=_live_in, args=(tracking_uri,))
+        process.start()
+        process.join(chance.uniform(0.1, 2.0))
+        if process.exitcode == 0:
+            break
+        assert process.exitcode is None, "the process failed by itself"
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert kills > 0
+    ledger = MlflowLedger(MlflowClient(tracking_uri=tracking_uri))
+    ledger.open(make_study())
+    check_life(ledger)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[str]:
+    """A real tracking server that stores artifacts for its clients."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(empty_database, folder / "mlflow.db")
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files"),
+        ],
+        cwd=folder,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        stdout=(folder / "log").open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=5).read()
+                break
+            except OSError:
+                assert process.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+class ServedLedger(MlflowLedger):
+    """A ledger on the server that keeps the tests apart by experiment."""
+
+    def __init__(self, url: str, experiment: str) -> None:
+        super().__init__()
+        self.tracking = TrackingSpec(uri=url, experiment=experiment)
+
+    def open(self, study: StudySpec) -> None:
+        super().open(study.model_copy(update={"tracking": self.tracking}))
+
+
+@pytest.mark.slow
+class TestMlflowServer(LedgerConformance):
+    @pytest.fixture
+    def reopen(self, server: str, request: pytest.FixtureRequest) -> Callable[[], Ledger]:
+        return lambda: ServedLedger(server, request.node.name)
+
+    def test_the_url_is_the_study_in_the_ui(self, server: str, reopen: Callable[[], ServedLedger]) -> None:
+        ledger = reopen()
+        ledger.open(make_study())
+        assert ledger.url() == f"{server}/#/experiments/{ledger.experiment_id}/runs/{ledger.study_run_id}"
