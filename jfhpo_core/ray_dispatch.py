@@ -441,8 +441,8 @@ def _check_address(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if "://" in address:
         raise SpecError(
-            f"cluster.address: {address!r} leads to Ray Client or the jobs API, which cannot stream step records; run on "
-            "a machine of the cluster and give HOST:6379, or submit the search itself with `ray job submit`"
+            f"cluster.address: {address!r} leads to Ray Client or the jobs API, which cannot stream step records; run "
+            "on a machine of the cluster and give HOST:6379, or submit the search itself with `ray job submit`"
         )
     if not colon:
         return

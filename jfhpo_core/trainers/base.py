@@ -89,7 +89,7 @@ class Trainer(Protocol):
         ...
 
     def warm_up(self) -> None:
-        """Import what `run` will need. A worker calls it once, before its first job; `run` must work without it, too."""
+        """Import what `run` needs. A worker calls it once, before its first job; `run` must work without it, too."""
         ...
 
     def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:

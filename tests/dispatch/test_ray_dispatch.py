@@ -1,0 +1,203 @@
+"""What goes wrong on workers: killed, hung, out of disk. With real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jfhpo_core import ray_dispatch
+from jfhpo_core.dispatch import InlineDispatcher, Streamed
+from jfhpo_core.errors import SpecError
+from jfhpo_core.ray_dispatch import RayDispatcher
+from jfhpo_core.spec import ClusterSpec
+from jfhpo_core.study import Study
+from jfhpo_core.trial import FailureKind, Outcome
+from tests.dispatch.support import all_gone, collect, descendants, first_job, processes
+from tests.studies import simulated_study
+
+pytestmark = pytest.mark.slow
+
+ATTEMPTS = 3
+"""The dispatcher of these tests retries twice."""
+
+
+def fragile_study(tmp_path: Path, how: str, times: int, **changes: Any) -> Study:
+    folder = tmp_path / "attempts"
+    folder.mkdir()
+    settings = {"how": how, "times": times, "folder": str(folder)}
+    return simulated_study(tmp_path, trainer={"name": "fragile", "settings": settings}, **changes)
+
+
+def undisturbed(tmp_path: Path) -> Any:
+    """The result of the same job where nothing fails."""
+    inline = InlineDispatcher()
+    job = first_job(simulated_study(tmp_path / "undisturbed"))
+    inline.submit(job)
+    return collect(inline, 1)[1][job.trial_key]
+
+
+def test_jobs_run_side_by_side(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    study = fragile_study(tmp_path, "meet", times=2)
+    for rate in (1e-4, 2e-4):
+        ray_dispatcher.submit(first_job(study, rate))
+    _, finished = collect(ray_dispatcher, 2)
+    assert {event.result.outcome for event in finished.values()} == {Outcome.REACHED}
+
+
+def test_no_more_jobs_run_than_there_are_slots(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    slow = {"name": "simulated", "settings": {"real_seconds_per_step": 0.01}}
+    study = simulated_study(tmp_path, trainer=slow)
+    for index in range(5):
+        ray_dispatcher.submit(first_job(study, 1e-4 * (index + 1)))
+    running: set[str] = set()
+    widest = ended = 0
+    while ended < 5:
+        for event in ray_dispatcher.wait(0.5):
+            if isinstance(event, Streamed):
+                running.add(event.key)
+                widest = max(widest, len(running))
+            else:
+                running.discard(event.key)
+                ended += 1
+    assert widest == 2
+
+
+def test_records_arrive_while_the_job_runs(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    study = fragile_study(tmp_path, "hang", times=1)
+    job = first_job(study)
+    ray_dispatcher.submit(job)
+    steps: list[int] = []
+    while len(steps) < 5:
+        for event in ray_dispatcher.wait(0.5):
+            assert isinstance(event, Streamed)
+            steps += [record.step for record in event.records]
+    assert steps == [1, 2, 3, 4, 5]
+    ray_dispatcher.cancel(job.trial_key)
+
+
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    slow = {"name": "simulated", "settings": {"real_seconds_per_step": 0.05}}
+    job = first_job(simulated_study(tmp_path, trainer=slow))
+    before = set(processes())
+    ray_dispatcher.submit(job)
+    seen = 0
+    while seen < 5:
+        seen += sum(len(event.records) for event in ray_dispatcher.wait(0.5) if isinstance(event, Streamed))
+    trains = [pid for pid, command in descendants(os.getpid()).items() if "_WorkerProcess.train" in command]
+    assert len(trains) == 1, (trains, before)
+    os.kill(trains[0], signal.SIGKILL)
+    _, finished = collect(ray_dispatcher, 1)
+    event, expected = finished[job.trial_key], undisturbed(tmp_path)
+    assert event.result == expected.result.model_copy(update={"attempts": 2})
+    assert event.records == expected.records
+
+
+@pytest.mark.parametrize("how", ["kill", "disk"])
+def test_what_fails_twice_and_then_works_counts_once(ray_dispatcher: RayDispatcher, tmp_path: Path, how: str) -> None:
+    job = first_job(fragile_study(tmp_path, how, times=ATTEMPTS - 1))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    event, expected = finished[job.trial_key], undisturbed(tmp_path)
+    assert event.result.attempts == ATTEMPTS
+    assert event.records == expected.records
+    assert event.result.evaluations == expected.result.evaluations
+    assert event.result.seconds == expected.result.seconds
+    staging = Path(job.store) / "staging"
+    assert not list(staging.iterdir()), "a killed attempt left its stage behind"
+
+
+@pytest.mark.parametrize(("how", "quote"), [("kill", "worker process has died"), ("disk", "No space left on device")])
+def test_what_always_fails_is_lost_and_free(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, how: str, quote: str
+) -> None:
+    job = first_job(fragile_study(tmp_path, how, times=ATTEMPTS))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    event = finished[job.trial_key]
+    assert event.result.outcome is Outcome.LOST
+    assert (event.result.attempts, event.result.charge_seconds, event.result.failure) == (ATTEMPTS, 0.0, None)
+    assert event.records == ()
+    assert quote in str(event.result.message)
+
+
+def test_memory_exhausted_in_python_is_the_configurations_fault(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    job = first_job(fragile_study(tmp_path, "memory", times=1))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    result = finished[job.trial_key].result
+    assert (result.failure, result.end_step, result.attempts) == (FailureKind.OUT_OF_MEMORY, 5, 1)
+
+
+def test_a_job_that_hangs_once_is_started_again(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_dispatch, "HANG_SECONDS", 1.0)
+    job = first_job(fragile_study(tmp_path, "hang", times=1))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    assert finished[job.trial_key].result == undisturbed(tmp_path).result.model_copy(
+        update={"attempts": 2, "segment": job.segment}
+    )
+
+
+def test_a_job_that_always_hangs_is_infeasible_and_charged_once(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_dispatch, "HANG_SECONDS", 1.0)
+    job = first_job(fragile_study(tmp_path, "hang", times=ATTEMPTS))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    event = finished[job.trial_key]
+    assert (event.result.outcome, event.result.failure) == (Outcome.INFEASIBLE, FailureKind.HUNG)
+    assert [record.step for record in event.records] == [1, 2, 3, 4, 5]
+    assert event.result.end_step == 5
+    assert event.result.seconds > 1.0
+
+
+def test_a_workers_children_end_with_it(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_dispatch, "HANG_SECONDS", 1.0)
+    study = fragile_study(tmp_path, "child", times=1)
+    ray_dispatcher.submit(first_job(study))
+    collect(ray_dispatcher, 1)
+    child = int((Path(study.spec.trainer.settings["folder"]) / "child").read_text())
+    assert all_gone({child})
+
+
+def test_a_gpu_that_is_not_there_is_refused(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    ray_dispatcher.submit(first_job(simulated_study(tmp_path)))
+    collect(ray_dispatcher, 1)  # Ray is up now, and the second dispatcher shares the instance.
+    greedy = RayDispatcher(ClusterSpec(address="local", gpus_per_device=1000), slots=1)
+    greedy.submit(first_job(simulated_study(tmp_path / "greedy")))
+    with pytest.raises(SpecError, match="needs 1000 GPUs and this machine has"):
+        collect(greedy, 1)
+    greedy.close()
+    ray_dispatcher.submit(first_job(simulated_study(tmp_path), 1e-4))
+    collect(ray_dispatcher, 1)
+
+
+def test_a_private_instance_listens_on_loopback_only(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    import ray
+
+    ray_dispatcher.submit(first_job(simulated_study(tmp_path)))
+    collect(ray_dispatcher, 1)
+    assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://127.0.0.1:10001", "ray job submit"),
+        ("http://127.0.0.1:8265", "ray job submit"),
+        ("127.0.0.1:9", "no Ray cluster answers"),
+        ("127.0.0.1:port", "no Ray cluster answers"),
+    ],
+)
+def test_a_useless_address_is_refused_at_once(address: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        RayDispatcher(ClusterSpec(address=address), slots=1)
