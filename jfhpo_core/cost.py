@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jfhpo_core.fidelity import steps_at
 from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, Trial
+from jfhpo_core.trial import Configuration, Outcome, Trial
 
 Vector = NDArray[np.floating]
 
@@ -107,13 +107,15 @@ class CostModel:
 
     @classmethod
     def fit(cls, study: Study, trials: Sequence[Trial]) -> CostModel:
-        """Fit to every committed segment."""
+        """Fit to every segment that was not cut off: of a failed one it is not known what its time was spent on."""
         steps: list[tuple[list[float], float]] = []
         evaluations: list[tuple[list[float], float]] = []
         startups: list[tuple[list[float], float]] = []
         for trial in trials:
             size = _log_size(study, trial.model)
             for result in trial.segments:
+                if result.outcome in (Outcome.INFEASIBLE, Outcome.LOST):
+                    continue
                 evaluations += [([1.0, size], evaluation.seconds) for evaluation in result.evaluations]
                 if result.startup_seconds > 0:
                     startups.append(([1.0, size], result.startup_seconds))
