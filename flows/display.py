@@ -453,11 +453,11 @@ def result_view(result: SearchResult) -> Group:
 
 def next_steps(outcome: StudyOutcome) -> dict[str, str]:
     """Where to look next: what to do, and by which command, file or address."""
-    steps = {
+    return {
         "browse": outcome.url or f"mlflow ui --backend-store-uri {outcome.tracking_uri}",
         "report": str(outcome.report),
+        "model": outcome.model_uri or f"none registered: {outcome.model_note}",
     }
-    return steps if outcome.model_uri is None else {**steps, "model": outcome.model_uri}
 
 
 def plan_view(study: Study, trials: Sequence[Trial], bills: Forecast) -> Group:

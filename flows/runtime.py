@@ -28,6 +28,7 @@ INLINE = "inline"
 LOCK = "run.lock"
 PUBLISHED = "published"
 MODEL_URI = "model_uri"
+MODEL_NOTE = "model_note"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class StudyOutcome:
         url: The study's page, if the store is a server.
         report: The HTML report.
         model_uri: The registered target model, e.g. 'models:/demo@champion'; None if none was registered.
+        model_note: Why it has that alias, or why nothing was registered.
     """
 
     result: SearchResult
@@ -46,6 +48,7 @@ class StudyOutcome:
     url: str | None
     report: Path
     model_uri: str | None
+    model_note: str
 
 
 def run_study(
@@ -148,11 +151,13 @@ def _exclusive(study: Study) -> Iterator[None]:
 
 
 def _open(study: Study) -> tuple[MlflowLedger, Strategy]:
+    """The strategy first: one that is refused must leave no trace in the ledger."""
+    strategy = load_strategy(study)
     from mlflow_plugin.ledger import MlflowLedger
 
     ledger = MlflowLedger()
     ledger.open(study.spec)
-    return ledger, load_strategy(study)
+    return ledger, strategy
 
 
 def _start_dispatcher(spec: StudySpec) -> Dispatcher:
@@ -172,17 +177,20 @@ def _write_report(study: Study, ledger: MlflowLedger, result: SearchResult) -> P
 
 def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyOutcome:
     """Registered model, figures and report, once per state of the study."""
+    from mlflow_plugin.registry import register_target
+
     report = study.folder / REPORT
     state = canonical_json([trial.model_dump(mode="json") for trial in result.trials])
     digest = hashlib.sha256(state.encode()).hexdigest()[:16]
-    known = ledger.facts()
-    if known.get(PUBLISHED) != digest or not report.exists():
-        model_uri = _register(study, ledger, result) if result.complete else None
-        ledger.summarize({**facts(result), MODEL_URI: model_uri or ""})
+    if ledger.facts().get(PUBLISHED) != digest or not report.exists():
+        uri, note = "", "the study is not finished"
+        if result.complete:
+            registration = register_target(study, result, ledger)
+            note = registration.reason
+            uri = f"models:/{registration.name}@{registration.alias}" if registration.name else ""
+        ledger.summarize({**facts(result), MODEL_URI: uri, MODEL_NOTE: note})
         ledger.summarize({PUBLISHED: digest}, [_write_report(study, ledger, result)])
-    return StudyOutcome(result, ledger.tracking_uri, ledger.url(), report, str(ledger.facts()[MODEL_URI]) or None)
-
-
-def _register(_study: Study, _ledger: MlflowLedger, _result: SearchResult) -> str | None:
-    """Register the recommended target model; None if there is none or the study asks for no registration."""
-    return None
+    known = ledger.facts()
+    return StudyOutcome(
+        result, ledger.tracking_uri, ledger.url(), report, str(known[MODEL_URI]) or None, str(known[MODEL_NOTE])
+    )
