@@ -34,6 +34,9 @@ from jfhpo_core.trial import (
 
 POLL_SECONDS = 0.5
 
+HOPELESS_AFTER = 20
+"""Infeasible trials after which a search that has seen nothing else gives up: the study is at fault, not their values."""
+
 
 class Phase(StrEnum):
     """What the study is busy with."""
@@ -132,7 +135,7 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
             return step
 
     remaining = spec.budget.device_seconds - _reserve(study, strategy, trials) - committed_seconds(trials)
-    if remaining > 0 and not _validating(trials):
+    if remaining > 0 and not _validating(trials) and not _hopeless(trials):
         proposal = strategy.suggest(study, trials, remaining, call_seed(study, trials))
         if proposal is not None:
             return _step(study, trials, proposal, Phase.SEARCH)
@@ -198,6 +201,12 @@ def _validating(trials: Sequence[Trial]) -> bool:
         if segment is not None
     ]
     return any(segment.suggestion.source == "validation" for segment in segments)
+
+
+def _hopeless(trials: Sequence[Trial]) -> bool:
+    """Whether every search trial so far was infeasible, and there were many."""
+    states = [trial.state for trial in trials if trial.purpose == "search" and trial.segments]
+    return len(states) >= HOPELESS_AFTER and all(state is TrialState.INFEASIBLE for state in states)
 
 
 def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step | None:

@@ -89,9 +89,11 @@ class RandomSearch:
         if remaining_seconds <= 0:
             return None
         mine = [trial for trial in trials if trial.purpose in ("search", "random-search")]
-        configuration = fresh_configurations(study, mine, study.spec.seeds.search, 1)[0]
+        fresh = fresh_configurations(study, mine, study.spec.seeds.search, 1)
+        if not fresh:
+            return None
         return Proposal(
-            configuration,
+            fresh[0],
             study.ladder.target.name,
             study.spec.fidelity.horizon_prompts,
             Suggestion(source="random", explanation="next point of a Sobol sequence, at full length on the target"),
@@ -108,7 +110,7 @@ class RandomSearch:
 
 
 def fresh_configurations(study: Study, trials: Sequence[Trial], seed: int, count: int) -> list[Configuration]:
-    """The next `count` configurations of the study's Sobol sequence that no trial has."""
+    """The next `count` configurations of the study's Sobol sequence that no trial has; fewer if a space runs out."""
     known = {configuration_key(trial.configuration) for trial in trials}
     sampler = qmc.Sobol(study.space.dimension, rng=np.random.default_rng(seed))
     fresh: list[Configuration] = []

@@ -18,7 +18,7 @@ from jfhpo_core.cost import (
     step_law,
 )
 from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, FailureKind, Outcome, Trial
+from jfhpo_core.trial import Configuration, Outcome, Trial
 from tests.studies import evaluation, result, simulated_study
 
 STEP = np.array([math.log(0.8), 0.8, 0.9, 0.15])
