@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import numbers
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ def read_rows(path: Path) -> list[Row]:
         SpecError: With file, line and remedy.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): that would also cut at separators that JSON allows inside a text.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: the prompt file cannot be read: {error}") from None
     rows: list[Row] = []
@@ -143,9 +145,12 @@ def load_reward(reference: str) -> RewardFunction:
     if module_spec is None or module_spec.loader is None:
         raise SpecError(f"{path}: this is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
+    # Dataclasses and pickling look a class's module up by its name.
+    sys.modules[module_name] = module
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[module_name]
         raise SpecError(f"{path}: the reward file fails on import: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):

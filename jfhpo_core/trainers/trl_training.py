@@ -269,6 +269,8 @@ class _Measured(transformers.Trainer):  # type: ignore[misc]
         (stage / "training_args.bin").unlink()
         self._save_optimizer_and_scheduler(str(stage))
         self._save_rng_state(str(stage))
+        # TRL's summary of the segment, durations and all: equal trainings shall give equal checkpoints.
+        self.state.log_history = []
         self.state.save_to_json(str(stage / "trainer_state.json"))
         (stage / PROGRESS).write_text(json.dumps({"step": step, "tokens": self.tokens}), encoding="utf-8")
 
