@@ -35,7 +35,7 @@ from jfhpo_core.trial import (
 POLL_SECONDS = 0.5
 
 HOPELESS_AFTER = 20
-"""Infeasible trials after which a search that has seen nothing else gives up: the study is at fault, not their values."""
+"""Infeasible trials after which a search that has seen nothing else gives up: no value of theirs is to blame."""
 
 
 class Phase(StrEnum):
