@@ -1,0 +1,478 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from jfhpo_core.dispatch import InlineDispatcher
+from jfhpo_core.errors import LedgerError
+from jfhpo_core.ledger import MemoryLedger
+from jfhpo_core.search import (
+    HOPELESS_AFTER,
+    Phase,
+    Progress,
+    SearchResult,
+    call_seed,
+    committed_seconds,
+    conclude,
+    plan_next,
+    recommend,
+    run_search,
+    spent_seconds,
+)
+from jfhpo_core.strategies import Proposal, RandomSearch, Recommendation, Strategy, fresh_configurations
+from jfhpo_core.study import Study
+from jfhpo_core.trainers import Job
+from jfhpo_core.trial import Outcome, Trial, TrialState, configuration_key
+from tests.studies import BECAUSE, evaluation, result, simulated_study
+
+TWO_SEEDS = {"search": 0, "training": [0, 1]}
+
+
+@dataclass(frozen=True)
+class Climb:
+    """Walks a fixed plan of three configurations over models and rungs, so that outcomes depend on nothing else."""
+
+    name: ClassVar[str] = "climb"
+    plan: tuple[tuple[int, str, int], ...] = (
+        (0, "small", 160),
+        (1, "small", 160),
+        (2, "small", 160),
+        (0, "small", 480),
+        (1, "medium", 320),
+        (1, "small", 320),
+        (0, "large", 160),
+        (0, "large", 320),
+    )
+
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
+        configurations = fresh_configurations(study, (), 0, 3)
+        known = {
+            (configuration_key(trial.configuration), trial.model): trial
+            for trial in trials
+            if trial.purpose == "search"
+        }
+        for index, model, level in self.plan:
+            trial = known.get((configuration_key(configurations[index]), model))
+            if trial is not None and trial.state is TrialState.RUNNING:
+                continue
+            if trial is None or (trial.state is TrialState.PAUSED and trial.step * 16 < level):
+                return Proposal(configurations[index], model, level, BECAUSE)
+        return None
+
+    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
+        return [Recommendation(item, 0.5, 0.1) for item in fresh_configurations(study, (), 0, 2)]
+
+
+class Interruption(Exception):  # noqa: N818
+    """Stands for Ctrl-C."""
+
+
+def search(study: Study, slots: int = 1, strategy: Strategy | None = None) -> tuple[SearchResult, MemoryLedger]:
+    ledger = MemoryLedger()
+    return run_search(study, ledger, InlineDispatcher(slots), strategy=strategy), ledger
+
+
+def interrupted_search(
+    study: Study, slots: int, every: int, strategy: Strategy | None = None, at_submit: bool = False
+) -> tuple[SearchResult, int]:
+    """Run a study to its end while it is interrupted after every so many events (or submissions), and started again.
+
+    Returns the result of the last call and the number of interruptions.
+    """
+    ledger = MemoryLedger()
+    interruptions = 0
+    while True:
+        counts = {"events": -1, "submissions": 0}
+
+        def count_event(progress: Progress, counts: dict[str, int] = counts) -> None:
+            counts["events"] += 1
+            if not at_submit and counts["events"] == every:
+                raise Interruption
+
+        def count_submission(job: Job, counts: dict[str, int] = counts) -> None:
+            trial = next(trial for trial in ledger.trials() if trial.key == job.trial_key)
+            assert len(trial.segments) == job.segment.index, "a committed segment is trained again"
+            counts["submissions"] += 1
+            if at_submit and counts["submissions"] > every:
+                raise Interruption
+
+        try:
+            dispatcher = InlineDispatcher(slots, on_submit=count_submission)
+            return run_search(study, ledger, dispatcher, on_progress=count_event, strategy=strategy), interruptions
+        except Interruption:
+            interruptions += 1
+            assert interruptions < 500, "the study makes no progress"
+
+
+def substance(trial: Trial) -> dict[str, Any]:
+    """What of a trial does not depend on the order in which parallel trials ended.
+
+    That order decides who scores the base model, and what the cost model knew when a segment was planned.
+    """
+    data = trial.model_dump(exclude={"number", "segments"})
+    data["segments"] = [
+        done.model_dump(
+            exclude={
+                "committed": True,
+                "seconds": True,
+                "evaluation_seconds": True,
+                "evaluations": True,
+                "segment": {"suggestion"},
+            }
+        )
+        for done in trial.segments
+    ]
+    data["evaluations"] = [item.model_dump() for item in trial.evaluations if item.step > 0]
+    return data
+
+
+# --- the whole study ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_a_whole_study_completes(tmp_path: Path, slots: int) -> None:
+    study = simulated_study(tmp_path, seeds=TWO_SEEDS)
+    outcome, ledger = search(study, slots)
+    assert outcome.complete
+    assert outcome.trials == tuple(ledger.trials())
+    assert all(trial.open_segment is None for trial in outcome.trials)
+    assert outcome.recommended is not None
+    assert outcome.target_trial is not None
+    assert outcome.target_trial.final is not None
+    assert outcome.target_trial.model == "large"
+    assert outcome.target_trial.configuration == outcome.recommended.configuration
+    assert [row.label for row in outcome.rows] == ["recommended", "recipe"]
+    assert outcome.rows[0].score > outcome.rows[1].score + 3 * outcome.rows[1].standard_error
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+@pytest.mark.parametrize("strategy", [RandomSearch(), Climb()])
+def test_the_budget_is_kept_within_one_segment_per_slot(tmp_path: Path, slots: int, strategy: Strategy) -> None:
+    study = simulated_study(tmp_path, budget={"trial_seconds": 200, "max_parallel": slots})
+    outcome, _ = search(study, slots, strategy)
+    longest = max(done.charge_seconds for trial in outcome.trials for done in trial.segments)
+    assert outcome.spent_seconds == pytest.approx(spent_seconds(outcome.trials))
+    assert outcome.spent_seconds <= 200 + slots * longest
+
+
+def test_a_larger_budget_continues_a_finished_study(tmp_path: Path) -> None:
+    ledger = MemoryLedger()
+    small, large = (
+        simulated_study(tmp_path, budget={"trial_seconds": seconds, "max_parallel": 1}) for seconds in (100, 300)
+    )
+    first = run_search(small, ledger, InlineDispatcher())
+    second = run_search(large, ledger, InlineDispatcher())
+    assert second.spent_seconds > first.spent_seconds + 100
+    assert [trial.key for trial in second.trials[: len(first.trials)]] == [trial.key for trial in first.trials]
+
+
+def test_a_finished_study_trains_nothing_more(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    ledger = MemoryLedger()
+    first = run_search(study, ledger, InlineDispatcher())
+    jobs: list[Job] = []
+    second = run_search(study, ledger, InlineDispatcher(on_submit=jobs.append))
+    assert jobs == []
+    assert second == first
+
+
+def test_another_study_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    ledger = MemoryLedger()
+    run_search(simulated_study(tmp_path), ledger, InlineDispatcher())
+    before = ledger.trials()
+    with pytest.raises(LedgerError, match="give the study a new name"):
+        run_search(simulated_study(tmp_path, stopping={"rules": "paper"}), ledger, InlineDispatcher())
+    assert ledger.trials() == before
+
+
+def test_a_small_space_may_run_out_before_the_budget(tmp_path: Path) -> None:
+    space = {
+        "scheduler": {"type": "choice", "values": ["constant", "cosine"]},
+        "n_samples": {"type": "choice", "values": [4, 8]},
+    }
+    study = simulated_study(tmp_path, space=space, budget={"trial_seconds": 10_000}, random_search=True)
+    outcome, _ = search(study)
+    assert outcome.complete
+    assert len([trial for trial in outcome.trials if trial.purpose == "search"]) == 4
+
+
+# --- interruption -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", [RandomSearch(), Climb()])
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+def test_interrupted_after_every_kth_event_a_study_ends_the_same(
+    tmp_path: Path, every: int, strategy: Strategy
+) -> None:
+    changes = {"seeds": TWO_SEEDS, "random_search": True, "budget": {"trial_seconds": 200, "max_parallel": 1}}
+    whole, _ = search(simulated_study(tmp_path / "whole", **changes), strategy=strategy)
+    pieces, interruptions = interrupted_search(simulated_study(tmp_path / "pieces", **changes), 1, every, strategy)
+    assert interruptions >= sum(len(trial.segments) for trial in whole.trials) // every - 1
+    assert pieces.trials == whole.trials
+    assert pieces.rows == whole.rows
+    assert pieces.recommended == whole.recommended
+    assert pieces.spent_seconds == whole.spent_seconds
+
+
+@pytest.mark.parametrize("strategy", [RandomSearch(), Climb()])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_interrupted_between_begin_and_training_a_study_ends_the_same(
+    tmp_path: Path, every: int, strategy: Strategy
+) -> None:
+    changes = {"seeds": TWO_SEEDS, "budget": {"trial_seconds": 200, "max_parallel": 1}}
+    whole, _ = search(simulated_study(tmp_path / "whole", **changes), strategy=strategy)
+    study = simulated_study(tmp_path / "pieces", **changes)
+    pieces, interruptions = interrupted_search(study, 1, every, strategy, at_submit=True)
+    assert interruptions > 1
+    assert pieces.trials == whole.trials
+    assert pieces.rows == whole.rows
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_interrupted_in_parallel_every_segment_is_trained_once_with_the_same_outcome(
+    tmp_path: Path, slots: int, every: int
+) -> None:
+    """In parallel the order of events depends on the clock, so the plan of the strategy must not; segments agree."""
+    changes = {"seeds": TWO_SEEDS, "budget": {"trial_seconds": 1000, "max_parallel": slots}}
+    whole, _ = search(simulated_study(tmp_path / "whole", **changes), slots, Climb())
+    study = simulated_study(tmp_path / "pieces", **changes)
+    pieces, interruptions = interrupted_search(study, slots, every, Climb())
+    assert interruptions > 1
+    assert {trial.key: substance(trial) for trial in pieces.trials} == {
+        trial.key: substance(trial) for trial in whole.trials
+    }
+    assert [(row.label, row.score, row.seeds) for row in pieces.rows] == [
+        (row.label, row.score, row.seeds) for row in whole.rows
+    ]
+
+
+def test_a_lost_dispatcher_loses_only_what_was_not_committed(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    ledger = MemoryLedger()
+
+    def interrupt_late(progress: Progress) -> None:
+        if progress.spent_seconds > 100:
+            raise Interruption
+
+    with pytest.raises(Interruption):
+        run_search(study, ledger, InlineDispatcher(2), on_progress=interrupt_late)
+    before = {trial.key: trial.segments for trial in ledger.trials() if trial.segments}
+    begun = [trial.key for trial in ledger.trials() if trial.open_segment is not None]
+    assert before
+    assert begun
+    jobs: list[Job] = []
+    outcome = run_search(study, ledger, InlineDispatcher(2, on_submit=jobs.append))
+    after = {trial.key: trial.segments for trial in outcome.trials}
+    assert all(after[key][: len(segments)] == segments for key, segments in before.items())
+    assert [job.trial_key for job in jobs[: len(begun)]] == begun
+
+
+def test_a_wall_clock_limit_ends_the_call_and_not_the_study(tmp_path: Path) -> None:
+    budget = {"trial_seconds": 200, "max_parallel": 1}
+    whole, _ = search(simulated_study(tmp_path / "whole", budget=budget))
+    limited = simulated_study(tmp_path / "limited", budget={**budget, "wall_seconds": 1e-6})
+    ledger = MemoryLedger()
+    cut = run_search(limited, ledger, InlineDispatcher())
+    assert not cut.complete
+    assert cut.recommended is None
+    assert len(cut.trials) == 1
+    finished = run_search(simulated_study(tmp_path / "limited", budget=budget), ledger, InlineDispatcher())
+    assert finished.complete
+    assert finished.trials == whole.trials
+
+
+# --- phases -------------------------------------------------------------------------------------------------------
+
+
+def test_phases_come_in_order_and_the_bill_grows(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    study = simulated_study(tmp_path, seeds=TWO_SEEDS, random_search=True)
+    run_search(study, MemoryLedger(), InlineDispatcher(), on_progress=seen.append, strategy=Climb())
+    phases = [progress.phase for progress in seen]
+    assert list(dict.fromkeys(phases)) == list(Phase)
+    assert phases == sorted(phases, key=list(Phase).index)
+    for earlier, later in pairwise(seen):
+        assert later.spent_seconds >= earlier.spent_seconds
+        assert later.elapsed_seconds >= earlier.elapsed_seconds
+    assert seen[0].spent_seconds == 0
+
+
+def test_validation_continues_or_begins_the_best_on_the_target(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, budget={"trial_seconds": 1000, "top_k": 2, "max_parallel": 1})
+    outcome, _ = search(study, strategy=Climb())
+    zero, one = (configuration_key(item) for item in fresh_configurations(study, (), 0, 2))
+    target = {
+        configuration_key(trial.configuration): trial
+        for trial in outcome.trials
+        if trial.model == "large" and trial.purpose == "search"
+    }
+    assert target.keys() == {zero, one}
+    validated = target[zero].segments[-1]
+    assert validated.segment.suggestion.source == "validation"
+    assert (validated.segment.start_step, validated.segment.stop_step) == (20, 30)
+    (fresh,) = target[one].segments
+    assert (fresh.segment.start_step, fresh.segment.stop_step) == (0, 30)
+    assert target[zero].state is TrialState.COMPLETED
+
+
+def test_at_least_one_configuration_is_validated_however_small_the_budget(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, budget={"trial_seconds": 1, "max_parallel": 1})
+    outcome, _ = search(study, strategy=Climb())
+    completed = [trial for trial in outcome.trials if trial.purpose == "search" and trial.final is not None]
+    assert [trial.model for trial in completed] == ["large"]
+    assert outcome.recommended is not None
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1], [3, 1, 2]])
+def test_recommendation_and_baselines_are_trained_with_every_seed(tmp_path: Path, seeds: list[int]) -> None:
+    baselines = [
+        {"name": "low", "configuration": {"learning_rate": 1e-5}},
+        {"name": "high", "configuration": {"learning_rate": 1e-4}},
+    ]
+    study = simulated_study(tmp_path, seeds={"search": 0, "training": seeds}, baselines=baselines)
+    outcome, _ = search(study, slots=2)
+    assert [row.label for row in outcome.rows] == ["recommended", "low", "high"]
+    assert [row.seeds for row in outcome.rows] == [len(seeds)] * 3
+    for trial in outcome.trials:
+        assert trial.seed == seeds[0] or trial.purpose == "confirmation"
+
+
+def test_random_search_gets_as_much_as_the_search(tmp_path: Path) -> None:
+    outcome, _ = search(simulated_study(tmp_path, random_search=True), slots=2, strategy=Climb())
+    mine, theirs = spent_seconds(outcome.trials), spent_seconds(outcome.trials, "random-search")
+    longest = max(trial.charge_seconds for trial in outcome.trials if trial.purpose == "random-search")
+    assert mine <= theirs <= mine + 2 * longest
+    assert outcome.rows[-1].label == "random search"
+    best = max(
+        trial.final.score for trial in outcome.trials if trial.purpose == "random-search" and trial.final is not None
+    )
+    assert outcome.rows[-1].score == best
+
+
+def test_baselines_and_confirmation_are_not_charged_to_the_search(tmp_path: Path) -> None:
+    outcome, _ = search(simulated_study(tmp_path, seeds=TWO_SEEDS))
+    charged = sum(trial.charge_seconds for trial in outcome.trials if trial.purpose == "search")
+    assert outcome.spent_seconds == charged
+    assert sum(trial.charge_seconds for trial in outcome.trials) > charged
+
+
+# --- failure ------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_in_which_everything_fails_ends_without_a_recommendation(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, trainer={"name": "simulated", "settings": {"memory_limit": 0.001}})
+    outcome, _ = search(study, slots=2)
+    assert outcome.complete
+    assert outcome.recommended is None
+    assert outcome.target_trial is None
+    assert outcome.rows == ()
+    tried = [trial for trial in outcome.trials if trial.purpose == "search"]
+    assert HOPELESS_AFTER <= len(tried) < HOPELESS_AFTER + 2
+    assert {trial.state for trial in outcome.trials} == {TrialState.INFEASIBLE}
+
+
+def test_some_infeasible_configurations_do_not_end_a_study(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, trainer={"name": "simulated", "settings": {"memory_limit": 128}})
+    outcome, _ = search(study)
+    states = {trial.configuration["n_samples"]: trial.state for trial in outcome.trials if trial.purpose == "search"}
+    assert states[16] is TrialState.INFEASIBLE
+    assert states[8] is not TrialState.INFEASIBLE
+    assert outcome.recommended is not None
+    assert outcome.recommended.configuration["n_samples"] in (4, 8)
+
+
+def test_collapsing_trials_are_stopped_and_cost_less(tmp_path: Path) -> None:
+    space = {"learning_rate": {"type": "float", "low": 3e-3, "high": 3e-2, "log": True}}
+    outcome, _ = search(simulated_study(tmp_path, space=space))
+    stopped = [trial for trial in outcome.trials if trial.state is TrialState.STOPPED]
+    assert stopped
+    full = next(trial for trial in outcome.trials if trial.purpose == "baseline")
+    for trial in stopped:
+        assert trial.decision is not None
+        assert trial.step < trial.total_steps
+        assert trial.evaluations[-1].step == trial.step == trial.decision.step
+        assert trial.charge_seconds < full.charge_seconds
+
+
+# --- pure functions -----------------------------------------------------------------------------------------------
+
+
+def build(study: Study, make: Callable[[Study], list[Trial]]) -> SearchResult:
+    return conclude(study, make(study), RandomSearch(), complete=True)
+
+
+def finished(study: Study, number: int, seed: int, score: float, rate: float, **changes: Any) -> Trial:
+    trial = study.new_trial(number, {"learning_rate": rate}, "large", seed, **changes)
+    return trial.model_copy(update={"segments": (result(0, 0, 30, evaluations=(evaluation(30, score),)),)})
+
+
+def test_the_next_step_is_a_pure_function_of_the_trials(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    outcome, _ = search(study)
+    for count in range(len(outcome.trials)):
+        known = outcome.trials[:count]
+        assert plan_next(study, RandomSearch(), known) == plan_next(study, RandomSearch(), list(known))
+
+
+def test_each_suggestion_has_a_seed_of_its_own_that_a_restart_repeats(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    outcome, _ = search(study)
+    seeds = [call_seed(study, outcome.trials[:count]) for count in range(len(outcome.trials))]
+    assert len(set(seeds)) == len(seeds)
+    other = simulated_study(tmp_path, seeds={"search": 1})
+    assert call_seed(other, outcome.trials) != call_seed(study, outcome.trials)
+
+
+def test_committed_seconds_count_what_is_running(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    done = finished(study, 0, 0, 0.5, 1e-4)
+    fresh = study.new_trial(1, {"learning_rate": 1e-3}, "large", 0)
+    expected = BECAUSE.model_copy(update={"expected_cost_seconds": 7.0})
+    running = fresh.model_copy(update={"open_segment": study.next_segment(fresh, 480, expected)})
+    assert spent_seconds([done, running]) == 10
+    assert committed_seconds([done, running]) == 17
+    assert committed_seconds([done, running], "baseline") == 0
+
+
+def test_a_row_is_the_mean_over_seeds_with_the_larger_of_two_errors(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, seeds=TWO_SEEDS, baselines=[])
+    apart = build(study, lambda s: [finished(s, 0, 0, 0.5, 1e-3), finished(s, 1, 1, 0.6, 1e-3, purpose="confirmation")])
+    (row,) = apart.rows
+    assert row.score == pytest.approx(0.55)
+    assert row.standard_error == pytest.approx(math.sqrt(2 * 0.05**2 / 2))
+    assert (row.seeds, row.seconds) == (2, 20)
+    alike = build(study, lambda s: [finished(s, 0, 0, 0.5, 1e-3), finished(s, 1, 1, 0.5, 1e-3, purpose="confirmation")])
+    assert alike.rows[0].standard_error == pytest.approx(0.02 / math.sqrt(2))
+
+
+def test_a_stopped_baseline_counts_with_its_last_score(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+
+    def make(study: Study) -> list[Trial]:
+        trial = study.new_trial(0, {"learning_rate": 1e-4}, "large", 0, "baseline", "recipe")
+        done = result(0, 0, 12, outcome=Outcome.STOPPED, evaluations=(evaluation(10, 0.3), evaluation(12, 0.1)))
+        return [trial.model_copy(update={"segments": (done,)})]
+
+    (row,) = build(study, make).rows
+    assert (row.label, row.score) == ("recipe", 0.1)
+
+
+def test_only_what_was_finished_on_the_target_is_recommended(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    trials = [
+        finished(study, 0, 0, 0.4, 1e-3),
+        finished(study, 1, 0, 0.6, 2e-3),
+        finished(study, 2, 0, 0.9, 3e-3, purpose="baseline"),
+        finished(study, 3, 0, 0.8, 4e-3, purpose="random-search"),
+    ]
+    best = recommend(study, RandomSearch(), trials)
+    assert best is not None
+    assert best.configuration == {"learning_rate": 2e-3}
+    assert recommend(study, RandomSearch(), []) is None
