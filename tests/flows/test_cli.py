@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import INTERRUPTED, REFUSED, app
-from jfhpo_core.spec import StudySpec, load_study
+from jfhpo_core.spec import StudySpec
 from jfhpo_core.stopping import RULES
-from jfhpo_core.trial import SegmentResult, TrialState
-from mlflow_plugin.ledger import MlflowLedger
+from jfhpo_core.trial import TrialState
+from tests.flows.ledgers import Committed, committed, count, kept
 
 JFHPO = str(Path(sys.executable).with_name("jfhpo"))
 SIMULATED = Path("examples/simulated.yaml").resolve()
@@ -134,19 +134,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
-def committed(folder: Path, *, study: Path = SIMULATED) -> dict[str, tuple[SegmentResult, ...]]:
-    """Committed segments by trial, read from MLflow as another process would."""
-    spec = load_study(study)
-    tracking = spec.tracking.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"})
-    ledger = MlflowLedger()
-    assert ledger.look(spec.model_copy(update={"tracking": tracking}))
-    return {trial.key: trial.segments for trial in ledger.trials()}
-
-
 @pytest.mark.slow
 def test_a_search_prints_progress_result_and_where_to_look(finished: tuple[Path, str]) -> None:
     folder, printed = finished
-    segments = sum(len(parts) for parts in committed(folder).values())
+    segments = count(committed(folder, SIMULATED))
     assert len(re.findall(r"^.* left \| #\d+ large ", printed, re.MULTILINE)) == segments
     for part in (
         "Recommended configuration",
@@ -158,17 +149,17 @@ def test_a_search_prints_progress_result_and_where_to_look(finished: tuple[Path,
     ):
         assert part in printed
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in printed
-    assert "hold no weights" in printed
+    assert "none registered" in printed
     assert (folder / ".jfhpo" / "simulated" / "report.html").stat().st_size > 1000
 
 
 @pytest.mark.slow
 def test_a_finished_study_is_printed_again_without_training(finished: tuple[Path, str]) -> None:
     folder, printed = finished
-    before = committed(folder)
+    before = committed(folder, SIMULATED)
     again = run("search", SIMULATED, cwd=folder)
     assert again.returncode == 0
-    assert committed(folder) == before
+    assert committed(folder, SIMULATED) == before
     assert " left | #" not in again.stdout
     result = printed[printed.index("Recommended configuration") :]
     assert again.stdout.endswith(result)
@@ -179,7 +170,7 @@ def test_a_finished_study_is_printed_again_without_training(finished: tuple[Path
 @pytest.mark.slow
 def test_show_plan_and_report_read_the_ledger(finished: tuple[Path, str]) -> None:
     folder, printed = finished
-    trials = committed(folder)
+    trials = committed(folder, SIMULATED)
     shown = run("show", SIMULATED, cwd=folder)
     assert len(re.findall(r"^ +\d+ +(?:baseline|search|confirmation)", shown.stdout, re.MULTILINE)) == len(trials)
     assert shown.stdout.count("not clearly") == printed.count("not clearly")
@@ -189,18 +180,18 @@ def test_show_plan_and_report_read_the_ledger(finished: tuple[Path, str]) -> Non
     report.unlink()
     assert run("report", SIMULATED, cwd=folder).stdout.strip() == str(report)
     assert report.stat().st_size > 1000
-    assert committed(folder) == trials
+    assert committed(folder, SIMULATED) == trials
 
 
 @pytest.mark.slow
 def test_another_study_of_the_same_name_is_refused(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    before = committed(folder)
+    before = committed(folder, SIMULATED)
     other = run("search", SIMULATED, "--set", "fidelity.rungs=4", cwd=folder)
     assert other.returncode == REFUSED
     assert "exists in the ledger with other settings" in other.stderr
     assert "Traceback" not in other.stderr
-    assert committed(folder) == before
+    assert committed(folder, SIMULATED) == before
 
 
 def wait_for_segments(process: subprocess.Popen[str], count: int) -> None:
@@ -220,7 +211,7 @@ def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(tmp_p
     study = tmp_path / "study.yaml"
     slow = "trainer: {name: simulated, settings: {real_seconds_per_step: 0.01}}"
     study.write_text(SIMULATED.read_text(encoding="utf-8").replace("trainer: simulated", slow), encoding="utf-8")
-    known: dict[str, tuple[SegmentResult, ...]] = {}
+    known: Committed = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         process = subprocess.Popen(
             [JFHPO, "search", study], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -239,15 +230,14 @@ def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(tmp_p
             assert process.returncode == INTERRUPTED
             assert "interrupted: run the same command to continue" in errors
             assert "Traceback" not in errors
-        now = committed(tmp_path, study=study)
-        assert {key: now[key][: len(parts)] for key, parts in known.items()} == known
-        assert sum(map(len, now.values())) > sum(map(len, known.values()))
+        now = committed(tmp_path, study)
+        assert kept(known, now)
+        assert count(now) > count(known)
         known = now
     done = run("search", study, "--quiet", cwd=tmp_path)
     assert done.returncode == 0
     assert "Recommended configuration" in done.stdout
-    final = committed(tmp_path, study=study)
-    assert {key: final[key][: len(parts)] for key, parts in known.items()} == known
+    assert kept(known, committed(tmp_path, study))
 
 
 def test_trial_states_are_what_the_display_shows() -> None:
