@@ -92,13 +92,14 @@ class TargetKnowledgeGradient(AcquisitionFunction):  # type: ignore[misc]
             noise = self.variance + self.surrogate.kernel.seed_variance(points)
             spread = (self.moments.variance(points) + noise).sqrt()
             slopes = self.moments.covariance(self.targets, points) / spread
-            return knowledge_gradient(self.means, slopes) * float(self.surrogate.scale)
+            return knowledge_gradient(self.means, slopes) * self.surrogate.scale
 
 
 def expected_improvement(means: Tensor, deviations: Tensor, incumbent: float) -> Tensor:
     """E[max(f - incumbent, 0)] for independent normals, same shape as the means."""
     scaled = (means - incumbent) / deviations
-    return deviations * (scaled * torch.special.ndtr(scaled) + _density(scaled))
+    improvement: Tensor = deviations * (scaled * torch.special.ndtr(scaled) + _density(scaled))
+    return improvement
 
 
 def _density(values: Tensor) -> Tensor:

@@ -1,0 +1,268 @@
+"""The strategies `jfhpo` and `paper` on simulated studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jfhpo_core import optimizer
+from jfhpo_core.dispatch import InlineDispatcher
+from jfhpo_core.ledger import MemoryLedger
+from jfhpo_core.optimizer import Feasibility, JointFidelity, PaperStrategy, observe
+from jfhpo_core.search import SearchResult, call_seed, run_search
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.strategies import load_strategy
+from jfhpo_core.study import Study, resolve
+from jfhpo_core.trainers.simulated import landscape, true_score
+from jfhpo_core.trial import (
+    Evaluation,
+    FailureKind,
+    Outcome,
+    SegmentResult,
+    Suggestion,
+    Trial,
+    TrialState,
+    committed_seconds,
+)
+
+NO_REASON = Suggestion(source="test", explanation="test")
+
+
+def simulated(tmp_path: Path, **changes: Any) -> Study:
+    """A study of three simulated models, 0.1M to 0.6M parameters."""
+    raw: dict[str, Any] = {
+        "study": "optimizer-test",
+        "family": [
+            {"name": "small", "path": "simulated", "parameters": 100_000},
+            {"name": "medium", "path": "simulated", "parameters": 300_000},
+            {"name": "large", "path": "simulated", "parameters": 600_000},
+        ],
+        "target": "large",
+        "task": "instruct",
+        "trainer": "simulated",
+        "space": "tiny",
+        "budget": {"trial_seconds": 400, "max_parallel": 2},
+        "seeds": {"search": 0, "training": [0]},
+        "tracking": {"workspace": str(tmp_path)},
+    }
+    return resolve(StudySpec.model_validate(raw | changes))
+
+
+def search(study: Study) -> tuple[SearchResult, MemoryLedger]:
+    ledger = MemoryLedger()
+    return run_search(study, ledger, InlineDispatcher(study.spec.budget.max_parallel)), ledger
+
+
+def true_final(result: SearchResult) -> float:
+    assert result.recommended is not None
+    study = result.study
+    return true_score(landscape(study.spec), study.complete(result.recommended.configuration), 1.0, 1.0)
+
+
+def finished(study: Study, configuration: dict[str, Any], model: str, scores: list[float], **changes: Any) -> Trial:
+    """A trial with evaluations at step 0 and the first rungs."""
+    trial = study.new_trial(0, configuration, model, 0)
+    levels = (0, *study.spec.fidelity.levels)
+    evaluations = tuple(
+        Evaluation(
+            step=level // trial.prompts_per_step,
+            prompts=level,
+            score=score,
+            standard_error=0.02,
+            samples=512,
+            seconds=1.0,
+        )
+        for level, score in zip(levels, scores, strict=False)
+    )
+    last = evaluations[-1] if evaluations else None
+    segment = study.next_segment(trial, levels[max(1, len(scores) - 1)], NO_REASON)
+    result = SegmentResult(
+        segment=segment,
+        outcome=Outcome.REACHED,
+        end_step=last.step if last else 0,
+        end_prompts=last.prompts if last else 0,
+        evaluations=evaluations,
+        seconds=20.0,
+    ).model_copy(update=changes)
+    return trial.model_copy(update={"segments": (result,)})
+
+
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    return search(simulated(tmp_path_factory.mktemp("optimizer")))[0]
+
+
+def test_a_search_uses_proxies_continues_checkpoints_and_keeps_its_budget(completed: SearchResult) -> None:
+    mine = [trial for trial in completed.trials if trial.purpose == "search"]
+    assert {trial.model for trial in mine} == {"small", "medium", "large"}
+    assert sum(trial.model == "small" for trial in mine) > sum(trial.model == "large" for trial in mine)
+    assert any(result.segment.start_step > 0 for trial in mine for result in trial.segments)
+    assert sum(trial.final is not None and trial.model == "large" for trial in mine) >= 1
+    longest = max(result.seconds for trial in mine for result in trial.segments)
+    assert completed.spent_seconds <= 400 + 2 * longest
+
+
+def test_it_ends_well_above_the_untrained_model(completed: SearchResult) -> None:
+    assert true_final(completed) > 0.6
+    assert completed.recommended is not None
+    assert completed.recommended.mean == pytest.approx(true_final(completed), abs=0.1)
+
+
+def test_every_suggestion_says_why_and_what_it_should_cost(completed: SearchResult) -> None:
+    segments = [result.segment for trial in completed.trials for result in trial.segments]
+    assert {segment.suggestion.source for segment in segments} >= {"jfhpo/initial-design", "jfhpo/knowledge-gradient"}
+    for segment in segments:
+        assert segment.suggestion.explanation
+        assert segment.suggestion.expected_cost_seconds is not None
+
+
+def test_the_target_gets_its_share(completed: SearchResult) -> None:
+    """At every moment after the initial design the target has had its share, up to one segment per slot."""
+    mine = [trial for trial in completed.trials if trial.purpose == "search"]
+    on_target = [trial for trial in mine if trial.model == "large"]
+    assert committed_seconds(on_target) >= 0.3 * committed_seconds(mine) - 2 * 70
+
+
+@pytest.mark.parametrize("name", ["jfhpo", "paper", "random"])
+def test_suggestions_are_a_pure_function_of_the_ledger(tmp_path: Path, name: str, completed: SearchResult) -> None:
+    study = simulated(tmp_path, strategy=name)
+    trials = [trial for trial in completed.trials if trial.number < 20]
+    seed = call_seed(study, trials)
+    first = load_strategy(study).suggest(study, trials, 300.0, seed)
+    optimizer._fitted.clear()
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002  the global state must not matter
+    second = load_strategy(study).suggest(study, trials, 300.0, seed)
+    assert first is not None
+    assert first == second
+
+
+def test_a_running_training_is_not_suggested_again(tmp_path: Path, completed: SearchResult) -> None:
+    study = simulated(tmp_path)
+    trials = [trial for trial in completed.trials if trial.number < 15]
+    strategy = JointFidelity()
+    first = strategy.suggest(study, trials, 300.0, 1)
+    assert first is not None
+    new = study.new_trial(len(trials), first.configuration, first.model, 0)
+    known = next((trial for trial in trials if trial.key == new.key), new)
+    running = known.model_copy(update={"open_segment": study.next_segment(known, first.stop_prompts, first.suggestion)})
+    second = strategy.suggest(study, [*(t for t in trials if t.key != new.key), running], 300.0, 1)
+    assert second is not None
+    assert (second.configuration, second.model) != (first.configuration, first.model)
+
+
+def test_nothing_is_suggested_that_does_not_fit_the_remaining_budget(tmp_path: Path, completed: SearchResult) -> None:
+    study = simulated(tmp_path)
+    trials = list(completed.trials)
+    assert JointFidelity().suggest(study, trials, 0.01, 1) is None
+    affordable = JointFidelity().suggest(study, trials, 12.0, 1)
+    assert affordable is not None
+    assert affordable.suggestion.expected_cost_seconds is not None
+    assert affordable.suggestion.expected_cost_seconds <= 12.0
+
+
+def test_gains_are_measured_from_the_untrained_model_of_that_size(tmp_path: Path) -> None:
+    study = simulated(tmp_path)
+    configuration = study.space.decode([0.5] * study.space.dimension)
+    trials = [
+        finished(study, configuration, "small", [0.1, 0.3]),
+        finished(study, configuration, "large", [0.2, 0.5, 0.6]),
+    ]
+    data = observe(study, trials)
+    torch.testing.assert_close(data.gains, torch.tensor([0.2, 0.3, 0.4], dtype=torch.double))
+    assert data.inputs[:, -1].tolist() == pytest.approx([0.2, 0.2, 0.4])
+    assert data.inputs[0, -2].item() == pytest.approx(np.log10(1 / 6))
+    assert data.inputs[1, -2].item() == 0.0
+    torch.testing.assert_close(data.variances, torch.full((3,), 4e-4, dtype=torch.double))
+
+
+def test_a_stopped_trial_contributes_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
+    study = simulated(tmp_path)
+    configuration = study.space.decode([0.5] * study.space.dimension)
+    trial = finished(study, configuration, "small", [0.1, 0.05], outcome=Outcome.STOPPED)
+    assert trial.state is TrialState.STOPPED
+    assert observe(study, [trial]).gains.tolist() == pytest.approx([-0.05])
+
+
+def test_thinning_keeps_the_last_evaluation_of_every_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = simulated(tmp_path)
+    monkeypatch.setattr(optimizer, "MAX_OBSERVATIONS", 25)
+    random = np.random.default_rng(0)
+    trials = [
+        finished(study, study.space.decode(random.random(study.space.dimension)), "small", [0.1, 0.2, 0.3, 0.9])
+        for _ in range(20)
+    ]
+    data = observe(study, trials)
+    assert len(data.gains) == 25
+    assert int((data.gains > 0.7).sum()) == 20
+
+
+def test_baselines_inside_the_space_are_learned_from_and_others_are_not(tmp_path: Path) -> None:
+    study = simulated(tmp_path)
+    inside = finished(study, {"learning_rate": 1e-4}, "large", [0.1, 0.4])
+    outside = finished(study, {"learning_rate": 1e-6}, "large", [0.1, 0.4])
+    assert len(observe(study, [inside]).gains) == 1
+    assert len(observe(study, [outside]).gains) == 0
+
+
+def test_infeasible_configurations_lower_the_probability_nearby_only(tmp_path: Path) -> None:
+    study = simulated(tmp_path)
+    low, high = [0.1] * study.space.dimension, [0.9] * study.space.dimension
+    good = finished(study, study.space.decode(low), "large", [0.1, 0.3])
+    bad = finished(
+        study, study.space.decode(high), "large", [], outcome=Outcome.INFEASIBLE, failure=FailureKind.OUT_OF_MEMORY
+    )
+    near = lambda point: torch.tensor([[*point, 0.0, 1.0]], dtype=torch.double)  # noqa: E731
+    both = Feasibility.fit(study, [good, bad])
+    coordinates = [study.space.encode(study.space.decode(point)).tolist() for point in (low, high)]
+    assert both.probability(near(coordinates[0])).item() > 0.9
+    assert both.probability(near(coordinates[1])).item() < 0.5
+    assert Feasibility.fit(study, [good]).probability(near(coordinates[1])).item() == 1.0
+
+
+def test_a_study_in_which_everything_fails_ends_without_a_recommendation(tmp_path: Path) -> None:
+    study = simulated(tmp_path, trainer={"name": "simulated", "settings": {"memory_limit": 1e-3}})
+    result, _ = search(study)
+    assert result.complete
+    assert result.recommended is None
+    assert all(trial.state is TrialState.INFEASIBLE for trial in result.trials)
+
+
+def test_the_paper_strategy_never_looks_beyond_its_proxy_before_validation(tmp_path: Path) -> None:
+    result, _ = search(simulated(tmp_path, strategy="paper"))
+    searched = [
+        (trial.model, segment.segment.suggestion.source)
+        for trial in result.trials
+        for segment in trial.segments
+        if segment.segment.suggestion.source.startswith("paper/")
+    ]
+    assert {model for model, _ in searched} == {"small"}
+    assert {source for _, source in searched} == {"paper/initial-design", "paper/expected-improvement"}
+    assert result.recommended is not None
+    assert isinstance(load_strategy(result.study), PaperStrategy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"size_shift": -0.7}, {"disagreement": 0.7}], ids=["plain", "shift", "bad"])
+def test_it_beats_random_search_at_equal_cost(tmp_path: Path, settings: dict[str, float]) -> None:
+    """Mean true score of the recommendation over four seeds; also where the proxies mislead."""
+    scores: dict[str, float] = {}
+    for name in ("jfhpo", "random"):
+        results = [
+            search(
+                simulated(
+                    tmp_path / f"{name}{seed}",
+                    strategy=name,
+                    trainer={"name": "simulated", "settings": settings},
+                    seeds={"search": seed, "training": [seed]},
+                )
+            )[0]
+            for seed in range(4)
+        ]
+        scores[name] = mean(true_final(result) for result in results)
+    assert scores["jfhpo"] > scores["random"]
