@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.trainers.base import Job, Observer, Trainer, TrainingResult
@@ -18,7 +19,7 @@ def load_trainer(name: str) -> Trainer:
     Raises:
         SpecError: There is none, or it does not import.
     """
-    found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    found = _registered()
     if name not in found:
         raise SpecError(f"trainer.name: no trainer {name!r}; there are {', '.join(sorted(found))}")
     try:
@@ -26,3 +27,8 @@ def load_trainer(name: str) -> Trainer:
     except ImportError as error:
         raise SpecError(f"trainer.name: trainer {name!r} cannot be imported: {error}") from error
     return trainer
+
+
+@cache  # reading the metadata of all installed packages takes a tenth of a second
+def _registered() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
