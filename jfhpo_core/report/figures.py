@@ -62,6 +62,9 @@ for _colors, _low, _high in ((LIGHT, 0.0, 0.72), (DARK, 0.36, 0.97)):
     _positions = np.linspace(_low, _high, RATE_BINS)
     _colors |= {f"rate{index}": to_hex(mpl.colormaps["viridis"](at)) for index, at in enumerate(_positions)}
 
+LONGEST_LABEL = 24
+"""Characters of a name in a figure; the tables have it whole."""
+
 DRAWN_TRIALS = 240
 """Curves per figure; of more trials an even selection is drawn, and the caption says so."""
 
@@ -185,6 +188,10 @@ def save_figure(figure: Figure, path: Path, label: str) -> Path:
     return path
 
 
+def _label(name: str) -> str:
+    return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
+
+
 # --- Figures -----------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +233,7 @@ def _draw_comparison(axes: Axes, result: SearchResult) -> None:
             f"{row.score:.3f}", (row.score + reach, position), (7, 0), textcoords="offset points", va="center",
             color=color, fontweight="bold",
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_yticks(range(len(rows)), [_label(row.label) for row in rows])
     axes.tick_params(axis="y", labelsize=10, labelcolor=LIGHT["ink"])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -298,7 +305,7 @@ def _end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], panel_inch
         ceiling = positions[index] - gap
     for position, (_, text, color) in zip(positions, ordered, strict=True):
         axes.annotate(
-            text, (1, position), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            _label(text), (1, position), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
             va="center", color=color, annotation_clip=False,
         )  # fmt: skip
 
@@ -432,7 +439,7 @@ def learning_figure(result: SearchResult) -> Figure:
         for axes, model in zip(panels, result.study.ladder.models, strict=True):
             mine = [trial for trial in trials if trial.model == model.name]
             count = sum(trial.model == model.name for trial in result.trials)
-            axes.set_title(f"{model.name}")
+            axes.set_title(_label(model.name))
             axes.annotate(
                 f"{parameters(model.parameters)} parameters, {count} trial{'s' if count != 1 else ''}",
                 (1, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom",
@@ -499,7 +506,7 @@ def dynamics_figure(result: SearchResult, step_records: Mapping[str, Sequence[St
     with _canvas(10, 0.5 + (3.9 if has_kl else 2.3) * panel_height(result)) as figure:
         panels = _panels(figure, result, rows_per_model=1 + has_kl)
         for column, model in enumerate(result.study.ladder.models):
-            panels[0][column].set_title(model.name)
+            panels[0][column].set_title(_label(model.name))
             for trial in trials:
                 if trial.model != model.name:
                     continue
@@ -569,7 +576,7 @@ def agreement_figure(result: SearchResult, agreements: Sequence[FidelityAgreemen
                 )[0]  # fmt: skip
                 point.set_gid(TITLE_PREFIX + _tooltip(trial, "recommended" if highlighted else None))
             done = share(prompts / result.study.spec.fidelity.horizon_prompts)
-            axes.set_title(f"{model} against {item.second[0]}")
+            axes.set_title(f"{_label(model)} against {_label(item.second[0])}")
             axes.set_xlabel(f"score on {model} at {done} of the horizon")
             axes.margins(0.12)
         for axes in panels[len(agreements) :]:

@@ -237,12 +237,13 @@ def settings_table(result: SearchResult) -> list[Setting]:
     """Complete configurations side by side, in the order of the final table; searched hyperparameters first."""
     study = result.study
     complete = [study.complete(row.configuration) for row in result.rows]
-    names = list(dict.fromkeys(name for configuration in complete for name in configuration))
-    names.sort(key=lambda name: name not in set(study.space))
+    known = dict.fromkeys(name for configuration in complete for name in configuration)
+    searched = [name for name in study.space if name in known]
+    names = [*searched, *(name for name in known if name not in searched)]
     return [
         Setting(
             name,
-            _range(study, name) if name in set(study.space) else None,
+            _range(study, name) if name in searched else None,
             tuple(configuration.get(name) for configuration in complete),
             result.recommended is not None and _at_edge(study, name, result.rows[0].configuration),
         )

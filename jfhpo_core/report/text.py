@@ -8,6 +8,9 @@ MINUTE, HOUR = 60.0, 3600.0
 
 MINUS = "\N{MINUS SIGN}"
 
+SPACE = "\N{NO-BREAK SPACE}"
+"""Between a number and its unit."""
+
 
 def duration_unit(seconds: float) -> tuple[float, str]:
     """The unit that suits a duration: its length in seconds, and its name."""
@@ -17,14 +20,14 @@ def duration_unit(seconds: float) -> tuple[float, str]:
 
 
 def duration(seconds: float) -> str:
-    """A duration with its unit.
+    r"""A duration with its unit.
 
     >>> duration(97.2), duration(754), duration(40000)
-    ('97.2 s', '12.6 min', '11.1 h')
+    ('97.2\xa0s', '12.6\xa0min', '11.1\xa0h')
     """
     length, unit = duration_unit(seconds)
     amount = seconds / length
-    return f"{amount:.{0 if amount >= 100 else 1}f} {({'seconds': 's', 'minutes': 'min', 'hours': 'h'})[unit]}"
+    return f"{amount:.{0 if amount >= 100 else 1}f}{SPACE}{({'seconds': 's', 'minutes': 'min', 'hours': 'h'})[unit]}"
 
 
 def parameters(count: int) -> str:
@@ -40,12 +43,12 @@ def parameters(count: int) -> str:
 
 
 def share(value: float) -> str:
-    """A share in percent.
+    r"""A share in percent.
 
     >>> share(0.2)
-    '20 %'
+    '20\xa0%'
     """
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.0f}{SPACE}%"
 
 
 def number(value: float, digits: int = 3) -> str:
