@@ -7,12 +7,7 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +225,8 @@ def test_a_deleted_experiment_is_explained(ledger: MlflowLedger, client: MlflowC
         MlflowLedger(client).open(make_study())
 
 
-def test_a_server_that_does_not_answer_is_explained() -> None:
-    study = make_study(tracking=TrackingSpec(uri=f"http://me:secret@127.0.0.1:{free_port()}"))
+def test_a_server_that_does_not_answer_is_explained(free_port: int) -> None:
+    study = make_study(tracking=TrackingSpec(uri=f"http://me:secret@127.0.0.1:{free_port}"))
     with pytest.raises(LedgerError, match="does not answer") as caught:
         MlflowLedger().open(study)
     assert "secret" not in str(caught.value)
@@ -410,46 +405,6 @@ def test_kill_9_at_any_moment_loses_nothing(tracking_uri: str) -> None:
     ledger = MlflowLedger(MlflowClient(tracking_uri=tracking_uri))
     ledger.open(make_study())
     check_life(ledger)
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[str]:
-    """A real tracking server that stores artifacts for its clients."""
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copyfile(empty_database, folder / "mlflow.db")
-    port = free_port()
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files"),
-        ],
-        cwd=folder,
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=(folder / "log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).read()
-                break
-            except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
 
 
 class ServedLedger(MlflowLedger):

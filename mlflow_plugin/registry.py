@@ -1,0 +1,253 @@
+"""The model registry: the tuned target model, ready to be loaded, with the figures that speak for it.
+
+A version gets the alias `champion` if there is none yet or if it beats the present one beyond noise, else
+`challenger`; so `models:/NAME@champion` never becomes worse by chance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModelOutput
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from jfhpo_core.checkpoints import CheckpointStore
+from jfhpo_core.errors import LedgerError
+from jfhpo_core.search import SearchResult
+from jfhpo_core.study import Study
+from jfhpo_core.tasks import load_task
+from jfhpo_core.trial import Checkpoint, Evaluation, Trial, canonical_json
+from mlflow_plugin.ledger import MlflowLedger
+
+CHAMPION = "champion"
+CHALLENGER = "challenger"
+BEYOND_NOISE = 2.0
+"""A score beats another one if it is better by this many standard errors of the difference."""
+MODEL_TYPE = "jfhpo-target"
+ADAPTER = "adapter_model.safetensors"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""Names that transformers gives to whole weights: in one file, and the index of several."""
+
+# Tags of a version.
+SCORE = "jfhpo.score"
+ERROR = "jfhpo.standard_error"
+MEASURE = "jfhpo.measure"
+DIGEST = "jfhpo.checkpoint_digest"
+DECIDED = "jfhpo.alias"
+REASON = "jfhpo.alias_reason"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What came of registering a study's target model.
+
+    Attributes:
+        name: Name in the registry; None if nothing was registered.
+        version: Version in the registry; None if nothing was registered.
+        alias: The alias that the version was given.
+        reason: Why it got this alias, or why nothing was registered; for people.
+    """
+
+    name: str | None
+    version: str | None
+    alias: str | None
+    reason: str
+
+    @property
+    def uri(self) -> str | None:
+        """Where `mlflow.transformers.load_model` and `mlflow.pyfunc.load_model` find it."""
+        return None if self.name is None else f"models:/{self.name}/{self.version}"
+
+
+def register_target(study: Study, result: SearchResult, ledger: MlflowLedger) -> Registration:
+    """Register the weights of the study's target trial, once: a rerun finds the version that is there.
+
+    The weights come from the trial's last checkpoint, which is verified; adapters (LoRA) are merged into their base.
+    The model is logged into the trial's run.
+
+    Args:
+        study: A resolved study.
+        result: Its outcome.
+        ledger: The ledger that holds it, open.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or gone.
+        LedgerError: The registry refuses.
+    """
+    name = study.spec.tracking.registered_model
+    name = study.spec.study if name is None else name
+    trial = result.target_trial
+    if not name:
+        return _nothing("tracking.registered_model is empty in the study file")
+    if trial is None or trial.final is None or trial.checkpoint is None:
+        return _nothing("no training of a recommended configuration on the target has come to its end")
+    folder = CheckpointStore(study.store).verify(trial.checkpoint)
+    if not _has_weights(folder):
+        return _nothing(f"the checkpoint of trainer {study.spec.trainer.name!r} holds no weights of transformers")
+    try:
+        version = _find(ledger, name, trial, trial.checkpoint)
+        if version is None:
+            version = _create(study, result, ledger, name, trial, folder)
+        return _award(ledger.client, name, version)
+    except MlflowException as error:
+        raise LedgerError(
+            f"the model registry did not take {name!r}: {error.message}; check tracking.registered_model and run the "
+            "study again: nothing is trained twice"
+        ) from error
+
+
+def _nothing(reason: str) -> Registration:
+    return Registration(None, None, None, reason)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (*WEIGHTS, ADAPTER))
+
+
+def _find(ledger: MlflowLedger, name: str, trial: Trial, checkpoint: Checkpoint) -> ModelVersion | None:
+    """The version that holds this very checkpoint."""
+    versions = ledger.client.search_model_versions(f"run_id = '{ledger.run_id(trial.key)}'")
+    return next((one for one in versions if one.name == name and one.tags.get(DIGEST) == checkpoint.digest), None)
+
+
+def _create(
+    study: Study, result: SearchResult, ledger: MlflowLedger, name: str, trial: Trial, folder: Path
+) -> ModelVersion:
+    client, run_id = ledger.client, ledger.run_id(trial.key)
+    assert trial.final is not None
+    tags = _tags(study, result, trial, trial.final)
+    model = client.create_logged_model(
+        ledger.experiment_id,
+        name=f"{study.spec.study}-{study.ladder.target.name}",
+        source_run_id=run_id,
+        tags=tags,
+        params={parameter: str(value) for parameter, value in trial.configuration.items()},
+        model_type=MODEL_TYPE,
+    )
+    with tempfile.TemporaryDirectory(prefix="jfhpo-") as scratch:
+        saved = Path(scratch) / "model"
+        _save(study, folder, saved, run_id, model)
+        client.log_model_artifacts(model.model_id, str(saved))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, trial.step)])
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name, description=study.spec.description or None)
+    # Not models:/ID, which MLflow would look up in the tracking store of the process instead of the client's.
+    return client.create_model_version(
+        name, source=model.artifact_location, run_id=run_id, tags=tags, model_id=model.model_id
+    )
+
+
+def _tags(study: Study, result: SearchResult, trial: Trial, final: Evaluation) -> dict[str, str]:
+    assert trial.checkpoint is not None
+    return {
+        "jfhpo.study": study.spec.study,
+        "jfhpo.trial_key": trial.key,
+        "jfhpo.target": study.ladder.target.name,
+        "jfhpo.configuration": canonical_json(trial.configuration),
+        SCORE: repr(final.score),
+        ERROR: repr(final.standard_error),
+        MEASURE: _measure(study),
+        DIGEST: trial.checkpoint.digest,
+        "jfhpo.training_seconds": repr(trial.charge_seconds),
+        "jfhpo.search_seconds": repr(result.spent_seconds),
+    }
+
+
+def _measure(study: Study) -> str:
+    """Identity of the task and the way it is evaluated: only scores of one measure can be compared."""
+    meaning = study.spec.model_dump(mode="json", include={"task", "evaluation"})
+    return hashlib.sha256(canonical_json(meaning).encode()).hexdigest()[:16]
+
+
+def _save(study: Study, checkpoint: Path, path: Path, run_id: str, model: Any) -> None:
+    """Write the model with its tokenizer in MLflow's format."""
+    import mlflow.transformers
+    import torch
+    from huggingface_hub import ModelCard
+    from mlflow.models import Model, ModelSignature
+    from mlflow.types import ColSpec, Schema
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = study.ladder.target.path
+    if (checkpoint / ADAPTER).is_file():
+        from peft import PeftModel
+
+        # The trainer holds the frozen base in float32, too.
+        whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        weights = PeftModel.from_pretrained(whole, str(checkpoint)).merge_and_unload()
+    else:
+        weights = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    task = load_task(study.spec.task)
+    text = Schema([ColSpec("string")])
+    mlflow.transformers.save_model(
+        {"model": weights, "tokenizer": tokenizer},
+        path=str(path),
+        task="text-generation",
+        mlflow_model=Model(
+            artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
+        ),
+        signature=ModelSignature(inputs=text, outputs=text),
+        input_example=[task.heldout[0]["prompt"]],
+        model_card=ModelCard(_card(study)),
+        # Generate as the score was measured.
+        model_config={
+            "max_new_tokens": task.max_completion_tokens,
+            "do_sample": True,
+            "temperature": study.spec.evaluation.temperature,
+            "top_k": 0,
+            "return_full_text": False,
+        },
+        # Named here, because MLflow would load the model in a further process to find them out.
+        pip_requirements=[
+            f"{package}=={installed(package).partition('+')[0]}" for package in ("torch", "transformers")
+        ],
+    )
+
+
+def _card(study: Study) -> str:
+    """What the model is. Its licence is that of the base model, which only the user knows."""
+    spec = study.spec
+    task = spec.task.embedded or Path(spec.task.prompts or "").name
+    return (
+        f"---\nbase_model: {spec.target}\npipeline_tag: text-generation\n---\n"
+        f"# {spec.study}\n\n{spec.description}\n\n`{spec.target}`, fine-tuned by reinforcement learning on {task} with "
+        "hyperparameters found by jfhpo. Configuration, score and cost are tags of its version in the registry.\n"
+    )
+
+
+def _award(client: MlflowClient, name: str, version: ModelVersion) -> Registration:
+    """Give a version its alias. The decision is kept with the version, so that a rerun does not take it again."""
+    if DECIDED in version.tags:
+        return Registration(name, str(version.version), version.tags[DECIDED], version.tags[REASON])
+    holder = client.get_registered_model(name).aliases.get(CHAMPION)
+    champion = client.get_model_version(name, holder) if holder is not None else None
+    alias, reason = _compare(version, champion)
+    client.set_registered_model_alias(name, alias, version.version)
+    client.set_model_version_tag(name, version.version, REASON, reason)
+    client.set_model_version_tag(name, version.version, DECIDED, alias)
+    return Registration(name, str(version.version), alias, reason)
+
+
+def _compare(version: ModelVersion, champion: ModelVersion | None) -> tuple[str, str]:
+    if champion is None:
+        return CHAMPION, "it is the first one"
+    if champion.version == version.version:
+        return CHAMPION, "it is the champion already"
+    if champion.tags.get(MEASURE) != version.tags[MEASURE]:
+        return CHALLENGER, f"version {champion.version}, the champion, has no score on the same task and evaluation"
+    score, error = float(version.tags[SCORE]), float(version.tags[ERROR])
+    held, held_error = float(champion.tags[SCORE]), float(champion.tags[ERROR])
+    noise = BEYOND_NOISE * (error**2 + held_error**2) ** 0.5
+    figures = f"{score:.3f} against {held:.3f} of version {champion.version}; noise is {noise:.3f}"
+    if score - held > noise:
+        return CHAMPION, f"it beats the champion before it: {figures}"
+    return CHALLENGER, f"it does not beat the champion beyond noise: {figures}"

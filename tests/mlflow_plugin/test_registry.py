@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from jfhpo_core.checkpoints import CheckpointStore
+from jfhpo_core.embedded import family_members
+from jfhpo_core.errors import CheckpointError
+from jfhpo_core.search import SearchResult
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.study import Study, resolve
+from jfhpo_core.tasks import load_task
+from jfhpo_core.trial import Checkpoint, Evaluation, Outcome, Segment, SegmentResult, Suggestion
+from mlflow_plugin.ledger import MlflowLedger
+from mlflow_plugin.registry import register_target
+
+TARGET = "s"
+
+
+@pytest.fixture
+def client(tracking_uri: str) -> MlflowClient:
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+@dataclass
+class Finished:
+    """A study whose target training is done, with whatever its checkpoint folder holds."""
+
+    study: Study
+    result: SearchResult
+    ledger: MlflowLedger
+    checkpoint: Path
+
+
+def finish(
+    client: MlflowClient, tmp_path: Path, source: Path | None, score: float, name: str = "first", **more: Any
+) -> Finished:
+    """A finished study; its checkpoint is a copy of `source`, or that of a trainer without weights."""
+    study = resolve(
+        StudySpec.model_validate(
+            {
+                "study": name,
+                "family": "instruct",
+                "target": TARGET,
+                "task": "instruct",
+                "space": "tiny",
+                "budget": {"trial_seconds": 60},
+                "tracking": {"workspace": str(tmp_path / "workspace"), "registered_model": "tuned", **more},
+            }
+        )
+    )
+    ledger = MlflowLedger(client)
+    ledger.open(study.spec)
+    trial = study.new_trial(0, {"learning_rate": 1e-3}, TARGET, 0)
+    segment = Segment(
+        index=0,
+        start_step=0,
+        stop_step=trial.total_steps,
+        suggestion=Suggestion(source="test", explanation="to be registered"),
+    )
+    store = CheckpointStore(study.store)
+    stage = store.stage(trial.key)
+    if source is None:
+        (stage / "state.json").write_text("{}")
+    else:
+        shutil.copytree(source, stage, dirs_exist_ok=True)
+    checkpoint: Checkpoint = store.commit(trial.key, stage, trial.total_steps, 960)
+    evaluation = Evaluation(
+        step=trial.total_steps, prompts=960, score=score, standard_error=0.01, samples=512, seconds=1
+    )
+    done = SegmentResult(
+        segment=segment, outcome=Outcome.REACHED, end_step=trial.total_steps, end_prompts=960,
+        evaluations=(evaluation,), checkpoint=checkpoint, seconds=10,
+    )  # fmt: skip
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, done, [])
+    (trial,) = ledger.trials()
+    result = SearchResult(
+        study=study, trials=(trial,), recommended=None, target_trial=trial, rows=(), spent_seconds=10.0, complete=True
+    )
+    return Finished(study, result, ledger, study.store / checkpoint.path)
+
+
+def perturbed(folder: Path) -> Path:
+    """A training result: the embedded model with other weights, as the Trainer saves it."""
+    base = family_members("instruct")[TARGET]
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.01 * torch.randn_like(weight))
+    model.save_pretrained(folder)
+    return folder
+
+
+def adapter(folder: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    base = family_members("instruct")[TARGET]
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("store", ["tracking_uri", "server"])
+def test_the_registered_model_is_the_checkpoint_and_generates(
+    store: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient(tracking_uri=request.getfixturevalue(store))
+    done = finish(client, tmp_path, perturbed(tmp_path / "trained"), score=0.7)
+    registration = register_target(done.study, done.result, done.ledger)
+    assert (registration.name, registration.version, registration.alias) == ("tuned", "1", "champion")
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+    pipeline = mlflow.transformers.load_model("models:/tuned@champion")
+    function = mlflow.pyfunc.load_model("models:/tuned@champion")
+    weights = load_file(done.checkpoint / "model.safetensors")
+    loaded = pipeline.model.state_dict()
+    assert set(weights) <= set(loaded)
+    for name, weight in weights.items():
+        assert torch.equal(loaded[name], weight), name
+
+    # Greedy generation equals that of the checkpoint with the base's tokenizer.
+    tokenizer = AutoTokenizer.from_pretrained(done.study.ladder.target.path)
+    prompt = load_task(done.study.spec.task).heldout[0]["prompt"]
+    model = AutoModelForCausalLM.from_pretrained(done.checkpoint)
+    ids = tokenizer(prompt, return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    said = pipeline(prompt, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
+    assert said == tokenizer.decode(expected, skip_special_tokens=True)
+    answers = function.predict([prompt, prompt])
+    assert len(answers) == 2
+    assert all(isinstance(answer, str) and len(answer) <= 20 for answer in answers)
+
+    version = client.get_model_version("tuned", "1")
+    assert float(version.tags["jfhpo.score"]) == 0.7
+    assert json.loads(version.tags["jfhpo.configuration"]) == {"learning_rate": 1e-3}
+    assert version.run_id == done.ledger.run_id(done.result.trials[0].key)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged(client: MlflowClient, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    done = finish(client, tmp_path, adapter(tmp_path / "trained"), score=0.7)
+    register_target(done.study, done.result, done.ledger)
+    base = AutoModelForCausalLM.from_pretrained(done.study.ladder.target.path)
+    tokens = torch.arange(3, 20)[None]
+    untrained = base(tokens).logits.detach().clone()
+    expected = PeftModel.from_pretrained(base, str(done.checkpoint))(tokens).logits
+    loaded = mlflow_load(client)(tokens).logits
+    torch.testing.assert_close(loaded, expected)
+    assert not torch.allclose(untrained, loaded)
+
+
+def mlflow_load(client: MlflowClient) -> Any:
+    version = client.get_model_version_by_alias("tuned", "champion")
+    folder = client.get_model_version_download_uri("tuned", version.version)
+    return mlflow.transformers.load_model(folder).model
+
+
+@pytest.mark.slow
+def test_registering_again_adds_nothing(client: MlflowClient, tmp_path: Path) -> None:
+    done = finish(client, tmp_path, perturbed(tmp_path / "trained"), score=0.7)
+    first = register_target(done.study, done.result, done.ledger)
+    again = MlflowLedger(client)
+    again.open(done.study.spec)
+    assert register_target(done.study, done.result, again) == first
+    assert len(client.search_model_versions("name = 'tuned'")) == 1
+
+
+@pytest.mark.slow
+def test_the_champion_falls_only_to_a_clear_winner(client: MlflowClient, tmp_path: Path) -> None:
+    trained = perturbed(tmp_path / "trained")
+    scores = {"first": 0.7, "alike": 0.72, "winner": 0.8}
+    studies = [finish(client, tmp_path, trained, score, name) for name, score in scores.items()]
+    outcomes = [register_target(done.study, done.result, done.ledger) for done in studies]
+    assert [outcome.alias for outcome in outcomes] == ["champion", "challenger", "champion"]
+    assert "0.720 against 0.700 of version 1; noise is 0.028" in outcomes[1].reason
+    assert client.get_registered_model("tuned").aliases == {"champion": 3, "challenger": 2}
+    # A rerun of an old study takes nothing away from the new champion.
+    old = studies[0]
+    assert register_target(old.study, old.result, old.ledger) == outcomes[0]
+    assert client.get_registered_model("tuned").aliases == {"champion": 3, "challenger": 2}
+
+
+def test_nothing_is_registered_without_weights(client: MlflowClient, tmp_path: Path) -> None:
+    done = finish(client, tmp_path, None, score=0.7)
+    registration = register_target(done.study, done.result, done.ledger)
+    assert (registration.name, registration.uri) == (None, None)
+    assert "no weights" in registration.reason
+    unfinished = replace(done.result, target_trial=None)
+    assert "has come to its end" in register_target(done.study, unfinished, done.ledger).reason
+    silent = replace(
+        done.study,
+        spec=done.study.spec.model_copy(
+            update={"tracking": done.study.spec.tracking.model_copy(update={"registered_model": ""})}
+        ),
+    )
+    assert "registered_model is empty" in register_target(silent, done.result, done.ledger).reason
+    assert client.search_registered_models() == []
+
+
+def test_a_damaged_checkpoint_is_not_registered(client: MlflowClient, tmp_path: Path) -> None:
+    done = finish(client, tmp_path, family_members("instruct")[TARGET], score=0.7)
+    (done.checkpoint / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        register_target(done.study, done.result, done.ledger)
+    assert client.search_registered_models() == []
