@@ -28,7 +28,7 @@ from jfhpo_core.report.summary import caveats, contrasts, interval, verdict
 from jfhpo_core.search import Progress
 from jfhpo_core.spec import StudySpec, load_study
 
-DEFAULT_STUDY = "examples/simulated.yaml"
+DEFAULT_STUDY = "examples/demo.yaml"
 
 PROGRESS_SECONDS = 5.0
 """Shortest time between two updates of the progress artifact."""

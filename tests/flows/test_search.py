@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from flows.search import search
+from jfhpo_core.errors import SpecError
 from tests.flows.ledgers import committed, count, kept
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +89,9 @@ class Prefect:
         answer.raise_for_status()
         return answer.json()
 
+    def deployment(self) -> Any:
+        return httpx.get(f"{self.api}/deployments/name/jfhpo/search", timeout=30).raise_for_status().json()
+
     def close(self) -> None:
         for process in (self.worker, self.server):
             if process is not None:
@@ -135,16 +140,17 @@ def artifacts(server: Prefect, flow_run: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_deployed_search_is_cancelled_continued_and_shows_its_result(prefect: Prefect) -> None:
-    begun = prefect.run("deployment", "run", "jfhpo/search")
-    assert begun.returncode == 0, begun.stdout + begun.stderr
-    first = prefect.ask("flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0]["id"]
+    study = "examples/simulated.yaml"
+    deployment = prefect.deployment()["id"]
+    first = prefect.ask(f"deployments/{deployment}/create_flow_run", parameters={"study": study})["id"]
     wait_for(lambda: " left | #" in log(prefect, first), "the end of a first segment")
-    assert prefect.run("flow-run", "cancel", first).returncode == 0
+    prefect.ask(f"flow_runs/{first}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
     wait_for(lambda: state(prefect, first) == "CANCELLED", "the cancellation")
     before = committed(prefect.clone, prefect.study)
 
-    done = prefect.run("deployment", "run", "jfhpo/search", "--watch", seconds=RUN_SECONDS)
+    done = prefect.run("deployment", "run", "jfhpo/search", "--param", f"study={study}", "--watch", seconds=RUN_SECONDS)
     assert done.returncode == 0, done.stdout + done.stderr
     run = prefect.ask("flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0]
     assert run["state"]["type"] == "COMPLETED"
@@ -163,7 +169,7 @@ def test_a_deployed_search_is_cancelled_continued_and_shows_its_result(prefect: 
 
 @pytest.mark.slow
 def test_the_parameter_is_a_path_or_a_whole_study_and_bad_ones_are_refused(prefect: Prefect) -> None:
-    deployment = httpx.get(f"{prefect.api}/deployments/name/jfhpo/search", timeout=30).json()
+    deployment = prefect.deployment()
     study = deployment["parameter_openapi_schema"]["properties"]["study"]
     assert {"type": "string"} in study["anyOf"]
     assert {"$ref": "#/definitions/StudySpec"} in study["anyOf"]
@@ -172,10 +178,8 @@ def test_the_parameter_is_a_path_or_a_whole_study_and_bad_ones_are_refused(prefe
         json={"parameters": {"study": {"study": "x"}}}, timeout=30,
     )  # fmt: skip
     assert refused.status_code == httpx.codes.CONFLICT
-    missing = prefect.run(
-        "deployment", "run", "jfhpo/search", "--param", "study=no.yaml", "--watch", seconds=RUN_SECONDS
-    )
-    assert missing.returncode != 0
-    run = prefect.ask("flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0]
-    assert run["state"]["type"] == "FAILED"
-    assert "no.yaml: the study file cannot be read" in run["state"]["message"]
+
+
+def test_a_study_file_that_cannot_be_read_fails_the_run() -> None:
+    with pytest.raises(SpecError, match=r"no\.yaml: the study file cannot be read"):
+        search.fn("no.yaml")
