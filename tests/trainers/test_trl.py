@@ -19,7 +19,15 @@ from jfhpo_core.spec import parse_study
 from jfhpo_core.study import resolve
 from jfhpo_core.trainers.trl import TrlSettings, TrlTrainer
 from jfhpo_core.trial import Decision, FailureKind, Outcome, StepRecord, Value
-from tests.trainers.conformance import TOTAL_STEPS, Case, TrainerConformance, process_state, timeless_record
+from tests.trainers.conformance import (
+    BREAK,
+    TOTAL_STEPS,
+    Case,
+    TrainerConformance,
+    differing,
+    process_state,
+    timeless_record,
+)
 
 REWARD = """
 def reward(prompts, completions, *, weight, **columns):
@@ -100,8 +108,12 @@ def make_case(model_path: Path, task_folder: Path) -> MakeCase:
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Value]]] = {
     "grpo": ({}, {"mini_batches": 2, "kl_coefficient": 0.05, "scheduler": "cosine", "warmup_ratio": 0.2}),
     "grpo-no-kl": ({}, {"mini_batches": 1, "kl_coefficient": 0.0}),
-    "rloo": ({}, {"loss_type": "rloo", "mini_batches": 2, "kl_coefficient": 0.05}),
-    "rloo-no-kl": ({}, {"loss_type": "rloo", "mini_batches": 1, "kl_coefficient": 0.0, "scheduler": "linear"}),
+    "rloo": ({}, {"loss_type": "rloo", "mini_batches": 1, "kl_coefficient": 0.05}),
+    "rloo-no-kl": ({}, {"loss_type": "rloo", "mini_batches": 2, "kl_coefficient": 0.0, "scheduler": "linear"}),
+}
+"""Trainer settings and hyperparameters by name. The first variant runs always, the others are for the slow suite."""
+
+FURTHER: dict[str, tuple[dict[str, Any], dict[str, Value]]] = {
     "dapo-lora": (
         {"lora": {"rank": 2, "dropout": 0.1}},
         {"loss_type": "dapo", "mini_batches": 2, "kl_coefficient": 0.0},
@@ -109,7 +121,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Value]]] = {
     "bnpo-micro-batches": ({"micro_batch": 4, "generation_batch": 5}, {"loss_type": "bnpo", "mini_batches": 2}),
     "dr_grpo-bfloat16": ({"dtype": "bfloat16", "gradient_checkpointing": True}, {"loss_type": "dr_grpo"}),
 }
-"""Trainer settings and hyperparameters by name. The first variant runs always, the others are for the slow suite."""
+"""Variants that only resuming could treat differently."""
 
 
 class TestTrlTrainer(TrainerConformance):
@@ -121,8 +133,28 @@ class TestTrlTrainer(TrainerConformance):
         return make_case(settings, **configuration)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("case", ["grpo", "rloo-no-kl"], indirect=True)
     def test_a_kill_costs_at_most_the_steps_since_the_last_checkpoint(self, case: Case, tmp_path: Path) -> None:
         super().test_a_kill_costs_at_most_the_steps_since_the_last_checkpoint(case, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", FURTHER)
+def test_further_variants_resume_exactly(make_case: MakeCase, tmp_path: Path, variant: str) -> None:
+    settings, configuration = FURTHER[variant]
+    case = make_case(settings, **configuration)
+    checkpoints = {}
+    records: dict[str, list[StepRecord]] = {"whole": [], "parts": []}
+    whole = run_job(case.job(0, TOTAL_STEPS, tmp_path / "whole"), case.trainer, records["whole"].append)
+    first = run_job(case.job(0, BREAK, tmp_path / "parts"), case.trainer, records["parts"].append)
+    assert first.checkpoint is not None
+    second = case.job(BREAK, TOTAL_STEPS, tmp_path / "parts", checkpoints=[first.checkpoint])
+    last = run_job(second, case.trainer, records["parts"].append)
+    for name, result in (("whole", whole), ("parts", last)):
+        assert result.checkpoint is not None
+        checkpoints[name] = tmp_path / name / result.checkpoint.path
+    assert differing(checkpoints["whole"], checkpoints["parts"]) == []
+    assert list(map(timeless_record, records["parts"])) == list(map(timeless_record, records["whole"]))
 
 
 def records_of(case: Case, folder: Path, stop: int = TOTAL_STEPS) -> list[StepRecord]:
