@@ -263,12 +263,14 @@ class MlflowLedger:
         """The study's run in the UI of the tracking server; None without a server (see `tracking_uri`)."""
         if not _is_server(self.tracking_uri):
             return None
-        return f"{self.tracking_uri.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self.study_run_id}"
+        parts = urlsplit(self._client.tracking_uri)
+        server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
+        return f"{server}/#/experiments/{self._experiment_id}/runs/{self.study_run_id}"
 
     @property
     def tracking_uri(self) -> str:
-        """Where the study is kept, as `mlflow ui --backend-store-uri` takes it."""
-        return str(self._client.tracking_uri)
+        """Where the study is kept, as `mlflow ui --backend-store-uri` takes it; a password in it is masked."""
+        return _without_password(self._client.tracking_uri)
 
     @property
     def experiment_id(self) -> str:
@@ -313,7 +315,10 @@ class MlflowLedger:
 
     def _describe_study(self) -> None:
         """Log the study file with what can be derived from it, unless this very file is logged already."""
-        text = self._study.to_yaml()
+        tracking = self._study.tracking
+        if tracking.uri is not None:
+            tracking = tracking.model_copy(update={"uri": _without_password(tracking.uri)})
+        text = self._study.model_copy(update={"tracking": tracking}).to_yaml()
         digest = hashlib.sha256(text.encode()).hexdigest()
         if self._parent.data.tags.get(DESCRIBED) != digest:
             self._client.log_text(self.study_run_id, text, "study.yaml")
@@ -512,7 +517,12 @@ def _read_child(run: Run, entries: Mapping[str, checkpoints.Entry]) -> _Child | 
 def _read_facts(parent: Run) -> dict[str, str | float]:
     tags = parent.data.tags
     names = [name for name in tags if name.startswith(FACT) and not PIECE.search(name)]
-    return {name.removeprefix(FACT): json.loads(_unpack(tags, name) or "null") for name in names}
+    try:
+        return {name.removeprefix(FACT): json.loads(_unpack(tags, name) or "") for name in names}
+    except json.JSONDecodeError as error:
+        raise LedgerError(
+            f"MLflow run {parent.info.run_id} has a tag {FACT}... that is not JSON ({error}); it was edited: delete it"
+        ) from None
 
 
 def _pack(name: str, text: str) -> dict[str, str]:
@@ -528,7 +538,7 @@ def _unpack(tags: Mapping[str, str], name: str) -> str | None:
     text = tags.get(name)
     if text is None or not text.startswith("+"):
         return text
-    return "".join(tags[f"{name}:{number}"] for number in range(int(text)))
+    return "".join(tags.get(f"{name}:{number}", "") for number in range(int(text)))
 
 
 def _parse(kind: type[AnyModel], text: str, run_id: str) -> AnyModel:

@@ -209,6 +209,10 @@ def test_unreadable_content_is_explained(ledger: MlflowLedger, client: MlflowCli
     shutil.rmtree(Path(run_of(ledger, trial).info.artifact_uri.removeprefix("file://")))
     with pytest.raises(LedgerError, match=r"lost its artifact records/segment-0000\.jsonl"):
         again.step_records(trial.key)
+    client.set_tag(ledger.study_run_id, "jfhpo.fact.best", "edited by hand")
+    with pytest.raises(LedgerError, match="not JSON"):
+        MlflowLedger(client).open(make_study())
+    client.delete_tag(ledger.study_run_id, "jfhpo.fact.best")
     client.set_tag(ledger.run_id(trial.key), "jfhpo.segment.0000", json.dumps({"segment": 3}))
     with pytest.raises(LedgerError, match="SegmentResult that cannot be read"):
         MlflowLedger(client).open(make_study())
@@ -230,6 +234,16 @@ def test_a_server_that_does_not_answer_is_explained(free_port: int) -> None:
     with pytest.raises(LedgerError, match="does not answer") as caught:
         MlflowLedger().open(study)
     assert "secret" not in str(caught.value)
+
+
+def test_a_password_is_neither_shown_nor_logged(client: MlflowClient, tmp_path: Path) -> None:
+    study = make_study(tracking=TrackingSpec(uri="http://me:secret@localhost:5000"))
+    ledger = MlflowLedger(client)
+    ledger.open(study)
+    assert "secret" not in Path(client.download_artifacts(ledger.study_run_id, "study.yaml", str(tmp_path))).read_text()
+    ledger._opened = MlflowClient(tracking_uri="http://me:secret@localhost:5000")
+    assert ledger.tracking_uri == "http://me:***@localhost:5000"
+    assert str(ledger.url()).startswith("http://localhost:5000/#/experiments/")
 
 
 def test_the_default_store_lies_in_the_working_directory(
