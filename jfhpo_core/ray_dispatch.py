@@ -54,6 +54,9 @@ PLACEMENT_NOTICE_SECONDS = 60.0
 OBJECT_STORE_BYTES = 100 * 2**20
 """Step records are all that a private instance has to hold."""
 
+START_ATTEMPTS = 3
+"""Tries to start Ray."""
+
 CONNECT_SECONDS = 10.0
 """For a cluster to answer at all."""
 
@@ -247,7 +250,7 @@ class RayDispatcher:
         owned = not ray.is_initialized()
         try:
             if owned:
-                ray.init(**_init_options(self._address))
+                _start(ray, self._address)
             if trainer is not None:
                 self._idle += [self._start_worker(trainer, devices=1) for _ in range(self.slots)]
         except BaseException as error:  # noqa: BLE001  whatever it is, the driver must hear of it
@@ -463,6 +466,8 @@ def _import_ray(private: bool) -> Any:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # The children of a killed worker (data loaders, engines, launchers) must not train on.
         os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
+        # So long do Ray's helper processes wait for the rest of the instance once the driver was killed (else 60 s).
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
         # Ray binds to loopback where it knows of no cluster. Whoever reaches its ports can run code, so other users
         # of this machine need to be kept out, too.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -475,12 +480,23 @@ def _import_ray(private: bool) -> Any:
     return ray
 
 
-def _init_options(address: str) -> dict[str, Any]:
+def _start(ray: Any, address: str) -> None:
+    """Connect to a cluster, or start a private instance."""
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address == "local":
         # No CPUs: they would not be counted (see `RayDispatcher`), and Ray would start a spare worker for each.
         options |= {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    return options
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(**options)
+        except Exception as error:
+            # Ray gives its own parts 15 s to come up, which is short on a machine with much else to do.
+            logger.warning("attempt %d of %d to start Ray failed: %s", attempt, START_ATTEMPTS, _last_line(error))
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise
+        else:
+            return
 
 
 def _give_up(job: Job, losses: list[_Loss], records: list[StepRecord], seconds: float) -> Finished:
