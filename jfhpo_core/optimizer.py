@@ -12,9 +12,9 @@ The paper's own strategy is here too, as `PaperStrategy`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -110,21 +110,36 @@ def observe(study: Study, trials: Sequence[Trial]) -> Observations:
     )
 
 
-_fitted: dict[str, JointSurrogate] = {}
-"""The surrogate last fitted in this process, by the content it was fitted to: saves repeated fits, changes nothing."""
+Fitted = TypeVar("Fitted")
+
+_fitted: dict[str, Any] = {}
+"""The model last fitted in this process, by the content it was fitted to: saves repeated fits, changes nothing."""
+
+
+def _remembered(fit: Callable[[], Fitted], *content: object) -> Fitted:
+    """The fitted model for this content, from memory if the last fit was for the same."""
+    digest = hashlib.sha256()
+    for part in content:
+        digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
+    key = digest.hexdigest()
+    if key not in _fitted:
+        _fitted.clear()
+        _fitted[key] = fit()
+    model: Fitted = _fitted[key]
+    return model
 
 
 def fit_surrogate(study: Study, observations: Observations) -> JointSurrogate:
     """The surrogate fitted to observations: a pure function of them, remembered for the next call."""
-    digest = hashlib.sha256()
-    for tensor in (observations.inputs, observations.gains, observations.variances):
-        digest.update(tensor.numpy().tobytes())
-    digest.update(repr(study.space.shifting_coordinates).encode())
-    key = digest.hexdigest()
-    if key not in _fitted:
-        _fitted.clear()
-        _fitted[key] = JointSurrogate(observations, study.space.shifting_coordinates).fit()
-    return _fitted[key]
+    shifting = study.space.shifting_coordinates
+    return _remembered(
+        lambda: JointSurrogate(observations, shifting).fit(),
+        "joint",
+        observations.inputs,
+        observations.gains,
+        observations.variances,
+        shifting,
+    )
 
 
 @dataclass(frozen=True)
@@ -267,7 +282,9 @@ class JointFidelity:
         smallest, *larger = study.ladder.models
         designed = [trial for trial in mine if trial.model == smallest.name]
         if len(designed) < wanted:
-            return self._first(study, trials, costs, f"initial design, {len(designed) + 1} of {wanted}")
+            first = self._first(study, trials, costs, f"initial design, {len(designed) + 1} of {wanted}")
+            if first is not None:
+                return first
         for model in larger:
             anchored = [trial for trial in mine if trial.model == model.name]
             if len(anchored) >= self.anchors:
@@ -298,9 +315,12 @@ class JointFidelity:
         on_target = [trial for trial in mine if trial.model == study.ladder.target.name]
         return committed_seconds(on_target) < self.target_share * committed_seconds(mine)
 
-    def _first(self, study: Study, trials: Sequence[Trial], costs: CostModel, why: str) -> Proposal:
-        configuration = fresh_configurations(study, trials, study.spec.seeds.search, 1)[0]
-        candidate = Candidate(configuration, study.ladder.models[0].name, 0, study.spec.fidelity.levels[0])
+    def _first(self, study: Study, trials: Sequence[Trial], costs: CostModel, why: str) -> Proposal | None:
+        """The next Sobol configuration on the smallest model up to the first rung; None if the space has run out."""
+        fresh = fresh_configurations(study, trials, study.spec.seeds.search, 1)
+        if not fresh:
+            return None
+        candidate = Candidate(fresh[0], study.ladder.models[0].name, 0, study.spec.fidelity.levels[0])
         return self._propose(costs, candidate, "jfhpo/initial-design", why)
 
     def _propose(self, costs: CostModel, candidate: Candidate, source: str, why: str) -> Proposal:
@@ -459,13 +479,13 @@ class PaperStrategy:
         proxy, levels = self.proxy or study.ladder.models[0].name, study.spec.fidelity.levels
         mine = [trial for trial in trials if trial.purpose == "search" and trial.model == proxy]
         if len(mine) < self.initial_trials or not any(trial.evaluations for trial in mine):
-            configuration = fresh_configurations(study, trials, study.spec.seeds.search, 1)[0]
+            first = fresh_configurations(study, trials, study.spec.seeds.search, 1)
             level = levels[len(mine) % len(levels)]
-            cost = costs.estimate(configuration, proxy, 0, level).seconds
+            cost = costs.estimate(first[0], proxy, 0, level).seconds if first else 0.0
             suggestion = Suggestion(
                 source="paper/initial-design", explanation="Sobol configuration", expected_cost_seconds=cost
             )
-            return Proposal(configuration, proxy, level, suggestion) if cost <= remaining_seconds else None
+            return Proposal(first[0], proxy, level, suggestion) if first and cost <= remaining_seconds else None
         model = self._fit(study, mine)
         incumbent = max(mean for _, mean, _ in self._at_horizon(study, mine, model))
         candidates = [
@@ -530,12 +550,15 @@ class PaperStrategy:
             for evaluation in trial.evaluations
             if evaluation.step > 0
         ]
-        model = SingleTaskGP(
-            torch.tensor([inputs for inputs, _ in rows], dtype=torch.double),
-            torch.tensor([[evaluation.score] for _, evaluation in rows], dtype=torch.double),
-        )
-        fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-        return model
+        inputs = torch.tensor([inputs for inputs, _ in rows], dtype=torch.double)
+        scores = torch.tensor([[evaluation.score] for _, evaluation in rows], dtype=torch.double)
+
+        def fit() -> SingleTaskGP:
+            model = SingleTaskGP(inputs, scores)
+            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+            return model
+
+        return _remembered(fit, "paper", inputs, scores)
 
     def _at_horizon(
         self, study: Study, trials: Sequence[Trial], model: SingleTaskGP

@@ -233,6 +233,18 @@ def test_a_study_in_which_everything_fails_ends_without_a_recommendation(tmp_pat
     assert all(trial.state is TrialState.INFEASIBLE for trial in result.trials)
 
 
+@pytest.mark.parametrize("name", ["jfhpo", "paper"])
+def test_a_space_of_four_points_is_searched_and_ends(tmp_path: Path, name: str) -> None:
+    space = {
+        "learning_rate": {"type": "choice", "values": [1e-4, 5e-4]},
+        "scheduler": {"type": "choice", "values": ["constant", "cosine"]},
+    }
+    result, _ = search(simulated(tmp_path, strategy=name, space=space))
+    assert result.complete
+    assert result.recommended is not None
+    assert result.recommended.configuration["learning_rate"] == 5e-4
+
+
 def test_the_paper_strategy_never_looks_beyond_its_proxy_before_validation(tmp_path: Path) -> None:
     result, _ = search(simulated(tmp_path, strategy="paper"))
     searched = [
