@@ -60,6 +60,9 @@ OPEN = "jfhpo.open"
 SEGMENT = "jfhpo.segment.{:04d}"
 FACT = "jfhpo.fact."
 PARENT = "mlflow.parentRunId"
+EXPERIMENT_KIND = "mlflow.experimentKind"
+TRAINING = "custom_model_development"
+"""Kind of experiment for which the UI shows model training; MLflow 3 takes an unmarked one for an LLM application."""
 
 TAG_LIMIT = 5000
 """Characters of a tag. MLflow takes 8000 since version 2.15 and 5000 before; what is longer it cuts off silently."""
@@ -460,7 +463,8 @@ def _experiment(client: MlflowClient, study: StudySpec) -> Experiment:
     name = _experiment_name(study)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return client.get_experiment(client.create_experiment(name, _artifact_folder(client.tracking_uri, name)))
+        folder = _artifact_folder(client.tracking_uri, name)
+        return client.get_experiment(client.create_experiment(name, folder, {EXPERIMENT_KIND: TRAINING}))
     if experiment.lifecycle_stage != "active":
         raise LedgerError(
             f"MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore --experiment-id "
