@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from jfhpo_core.cost import CostModel
 from jfhpo_core.dispatch import Dispatcher, Finished, Streamed
+from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.ledger import Ledger
 from jfhpo_core.strategies import Proposal, RandomSearch, Recommendation, Strategy, load_strategy
 from jfhpo_core.study import Study, base_scores
@@ -36,6 +37,15 @@ POLL_SECONDS = 0.5
 
 HOPELESS_AFTER = 20
 """Infeasible trials after which a search that has seen nothing else gives up: no value of theirs is to blame."""
+
+LOST_IN_A_ROW = 3
+"""The search gives up when so many trials in a row were lost to infrastructure failures, each after its retries."""
+
+REOPEN_SHARE = 0.1
+"""Once the final comparison has begun, the search goes on only if this share of the budget is left: it was raised."""
+
+VALIDATION = "validation"
+"""Source of the suggestions by which the best configurations are trained to full length on the target."""
 
 
 class Phase(StrEnum):
@@ -135,11 +145,13 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
             return step
 
     remaining = spec.budget.device_seconds - _reserve(study, strategy, trials) - committed_seconds(trials)
-    if remaining > 0 and not _validating(trials) and not _hopeless(trials):
+    comparing = any(trial.purpose in ("confirmation", "random-search") for trial in trials)
+    enough = REOPEN_SHARE * spec.budget.device_seconds if comparing else 0.0
+    if remaining > enough and not _hopeless(trials):
         proposal = strategy.suggest(study, trials, remaining, call_seed(study, trials))
         if proposal is not None:
             return _step(study, trials, proposal, Phase.SEARCH)
-    if running and not _validating(trials):
+    if any(_is_search(trial.open_segment) for trial in trials if trial.purpose == "search"):
         return Step(Phase.SEARCH)
 
     step = _validate(study, strategy, trials)
@@ -173,8 +185,8 @@ def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float
     needed = 0.0
     for configuration in best or [{}]:
         known = on_target.get(configuration_key(configuration))
-        done = known.step * known.prompts_per_step if known is not None else 0
-        if done < horizon:
+        if known is None or (known.final is None and known.open_segment is None):
+            done = known.step * known.prompts_per_step if known is not None else 0
             needed += costs.estimate(configuration, target, done, horizon).seconds
     if len(best) < spec.budget.top_k:
         needed *= spec.budget.top_k / max(1, len(best))
@@ -192,15 +204,9 @@ def _search_trials_on_target(study: Study, trials: Sequence[Trial]) -> dict[str,
     }
 
 
-def _validating(trials: Sequence[Trial]) -> bool:
-    """Whether validation has begun: from then on the search proper is over, also after a restart."""
-    segments = [
-        segment
-        for trial in trials
-        for segment in (*(result.segment for result in trial.segments), trial.open_segment)
-        if segment is not None
-    ]
-    return any(segment.suggestion.source == "validation" for segment in segments)
+def _is_search(segment: Segment | None) -> bool:
+    """Whether an open segment was chosen by the strategy, and is not a validation."""
+    return segment is not None and segment.suggestion.source != VALIDATION
 
 
 def _hopeless(trials: Sequence[Trial]) -> bool:
@@ -214,28 +220,27 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
     spec = study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
     tried = _search_trials_on_target(study, trials)
-    completed = [trial for trial in tried.values() if trial.final is not None]
-    open_count = sum(trial.open_segment is not None for trial in tried.values())
-    if open_count + len(completed) >= spec.budget.top_k:
-        return Step(Phase.VALIDATION) if open_count else None
+    running = any(trial.open_segment is not None for trial in tried.values())
+    tries = sum(result.segment.suggestion.source == VALIDATION for trial in tried.values() for result in trial.segments)
+    secured = running or tries >= spec.budget.top_k or any(trial.final is not None for trial in tried.values())
     remaining = spec.budget.device_seconds - committed_seconds(trials)
     costs = CostModel.fit(study, trials)
-    for item in strategy.rank(study, trials):
+    for item in strategy.rank(study, trials)[: spec.budget.top_k]:
         known = tried.get(configuration_key(item.configuration))
-        if known is not None and known.state not in (TrialState.PAUSED, TrialState.PENDING):
+        if known is not None and known.state is not TrialState.PAUSED:
             continue
         done = known.step * known.prompts_per_step if known is not None else 0
         cost = costs.estimate(item.configuration, target, done, horizon).seconds
-        if cost > remaining and (completed or open_count):
+        if cost > remaining and secured:
             continue
         suggestion = Suggestion(
-            source="validation",
+            source=VALIDATION,
             explanation=f"among the {spec.budget.top_k} best by posterior mean at the target ({item.mean:.3f}); "
             "trained to full length to be sure",
             expected_cost_seconds=cost,
         )
         return _step(study, trials, Proposal(item.configuration, target, horizon, suggestion), Phase.VALIDATION)
-    return Step(Phase.VALIDATION) if open_count else None
+    return Step(Phase.VALIDATION) if running else None
 
 
 def _full_length(
@@ -248,7 +253,10 @@ def _full_length(
     why: str,
     label: str,
 ) -> Step | None:
-    """Train a configuration on the target over the full horizon, unless a trial of any purpose has done so."""
+    """Train a configuration on the target over the full horizon, unless a baseline or confirmation has done so.
+
+    A training that infrastructure failures ended is tried again.
+    """
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
     wanted = configuration_key(configuration)
     same = [
@@ -257,11 +265,11 @@ def _full_length(
         if (trial.model, trial.seed, configuration_key(trial.configuration)) == (target, seed, wanted)
         and trial.purpose in (purpose, "baseline", "confirmation")
     ]
-    if same:
+    if any(trial.state is not TrialState.LOST for trial in same):
         return None
     cost = CostModel.fit(study, trials).estimate(configuration, target, 0, horizon).seconds
     suggestion = Suggestion(source=str(phase), explanation=why, expected_cost_seconds=cost)
-    trial = study.new_trial(len(trials), configuration, target, seed, purpose, label)
+    trial = same[0] if same else study.new_trial(len(trials), configuration, target, seed, purpose, label)
     return Step(phase, trial, study.next_segment(trial, horizon, suggestion))
 
 
@@ -294,7 +302,7 @@ class _Run:
     began: float
     in_flight: set[str] = field(default_factory=set)
     live: dict[str, StepRecord] = field(default_factory=dict)
-    attempts_lost: int = 0
+    lost_in_a_row: int = 0
 
     def submit(self, trial: Trial, segment: Segment) -> None:
         scores = base_scores(self.ledger.trials())
@@ -361,7 +369,7 @@ def _phase(trials: Sequence[Trial]) -> Phase:
     running = [trial for trial in trials if trial.open_segment is not None]
     if any(trial.purpose in ("confirmation", "random-search") for trial in running):
         return Phase.COMPARISON
-    if _validating(trials):
+    if running and not any(_is_search(trial.open_segment) for trial in running):
         return Phase.VALIDATION
     return Phase.BASELINES if all(trial.purpose == "baseline" for trial in running) else Phase.SEARCH
 
@@ -376,6 +384,12 @@ def _absorb(run: _Run, event: Streamed | Finished) -> None:
     run.ledger.commit(event.key, event.result.model_copy(update={"committed": committed}), event.records)
     run.in_flight.discard(event.key)
     run.live.pop(event.key, None)
+    run.lost_in_a_row = run.lost_in_a_row + 1 if event.result.outcome is Outcome.LOST else 0
+    if run.lost_in_a_row >= LOST_IN_A_ROW:
+        raise InfrastructureError(
+            f"{LOST_IN_A_ROW} trials in a row were lost to infrastructure failures, the last one by: "
+            f"{event.result.message}; nothing that was finished is lost: mend the cause and run the same command again"
+        )
 
 
 def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete: bool) -> SearchResult:
@@ -435,8 +449,3 @@ def _compare(label: str, configuration: Configuration, trials: Sequence[Trial]) 
 
 def _last(trial: Trial) -> Evaluation:
     return trial.evaluations[-1]
-
-
-def lost_trials(trials: Sequence[Trial]) -> list[Trial]:
-    """Trials that infrastructure failures ended."""
-    return [trial for trial in trials if trial.segments and trial.segments[-1].outcome is Outcome.LOST]

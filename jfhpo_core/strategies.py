@@ -104,7 +104,7 @@ class RandomSearch:
         finals = [
             Recommendation(trial.configuration, trial.final.score, trial.final.standard_error)
             for trial in trials
-            if trial.model == study.ladder.target.name and trial.final is not None
+            if trial.model == study.ladder.target.name and trial.final is not None and trial.purpose == "search"
         ]
         return sorted(finals, key=lambda item: -item.mean)
 
