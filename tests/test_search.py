@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from jfhpo_core.dispatch import InlineDispatcher
-from jfhpo_core.errors import LedgerError
+from jfhpo_core.dispatch import Event, Finished, InlineDispatcher
+from jfhpo_core.errors import InfrastructureError, LedgerError
 from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.search import (
     HOPELESS_AFTER,
+    LOST_IN_A_ROW,
+    VALIDATION,
     Phase,
     Progress,
     SearchResult,
@@ -110,6 +112,11 @@ def interrupted_search(
             assert interruptions < 500, "the study makes no progress"
 
 
+def sources(outcome: SearchResult) -> list[str]:
+    """Who suggested each finished segment."""
+    return [part.segment.suggestion.source for trial in outcome.trials for part in trial.segments]
+
+
 def substance(trial: Trial) -> dict[str, Any]:
     """What of a trial does not depend on the order in which parallel trials ended.
 
@@ -170,6 +177,52 @@ def test_a_larger_budget_continues_a_finished_study(tmp_path: Path) -> None:
     second = run_search(large, ledger, InlineDispatcher())
     assert second.spent_seconds > first.spent_seconds + 100
     assert [trial.key for trial in second.trials[: len(first.trials)]] == [trial.key for trial in first.trials]
+
+
+def test_a_larger_budget_is_searched_on_after_validation(tmp_path: Path) -> None:
+    ledger = MemoryLedger()
+    small, large = (
+        simulated_study(tmp_path, strategy="jfhpo", budget={"trial_seconds": seconds, "max_parallel": 1})
+        for seconds in (100, 250)
+    )
+    first = run_search(small, ledger, InlineDispatcher())
+    assert VALIDATION in sources(first)
+    second = run_search(large, ledger, InlineDispatcher())
+    assert second.spent_seconds > first.spent_seconds + 75
+    assert sources(second).count("jfhpo/knowledge-gradient") > sources(first).count("jfhpo/knowledge-gradient")
+
+
+class LosingDispatcher(InlineDispatcher):
+    """Loses its first jobs, as a cluster does whose nodes die."""
+
+    def __init__(self, losses: int) -> None:
+        super().__init__()
+        self.losses = losses
+
+    def wait(self, timeout_seconds: float) -> list[Event]:
+        return [self._lose(event) if isinstance(event, Finished) else event for event in super().wait(timeout_seconds)]
+
+    def _lose(self, event: Finished) -> Finished:
+        if self.losses == 0:
+            return event
+        self.losses -= 1
+        changes = {"outcome": Outcome.LOST, "seconds": 0.0, "checkpoint": None, "evaluations": (), "end_step": 0}
+        return Finished(event.key, event.result.model_copy(update={**changes, "message": "node died"}), ())
+
+
+def test_a_dead_cluster_ends_the_call_and_a_mended_one_goes_on(tmp_path: Path) -> None:
+    study, ledger = simulated_study(tmp_path), MemoryLedger()
+    with pytest.raises(InfrastructureError, match=r"node died.*run the same command again"):
+        run_search(study, ledger, LosingDispatcher(LOST_IN_A_ROW))
+    outcome = run_search(study, ledger, InlineDispatcher())
+    assert outcome.complete
+    assert [row.label for row in outcome.rows] == ["recommended", "recipe"]
+    assert all(row.seeds == 2 for row in outcome.rows)
+
+
+def test_a_single_loss_does_not_end_a_study(tmp_path: Path) -> None:
+    outcome = run_search(simulated_study(tmp_path), MemoryLedger(), LosingDispatcher(LOST_IN_A_ROW - 1))
+    assert outcome.complete
 
 
 def test_a_finished_study_trains_nothing_more(tmp_path: Path) -> None:
