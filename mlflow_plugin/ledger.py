@@ -60,9 +60,6 @@ OPEN = "jfhpo.open"
 SEGMENT = "jfhpo.segment.{:04d}"
 FACT = "jfhpo.fact."
 PARENT = "mlflow.parentRunId"
-EXPERIMENT_KIND = "mlflow.experimentKind"
-TRAINING = "custom_model_development"
-"""Kind of experiment for which the UI shows model training; MLflow 3 takes an unmarked one for an LLM application."""
 
 TAG_LIMIT = 5000
 """Characters of a tag. MLflow takes 8000 since version 2.15 and 5000 before; what is longer it cuts off silently."""
@@ -268,7 +265,8 @@ class MlflowLedger:
             return None
         parts = urlsplit(self._client.tracking_uri)
         server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
-        return f"{server}/#/experiments/{self._experiment_id}/runs/{self.study_run_id}"
+        # MLflow 3 opens its pages for LLM applications unless it is asked for those of model training.
+        return f"{server}/#/experiments/{self._experiment_id}/runs/{self.study_run_id}?workflowType=machine_learning"
 
     @property
     def tracking_uri(self) -> str:
@@ -464,7 +462,7 @@ def _experiment(client: MlflowClient, study: StudySpec) -> Experiment:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         folder = _artifact_folder(client.tracking_uri, name)
-        return client.get_experiment(client.create_experiment(name, folder, {EXPERIMENT_KIND: TRAINING}))
+        return client.get_experiment(client.create_experiment(name, folder))
     if experiment.lifecycle_stage != "active":
         raise LedgerError(
             f"MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore --experiment-id "

@@ -441,4 +441,5 @@ class TestMlflowServer(LedgerConformance):
     def test_the_url_is_the_study_in_the_ui(self, server: str, reopen: Callable[[], ServedLedger]) -> None:
         ledger = reopen()
         ledger.open(make_study())
-        assert ledger.url() == f"{server}/#/experiments/{ledger.experiment_id}/runs/{ledger.study_run_id}"
+        run = f"{server}/#/experiments/{ledger.experiment_id}/runs/{ledger.study_run_id}"
+        assert ledger.url() == f"{run}?workflowType=machine_learning"
