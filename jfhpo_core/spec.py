@@ -330,12 +330,17 @@ class StudySpec(_Section):
     def identity(self) -> str:
         """Hash of all fields that give a trial its meaning (16 hex digits).
 
-        Budget, seeds of the final comparison, cluster and tracking may change when a study is continued.
+        Budget, seeds of the final comparison, cluster and tracking may change when a study is continued, and so may
+        the folders that its files and models lie in: of a path only the last part counts.
         """
         meaning = self.model_dump(
             mode="json",
             include={"study", "family", "target", "task", "trainer", "space", "fidelity", "evaluation", "stopping"},
         )
+        for part in (*meaning["family"]["models"], meaning["task"]):
+            for field in ("path", "prompts", "heldout", "reward"):
+                if part.get(field) is not None:
+                    part[field] = Path(part[field]).name
         return hashlib.sha256(canonical_json(meaning).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

@@ -305,6 +305,14 @@ def test_identity_changes_with_what_gives_trials_their_meaning(old: str, new: st
     assert parse_study(changed(old, new)).identity() != parse_study(STUDY).identity()
 
 
+def test_identity_stays_when_the_study_moves_to_another_folder(tmp_path: Path) -> None:
+    text = changed("task: instruct", "task: {prompts: train.jsonl, heldout: test.jsonl, reward: reward.py:score}")
+    here, there = (parse_study(text, folder=tmp_path / name) for name in ("here", "there"))
+    assert here.task.prompts != there.task.prompts
+    assert here.identity() == there.identity()
+    assert parse_study(text.replace("reward.py:score", "reward.py:other")).identity() != here.identity()
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
