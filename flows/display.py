@@ -81,9 +81,10 @@ def show_score(evaluation: Evaluation) -> str:
 
 def describe_end(trial: Trial, result: SegmentResult) -> str:
     """One sentence on how a segment ended and why."""
-    segment = result.segment
+    segment, reason = result.segment, ""
     if result.outcome is Outcome.STOPPED and result.decision is not None:
-        text = f"stopped by {result.decision.explain()}"
+        text = f"stopped by {result.decision.rule} at step {result.end_step}"
+        reason = f" ({result.decision.signal} {result.decision.value:.3g} against {result.decision.threshold:.3g})"
     elif result.outcome is Outcome.INFEASIBLE:
         text = f"infeasible ({result.failure}) at step {result.end_step}: {_first_line(result.message)}"
     elif result.outcome is Outcome.LOST:
@@ -93,7 +94,7 @@ def describe_end(trial: Trial, result: SegmentResult) -> str:
     else:
         text = f"trained to step {result.end_step} of {trial.total_steps}"
     score = f", score {show_score(result.evaluations[-1])}" if result.evaluations else ""
-    return f"#{trial.number} {trial.model} ({trial.label or segment.suggestion.source}): {text}{score}"
+    return f"#{trial.number} {trial.model} ({trial.label or segment.suggestion.source}): {text}{score}{reason}"
 
 
 def _first_line(message: str | None) -> str:

@@ -203,13 +203,14 @@ def wait_for_segments(process: subprocess.Popen[str], count: int) -> None:
         if count == 0:
             return
         assert time.monotonic() < deadline
-    pytest.fail("the search ended too early")
+    assert process.stderr is not None
+    pytest.fail(f"the search ended too early: {process.stderr.read()}")
 
 
 @pytest.mark.slow
 def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
-    slow = "trainer: {name: simulated, settings: {real_seconds_per_step: 0.01}}"
+    slow = "trainer: {name: simulated, settings: {real_seconds_per_step: 0.05}}"
     study.write_text(SIMULATED.read_text(encoding="utf-8").replace("trainer: simulated", slow), encoding="utf-8")
     known: Committed = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
@@ -218,10 +219,11 @@ def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(tmp_p
         )
         try:
             wait_for_segments(process, 2)
-            second = run("search", study, cwd=tmp_path)
-            assert second.returncode == REFUSED
-            assert "is being run by another process" in second.stderr
-            assert "Traceback" not in second.stderr
+            if not known:
+                second = run("search", study, cwd=tmp_path)
+                assert second.returncode == REFUSED
+                assert "is being run by another process" in second.stderr
+                assert "Traceback" not in second.stderr
             os.kill(process.pid, number)
             _, errors = process.communicate(timeout=START_SECONDS)
         finally:

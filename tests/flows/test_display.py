@@ -67,8 +67,8 @@ def test_plain_lines_tell_every_segment_once_with_its_reason(study: Study) -> No
     for trial, part in ended:
         line = next(line for line in lines if f"| #{trial.number} {trial.model} " in line)
         if part.decision is not None:
-            assert f"stopped by {part.decision.rule}" in line
-            assert f"at step {part.end_step}" in line
+            assert f"stopped by {part.decision.rule} at step {part.end_step}" in line
+            assert part.decision.signal in line
         else:
             assert f"trained to step {part.end_step} of {trial.total_steps}" in line
 
