@@ -120,6 +120,7 @@ def rebuild_report(spec: StudySpec) -> Path:
 
 
 def _look(study: Study) -> tuple[MlflowLedger, SearchResult]:
+    strategy = load_strategy(study)
     ledger = recorded(study)
     trials = ledger.trials() if ledger is not None else []
     if ledger is None or not trials:
@@ -127,7 +128,6 @@ def _look(study: Study) -> tuple[MlflowLedger, SearchResult]:
             f"the ledger holds no trials of study {study.spec.study!r}; begin it with `jfhpo search`, or correct "
             "tracking.uri (or MLFLOW_TRACKING_URI, or the folder you are in)"
         )
-    strategy = load_strategy(study)
     complete = plan_next(study, strategy, trials).phase is Phase.DONE
     return ledger, conclude(study, trials, strategy, complete)
 
