@@ -21,6 +21,7 @@ import queue
 import secrets
 import socket
 import statistics
+import textwrap
 import threading
 import time
 import traceback
@@ -59,6 +60,9 @@ START_ATTEMPTS = 3
 
 CONNECT_SECONDS = 10.0
 """For a cluster to answer at all."""
+
+MESSAGE_CHARACTERS = 400
+"""Of an error are kept; Ray's can fill pages."""
 
 POLL_SECONDS = 0.2
 
@@ -319,10 +323,10 @@ class RayDispatcher:
                     outcome = item
         except TimeoutError as error:
             outcome = _Loss(str(error), FailureKind.HUNG)
-        except self._ray.exceptions.OutOfMemoryError as error:
-            outcome = _Loss(_last_line(error), FailureKind.OUT_OF_MEMORY)
         except self._ray.exceptions.RayError as error:
-            outcome = _Loss(_last_line(error))
+            # A worker that did not even come up has not seen the configuration.
+            exhausted = worker is not None and isinstance(error, self._ray.exceptions.OutOfMemoryError)
+            outcome = _Loss(_last_line(error), FailureKind.OUT_OF_MEMORY if exhausted else None)
         finally:
             if worker is not None:
                 self._kill(worker)
@@ -396,7 +400,7 @@ class RayDispatcher:
     def _await(self, worker: _Worker, job: Job, cancelled: threading.Event) -> None:
         """Wait until a worker has its resources and its imports."""
         ray = self._ray
-        gpus = self._cluster.gpus_per_device * worker.devices
+        gpus = self._resources(worker.devices)["num_gpus"]
         if self._address == "local" and gpus > (there := ray.cluster_resources().get("GPU", 0.0)):
             raise SpecError(
                 f"cluster.gpus_per_device: a trial of model {job.model!r} needs {gpus:g} GPUs and this machine has "
@@ -410,22 +414,26 @@ class RayDispatcher:
             if time.monotonic() > notice:
                 notice += PLACEMENT_NOTICE_SECONDS
                 logger.warning(
-                    "trial %s waits for a worker with %g CPUs and %g GPUs; the cluster has %g and %g",
-                    job.trial_key, self._cluster.cpus_per_device * worker.devices, gpus,
-                    ray.cluster_resources().get("CPU", 0.0), ray.cluster_resources().get("GPU", 0.0),
+                    "trial %s waits for its worker: Ray has to find %s for it (it has %s), and the worker has to "
+                    "import trainer %r", job.trial_key, self._resources(worker.devices), ray.cluster_resources(),
+                    job.study.trainer.name,
                 )  # fmt: skip
         ray.get(ready)
 
     def _start_worker(self, trainer: str, devices: int) -> _Worker:
-        cpus = self._cluster.cpus_per_device * devices
+        threads = max(1, int(self._cluster.cpus_per_device * devices))
         options = {
-            "num_cpus": 0 if self._address == "local" else cpus,
-            "num_gpus": self._cluster.gpus_per_device * devices,
+            **self._resources(devices),
             "max_concurrency": 2,  # `cancel` must get through while `train` runs
             "max_restarts": 0,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(cpus)))}},
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         }
         return _Worker(self._ray.remote(_WorkerProcess).options(**options).remote(trainer), devices)
+
+    def _resources(self, devices: int) -> dict[str, float]:
+        """What Ray counts for a worker; a private instance has no CPUs to count."""
+        cpus = 0.0 if self._address == "local" else self._cluster.cpus_per_device * devices
+        return {"num_cpus": cpus, "num_gpus": self._cluster.gpus_per_device * devices}
 
     def _release(self, worker: _Worker) -> None:
         """Keep a worker for the next job, unless a job of another shape may be waiting for its resources."""
@@ -535,4 +543,4 @@ def _acquire(slots: threading.Semaphore, cancelled: threading.Event) -> None:
 
 def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[-1].strip()}"
+    return textwrap.shorten(f"{type(error).__name__}: {lines[-1].strip()}", MESSAGE_CHARACTERS, placeholder=" [...]")
