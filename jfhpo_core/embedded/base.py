@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from jfhpo_core.embedded.corpus import Row, Task
 
@@ -89,15 +88,19 @@ class Accuracy:
     expected: float
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character. Nothing is added to a prompt: `tokenizer(prompt)` is what fine-tuning saw."""
+def build_tokenizer() -> Qwen2Tokenizer:
+    """One token per character. Nothing is added to a prompt: `tokenizer(prompt)` is what fine-tuning saw.
+
+    A character outside `CHARACTERS` vanishes without a trace: Qwen2's tokenizer knows no unknown token (`<unk>` only
+    holds its place). For a model of type qwen2 `AutoTokenizer` builds this class out of the vocabulary whatever class
+    and pre-tokenizer the folder declares, so it has to be this class from the start: byte-level, without merges.
+    """
+    # Byte-level vocabularies write the space as this letter.
+    vocabulary = {token.replace(" ", "\u0120"): number for token, number in VOCABULARY.items()}
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
-    backend = Tokenizer(models.WordLevel(vocab=VOCABULARY, unk_token=names["unk_token"]))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    # Without a decoder, decode would join the tokens by spaces and no answer would ever equal its completion.
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
         padding_side="left",
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,

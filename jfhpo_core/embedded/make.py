@@ -70,7 +70,7 @@ FINE_TUNING: Mapping[str, Mapping[str, FineTuning]] = {
     "arithmetic": {
         "s": FineTuning(steps=2000, learning_rate=3e-3),
         "sm": FineTuning(steps=1000, learning_rate=3e-3, skill_share=0.35),
-        "m": FineTuning(steps=1500, learning_rate=2e-3, skill_share=0.35),
+        "m": FineTuning(steps=1150, learning_rate=2e-3, skill_share=0.35),
         "l": FineTuning(steps=2200, learning_rate=2e-3, skill_share=0.35),
     },
 }
