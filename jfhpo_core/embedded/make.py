@@ -5,7 +5,7 @@ function, and refuses to write a manifest unless every larger base is better tha
 reinforcement learning room: only then is the family a ladder of fidelities. It takes some ten minutes on one core for
 each task, and goes on where it was interrupted: a base whose folder records the present settings is kept.
 
-The same machine, torch and transformers give the same files. Elsewhere the weights differ in their last bits, and the
+The same machine, torch and transformers give the same weights. Elsewhere the weights differ in their last bits, and the
 accuracies by about their standard errors; the manifest says which files were shipped.
 """
 
