@@ -203,8 +203,10 @@ class RayDispatcher:
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`."""
         cancelled = threading.Event()
+        # A cancelled job of the same trial may still be ending, and a trial has one writer.
+        previous, _ = self._jobs.get(job.trial_key, (None, None))
         thread = threading.Thread(
-            target=self._attend, args=(job, cancelled), name=f"trial-{job.trial_key}", daemon=True
+            target=self._attend, args=(job, cancelled, previous), name=f"trial-{job.trial_key}", daemon=True
         )
         self._jobs[job.trial_key] = (thread, cancelled)
         thread.start()
@@ -269,21 +271,28 @@ class RayDispatcher:
         if owned:
             ray.shutdown()
 
-    def _attend(self, job: Job, cancelled: threading.Event) -> None:
+    def _attend(self, job: Job, cancelled: threading.Event, previous: threading.Thread | None) -> None:
         """Follow a job to its end; runs in a thread of its own."""
         try:
+            if previous is not None:
+                previous.join()
             _acquire(self._free_slots, cancelled)
             try:
                 event = self._finish(job, cancelled)
+                self._forget(job)
+                self._events.put(event)
             finally:
                 self._free_slots.release()
         except Cancelled:
-            self._jobs.pop(job.trial_key, None)
+            self._forget(job)
         except BaseException as error:  # noqa: BLE001  a thread's exception would vanish; the driver raises it
             self._events.put(error)
-        else:
-            self._jobs.pop(job.trial_key, None)
-            self._events.put(event)
+
+    def _forget(self, job: Job) -> None:
+        """Strike a job off the list, unless its trial has been submitted again meanwhile."""
+        thread, _ = self._jobs[job.trial_key]
+        if thread is threading.current_thread():
+            del self._jobs[job.trial_key]
 
     def _finish(self, job: Job, cancelled: threading.Event) -> Finished:
         losses: list[_Loss] = []

@@ -16,7 +16,7 @@ from jfhpo_core.ray_dispatch import RayDispatcher
 from jfhpo_core.spec import ClusterSpec
 from jfhpo_core.study import Study
 from jfhpo_core.trial import FailureKind, Outcome
-from tests.dispatch.support import all_gone, collect, descendants, first_job, processes
+from tests.dispatch.support import all_gone, collect, descendants, first_job
 from tests.studies import simulated_study
 
 pytestmark = pytest.mark.slow
@@ -40,17 +40,9 @@ def undisturbed(tmp_path: Path) -> Any:
     return collect(inline, 1)[1][job.trial_key]
 
 
-def test_jobs_run_side_by_side(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+def test_as_many_jobs_run_side_by_side_as_there_are_slots(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    # The first job goes on only once a second one has begun.
     study = fragile_study(tmp_path, "meet", times=2)
-    for rate in (1e-4, 2e-4):
-        ray_dispatcher.submit(first_job(study, rate))
-    _, finished = collect(ray_dispatcher, 2)
-    assert {event.result.outcome for event in finished.values()} == {Outcome.REACHED}
-
-
-def test_no_more_jobs_run_than_there_are_slots(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
-    slow = {"name": "simulated", "settings": {"real_seconds_per_step": 0.01}}
-    study = simulated_study(tmp_path, trainer=slow)
     for index in range(5):
         ray_dispatcher.submit(first_job(study, 1e-4 * (index + 1)))
     running: set[str] = set()
@@ -61,9 +53,10 @@ def test_no_more_jobs_run_than_there_are_slots(ray_dispatcher: RayDispatcher, tm
                 running.add(event.key)
                 widest = max(widest, len(running))
             else:
+                assert event.result.outcome is Outcome.REACHED
                 running.discard(event.key)
                 ended += 1
-    assert widest == 2
+    assert widest <= 2
 
 
 def test_records_arrive_while_the_job_runs(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
@@ -82,13 +75,12 @@ def test_records_arrive_while_the_job_runs(ray_dispatcher: RayDispatcher, tmp_pa
 def test_a_killed_worker_is_replaced_and_the_result_is_the_same(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
     slow = {"name": "simulated", "settings": {"real_seconds_per_step": 0.05}}
     job = first_job(simulated_study(tmp_path, trainer=slow))
-    before = set(processes())
     ray_dispatcher.submit(job)
     seen = 0
     while seen < 5:
         seen += sum(len(event.records) for event in ray_dispatcher.wait(0.5) if isinstance(event, Streamed))
     trains = [pid for pid, command in descendants(os.getpid()).items() if "_WorkerProcess.train" in command]
-    assert len(trains) == 1, (trains, before)
+    assert len(trains) == 1
     os.kill(trains[0], signal.SIGKILL)
     _, finished = collect(ray_dispatcher, 1)
     event, expected = finished[job.trial_key], undisturbed(tmp_path)
