@@ -337,18 +337,24 @@ def run_search(
     for trial in ledger.trials():
         if trial.open_segment is not None:
             run.submit(trial, trial.open_segment)
-    while True:
-        phase = _fill(run)
-        if on_progress is not None:
-            trials = ledger.trials()
-            on_progress(
-                Progress(study, phase, trials, dict(run.live), spent_seconds(trials), dispatcher.now() - run.began)
-            )
-        out_of_time = limit is not None and time.monotonic() - wall > limit
-        if (phase is Phase.DONE and not run.in_flight) or out_of_time:
-            return conclude(study, ledger.trials(), run.strategy, complete=phase is Phase.DONE)
-        for event in dispatcher.wait(POLL_SECONDS):
+    try:
+        while True:
+            phase = _fill(run)
+            if on_progress is not None:
+                trials = ledger.trials()
+                on_progress(
+                    Progress(study, phase, trials, dict(run.live), spent_seconds(trials), dispatcher.now() - run.began)
+                )
+            out_of_time = limit is not None and time.monotonic() - wall > limit
+            if (phase is Phase.DONE and not run.in_flight) or out_of_time:
+                return conclude(study, ledger.trials(), run.strategy, complete=phase is Phase.DONE)
+            for event in dispatcher.wait(POLL_SECONDS):
+                _absorb(run, event)
+    except KeyboardInterrupt:
+        # What has finished in the meantime need not be trained again.
+        for event in dispatcher.wait(0):
             _absorb(run, event)
+        raise
 
 
 def _fill(run: _Run) -> Phase:

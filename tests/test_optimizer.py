@@ -245,6 +245,7 @@ def test_a_space_of_four_points_is_searched_and_ends(tmp_path: Path, name: str) 
     assert result.recommended.configuration["learning_rate"] == 5e-4
 
 
+@pytest.mark.slow
 def test_the_paper_strategy_never_looks_beyond_its_proxy_before_validation(tmp_path: Path) -> None:
     result, _ = search(simulated(tmp_path, strategy="paper"))
     searched = [

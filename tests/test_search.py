@@ -327,6 +327,18 @@ def test_a_lost_dispatcher_loses_only_what_was_not_committed(tmp_path: Path) -> 
     assert [job.trial_key for job in jobs[: len(begun)]] == begun
 
 
+def test_what_has_finished_when_ctrl_c_comes_is_kept(tmp_path: Path) -> None:
+    study, ledger = simulated_study(tmp_path), MemoryLedger()
+
+    def interrupt(progress: Progress) -> None:
+        if progress.trials[-1].open_segment is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_search(study, ledger, InlineDispatcher(), on_progress=interrupt)
+    assert [len(trial.segments) for trial in ledger.trials()] == [1]
+
+
 def test_a_wall_clock_limit_ends_the_call_and_not_the_study(tmp_path: Path) -> None:
     budget = {"trial_seconds": 200, "max_parallel": 1}
     whole, _ = search(simulated_study(tmp_path / "whole", budget=budget))
