@@ -41,7 +41,7 @@ test test-fast: export HF_HUB_OFFLINE = 1
 test test-fast: export RAY_USAGE_STATS_ENABLED = 0
 
 test: $(READY) ## Run the whole test suite, with coverage
-	@$(BIN)/pytest --quiet --cov --cov-report=term:skip-covered
+	@$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 test-fast: $(READY) ## Run the tests that take seconds
 	@$(BIN)/pytest --quiet -m "not slow"

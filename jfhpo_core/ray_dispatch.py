@@ -14,11 +14,13 @@ use it: with math-verify pass `parsing_timeout=None` and `timeout_seconds=None`,
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
 import queue
 import secrets
+import signal
 import socket
 import statistics
 import textwrap
@@ -93,6 +95,7 @@ class _WorkerProcess:
     """
 
     def __init__(self, trainer: str) -> None:
+        _hear_of_children()
         _trainer(trainer).warm_up()
         self._cancelled = threading.Event()
 
@@ -513,7 +516,20 @@ def _start(ray: Any, address: str) -> None:
             if attempt == START_ATTEMPTS:
                 raise
         else:
+            _hear_of_children()
             return
+
+
+def _hear_of_children() -> None:
+    """Let this process learn again how its children end.
+
+    Where Ray is to end the children of killed workers, it ignores SIGCHLD in driver and workers, and the kernel then
+    forgets exit codes: a reward function that runs a program would see every failure as a success. Python's own
+    `signal` works in the main thread only, and does not know what Ray has set.
+    """
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    set_handler(signal.SIGCHLD, None)
 
 
 def _give_up(job: Job, losses: list[_Loss], records: list[StepRecord], seconds: float) -> Finished:

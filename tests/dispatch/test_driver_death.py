@@ -88,7 +88,7 @@ def recorded(spec: StudySpec) -> list[Trial]:
     return ledger.trials()
 
 
-@pytest.mark.parametrize(("blow", "parallel"), [(signal.SIGKILL, 1), (signal.SIGKILL, 2), (signal.SIGINT, 2)])
+@pytest.mark.parametrize(("blow", "parallel"), [(signal.SIGKILL, 1), (signal.SIGINT, 2)])
 def test_a_search_whose_driver_dies_goes_on(tmp_path: Path, blow: signal.Signals, parallel: int) -> None:
     spec = study_of(tmp_path, 0.05, parallel)
     search = Search(tmp_path, spec)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,15 @@ def test_a_workers_children_end_with_it(
     collect(ray_dispatcher, 1)
     child = int((Path(study.spec.trainer.settings["folder"]) / "child").read_text())
     assert all_gone({child})
+
+
+def test_programs_that_a_reward_runs_may_fail_visibly(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    study = fragile_study(tmp_path, "program", times=1)
+    ray_dispatcher.submit(first_job(study))
+    collect(ray_dispatcher, 1)
+    assert (Path(study.spec.trainer.settings["folder"]) / "code").read_text() == "3"
+    in_driver = subprocess.run([sys.executable, "-c", "raise SystemExit(3)"], check=False)
+    assert in_driver.returncode == 3
 
 
 def test_a_gpu_that_is_not_there_is_refused(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:

@@ -59,6 +59,9 @@ def fail(how: str, folder: Path) -> None:
     if how == "child":
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (folder / "child").write_text(str(child.pid))
+    if how == "program":
+        code = subprocess.run([sys.executable, "-c", "raise SystemExit(3)"], check=False).returncode
+        (folder / "code").write_text(str(code))
     if how in ("child", "hang"):
         time.sleep(600)
 
