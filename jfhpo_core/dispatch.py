@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from jfhpo_core.execution import run_job
-from jfhpo_core.trainers import Job, load_trainer
+from jfhpo_core.trainers import Job, Trainer, load_trainer
 from jfhpo_core.trial import SegmentResult, StepRecord
 
 
@@ -82,10 +82,14 @@ class InlineDispatcher:
     Args:
         slots: Simulated parallel workers.
         on_submit: For tests: called with every job before it runs.
+        trainer: Runs the jobs; None: the one that their study names.
     """
 
-    def __init__(self, slots: int = 1, on_submit: Callable[[Job], None] | None = None) -> None:
+    def __init__(
+        self, slots: int = 1, on_submit: Callable[[Job], None] | None = None, trainer: Trainer | None = None
+    ) -> None:
         self.slots = slots
+        self._trainer = trainer
         self._clock = 0.0
         self._order = 0
         self._running: list[_Completed] = []
@@ -97,7 +101,7 @@ class InlineDispatcher:
             self._on_submit(job)
         records: list[StepRecord] = []
         began = time.perf_counter()
-        result = run_job(job, load_trainer(job.study.trainer.name), records.append)
+        result = run_job(job, self._trainer or load_trainer(job.study.trainer.name), records.append)
         seconds = max(result.seconds, 0.0) or time.perf_counter() - began
         self._order += 1
         finished = Finished(job.trial_key, result, tuple(records))

@@ -15,11 +15,13 @@ class TrialFailure(JfhpoError):  # noqa: N818  a verdict on the configuration, n
     Args:
         kind: One of `jfhpo_core.trial.FailureKind`'s values.
         message: What happened, quoting the decisive line.
+        seconds: Simulated duration until then; None means that the wall clock is the truth.
     """
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, seconds: float | None = None) -> None:
         super().__init__(message)
         self.kind = kind
+        self.seconds = seconds
 
 
 class InfrastructureError(JfhpoError):

@@ -64,7 +64,7 @@ def run_job(
             result = trainer.run(job, start, stage, observe)
         except TrialFailure as failure:
             kind, message = FailureKind(failure.kind), str(failure)
-            return _infeasible(segment, job, monitor, kind, message, charge())
+            return _infeasible(segment, job, monitor, kind, message, charge(failure.seconds))
         except MemoryError as error:
             kind, message = FailureKind.OUT_OF_MEMORY, f"the trainer ran out of memory: {error or 'MemoryError'}"
             return _infeasible(segment, job, monitor, kind, message, charge())

@@ -18,7 +18,7 @@ from jfhpo_core.search import SearchResult, call_seed, run_search
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.strategies import load_strategy
 from jfhpo_core.study import Study, resolve
-from jfhpo_core.trainers.simulated import landscape, true_score
+from jfhpo_core.trainers.simulated import study_surface, true_score
 from jfhpo_core.trial import (
     Evaluation,
     FailureKind,
@@ -61,7 +61,7 @@ def search(study: Study) -> tuple[SearchResult, MemoryLedger]:
 def true_final(result: SearchResult) -> float:
     assert result.recommended is not None
     study = result.study
-    return true_score(landscape(study.spec), study.complete(result.recommended.configuration), 1.0, 1.0)
+    return true_score(study_surface(study.spec), study.complete(result.recommended.configuration), 1.0, 1.0)
 
 
 def finished(study: Study, configuration: dict[str, Any], model: str, scores: list[float], **changes: Any) -> Trial:

@@ -10,7 +10,7 @@ from jfhpo_core.execution import run_job
 from jfhpo_core.hyperparameters import Hyperparameters
 from jfhpo_core.spec import parse_study
 from jfhpo_core.trainers import load_trainer
-from jfhpo_core.trainers.simulated import Landscape, true_score
+from jfhpo_core.trainers.simulated import Landscape, Surface, true_score
 from jfhpo_core.trial import FailureKind, Outcome, StepRecord
 from tests.trainers.conformance import TOTAL_STEPS, Case, TrainerConformance
 
@@ -67,7 +67,8 @@ def test_settings_out_of_bounds_are_refused_by_name() -> None:
 
 
 def test_the_best_learning_rate_moves_with_size_and_high_ones_collapse() -> None:
-    surface = Landscape()
+    settings = Landscape()
+    surface = Surface(settings)
 
     def score(rate: float, size: float, share: float = 1.0) -> float:
         return true_score(surface, Hyperparameters(learning_rate=rate).model_dump(), size, share)
@@ -75,9 +76,9 @@ def test_the_best_learning_rate_moves_with_size_and_high_ones_collapse() -> None
     rates = [10 ** (-5 + step / 20) for step in range(61)]
     best = {size: max(rates, key=lambda rate: score(rate, size)) for size in (1.0, 0.1)}
     shift = math.log10(best[1.0] / best[0.1])
-    assert shift == pytest.approx(surface.size_shift, abs=0.1)
+    assert shift == pytest.approx(settings.size_shift, abs=0.1)
     assert score(best[1.0] * 30, 1.0) < 0.01
     assert score(best[1.0] * 30, 1.0, 0.05) > 0.05
     curve = [score(best[1.0], 1.0, share / 10) for share in range(11)]
     assert curve == sorted(curve)
-    assert curve[0] == pytest.approx(surface.base_score)
+    assert curve[0] == pytest.approx(settings.base_score)
