@@ -1,4 +1,4 @@
-"""The commands of the table."""
+"""The recorded table of RL trainings: making it, and reading it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,31 @@ import typer
 PARTS = Path(__file__).parent / "parts"
 """Finished trainings; not in git."""
 
+DATA = Path(__file__).parent / "data"
+"""The table."""
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+Parts = Annotated[Path, typer.Option(help="Folder of finished trainings.")]
+Data = Annotated[Path, typer.Option(help="Folder of the table.")]
 
 
 @app.command()
 def generate(
-    workers: Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")] = 2,
-    parts: Annotated[Path, typer.Option(help="Folder of finished trainings.")] = PARTS,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")] = 2, parts: Parts = PARTS
 ) -> None:
-    """Make every training of the plan that is missing."""
+    """Make every training of the plan that is missing (hours; interrupt it and run it again: it goes on)."""
     from benchmarks.rl_table.generate import generate as make
 
     make(parts, workers)
 
 
-@app.callback()
-def _table() -> None:
-    """Keep `generate` a command while it is the only one."""
+@app.command()
+def pack(parts: Parts = PARTS, data: Data = DATA) -> None:
+    """Write the finished trainings as Parquet, with a data card."""
+    from benchmarks.rl_table.pack import pack as write
+
+    write(parts, data)
 
 
 if __name__ == "__main__":
