@@ -245,7 +245,7 @@ class Space(RootModel[dict[str, Parameter]]):
             raise ValueError(f"not in the space: {', '.join(sorted(unknown))}")
         point: list[float] = []
         for name, parameter in self.root.items():
-            if not self._active(parameter, configuration):
+            if not self.active(parameter, configuration):
                 point += [INACTIVE] * parameter.width
             elif name not in configuration:
                 raise ValueError(f"the configuration lacks {name}")
@@ -261,7 +261,7 @@ class Space(RootModel[dict[str, Parameter]]):
         configuration: Configuration = {}
         for name, coordinates in self.slices().items():
             parameter = self.root[name]
-            if self._active(parameter, configuration):
+            if self.active(parameter, configuration):
                 configuration[name] = parameter.decode([float(value) for value in point[coordinates]])
         return configuration
 
@@ -269,10 +269,11 @@ class Space(RootModel[dict[str, Parameter]]):
         """The part of a complete configuration that this space searches."""
         restricted: Configuration = {}
         for name, parameter in self.root.items():
-            if self._active(parameter, restricted) and name in configuration:
+            if self.active(parameter, restricted) and name in configuration:
                 restricted[name] = configuration[name]
         return restricted
 
     @staticmethod
-    def _active(parameter: _Parameter, configuration: Mapping[str, Value]) -> bool:
+    def active(parameter: _Parameter, configuration: Mapping[str, Value]) -> bool:
+        """Whether a hyperparameter's condition holds, given the hyperparameters above it."""
         return all(configuration.get(parent) in values for parent, values in parameter.when.items())

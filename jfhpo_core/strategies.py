@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -59,23 +61,50 @@ class Strategy(Protocol):
         ...
 
 
+ENTRY_POINT_GROUP = "jfhpo.strategies"
+"""Further strategies come by this group; an entry point names a class whose settings are keyword arguments."""
+
+STRATEGIES = {
+    "jfhpo": "jfhpo_core.optimizer:JointFidelity",
+    "paper": "jfhpo_core.optimizer:PaperStrategy",
+    "random": "jfhpo_core.strategies:RandomSearch",
+    "gp": "jfhpo_core.peers.gp:Gp",
+    "tpe": "jfhpo_core.peers.optuna:Tpe",
+    "asha": "jfhpo_core.peers.optuna:Asha",
+    "hyperband": "jfhpo_core.peers.optuna:Hyperband",
+    "bohb": "jfhpo_core.peers.optuna:Bohb",
+}
+"""Where the strategies of this package are, by name; imported when a study names them."""
+
+
 def load_strategy(study: Study) -> Strategy:
     """The strategy that the study names.
 
     Raises:
-        SpecError: There is none of that name.
+        SpecError: There is none of that name, what it needs is not installed, or it refuses its settings.
     """
     name, settings = study.spec.strategy.name, study.spec.strategy.settings
+    points = {
+        **{point.name: point for point in _registered()},
+        **{own: EntryPoint(own, place, ENTRY_POINT_GROUP) for own, place in STRATEGIES.items()},
+    }
+    if name not in points:
+        raise SpecError(f"strategy.name: no strategy {name!r}; there are {', '.join(sorted(points))}")
     try:
-        if name == "random":
-            return RandomSearch(**settings)
-        if name in ("jfhpo", "paper"):
-            from jfhpo_core.optimizer import JointFidelity, PaperStrategy
-
-            return JointFidelity(**settings) if name == "jfhpo" else PaperStrategy(**settings)
+        kind = points[name].load()
+    except ImportError as error:
+        remedy = "run `pip install 'jfhpo[peers]'`" if name in STRATEGIES else "mend or remove its package"
+        raise SpecError(f"strategy.name: strategy {name!r} cannot be imported: {error}; {remedy}") from error
+    try:
+        strategy: Strategy = kind(**settings)
     except TypeError as error:
         raise SpecError(f"strategy.settings: {error}") from None
-    raise SpecError(f"strategy.name: no strategy {name!r}; there are jfhpo, paper, random")
+    return strategy
+
+
+@cache  # reading the metadata of all installed packages takes a tenth of a second
+def _registered() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_strategies_with_a_model_are_loaded_by_name(tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        ("grid", "strategy.name: no strategy 'grid'; there are jfhpo, paper, random"),
+        ("grid", "strategy.name: no strategy 'grid'; there are .*jfhpo, paper, random, tpe"),
         ({"name": "random", "settings": {"depth": 3}}, "strategy.settings: .*depth"),
     ],
 )
