@@ -1,0 +1,68 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import report, runner, store
+from benchmarks.landscapes import LANDSCAPES
+from jfhpo_core.spec import parse_value
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+Folder = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _seeds(text: str) -> list[int]:
+    """'1000:1020' (the end excluded) or '3,5,8'."""
+    low, colon, high = text.partition(":")
+    return list(range(int(low), int(high))) if colon else [int(seed) for seed in _names(text)]
+
+
+@app.command()
+def run(
+    strategies: Annotated[str, typer.Option(help="Names, with commas.")] = "jfhpo,paper,random",
+    landscapes: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(LANDSCAPES),
+    seeds: Annotated[str, typer.Option(help="1000:1020 or 3,5,8. Tuning: 0 to 99; publication: from 1000.")] = "0:3",
+    workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
+    redo: Annotated[bool, typer.Option(help="Replace results that older code has made.")] = False,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE, of the strategy.")] = None,
+    label: Annotated[str | None, typer.Option(help="Report the one strategy under this name.")] = None,
+    results: Folder = store.RESULTS,
+) -> None:
+    """Do the runs that are missing; a run that is interrupted is the only one to be done again."""
+    unknown = [name for name in _names(landscapes) if name not in LANDSCAPES]
+    if unknown:
+        raise typer.BadParameter(f"no landscape {unknown[0]!r}; there are {', '.join(LANDSCAPES)}")
+    settings = {name: parse_value(value) for name, _, value in (item.partition("=") for item in setting or ())}
+    if settings and (label is None or len(_names(strategies)) != 1):
+        raise typer.BadParameter("--set makes a variant of one strategy: name that one, and give it a --label")
+    runs = [
+        runner.Run(strategy, landscape, seed, settings, label or strategy)
+        for strategy in _names(strategies)
+        for landscape in _names(landscapes)
+        for seed in _seeds(seeds)
+    ]
+    if runner.run(runs, results, workers, redo):
+        raise typer.Exit(1)
+
+
+@app.command()
+def table(
+    own: Annotated[str, typer.Option(help="Strategy that is compared with the others.")] = "jfhpo",
+    seeds: Annotated[str | None, typer.Option(help="Only these.")] = None,
+    results: Folder = store.RESULTS,
+) -> None:
+    """Print mean final regrets and cost ratios as plain text."""
+    print(report.text_table(store.load_all(results), own, _seeds(seeds) if seeds else None))
+
+
+if __name__ == "__main__":
+    app()

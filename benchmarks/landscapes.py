@@ -1,0 +1,209 @@
+"""What strategies are measured on: families of problems with a known optimum, a fresh one for every seed.
+
+Tuning may use seeds 0 to 99; what is published uses seeds from 1000 on, which nobody has looked at while tuning.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import qmc
+
+from jfhpo_core.fidelity import build_ladder
+from jfhpo_core.space import Vector
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.study import Study
+from jfhpo_core.trainers import Trainer
+from jfhpo_core.trainers.simulated import SimulatedTrainer, study_surface, true_score
+from jfhpo_core.trial import Configuration
+
+FAMILY = [
+    {"name": "0.5b", "path": "simulated", "parameters": 494_000_000},
+    {"name": "1.5b", "path": "simulated", "parameters": 1_544_000_000},
+    {"name": "7b", "path": "simulated", "parameters": 7_616_000_000},
+]
+"""Sizes of Qwen2.5 0.5B, 1.5B and 7B."""
+
+TARGET = "7b"
+HORIZON_PROMPTS = 1024
+RUNGS = 8
+PROMPTS_PER_STEP = 16
+
+TRAININGS = 20
+"""Budget of a run, in full trainings of the target with a typical configuration."""
+
+COSTS = {"seconds_per_step": 60.0, "size_exponent": 0.9, "startup_seconds": 120.0, "evaluation_seconds": 60.0}
+"""Of the target; start-up costs the same on every model."""
+
+TRAINING_SECONDS = (
+    COSTS["startup_seconds"]
+    + HORIZON_PROMPTS / PROMPTS_PER_STEP * COSTS["seconds_per_step"]
+    + RUNGS * COSTS["evaluation_seconds"]
+)
+"""A full training of the target with 8 completions per prompt, evaluations included."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One landscape with one seed.
+
+    Attributes:
+        name: Of the landscape.
+        seed: Which of its instances.
+        data: Study file as data; strategy, budget and workspace are added by `study`.
+        trainer: Runs the trials; it need not be registered.
+        score: Noise-free score of a complete configuration, trained on the target over the full horizon.
+        training_seconds: Simulated seconds of such a training of a typical configuration.
+    """
+
+    name: str
+    seed: int
+    data: Mapping[str, Any]
+    trainer: Trainer
+    score: Callable[[Study, Configuration], float]
+    training_seconds: float = TRAINING_SECONDS
+
+    def study(self, workspace: Path, strategy: str = "random", settings: Mapping[str, Any] | None = None) -> Study:
+        """The problem as a study for one strategy."""
+        spec = StudySpec.model_validate(
+            {
+                **self.data,
+                "study": f"{self.name}-{self.seed}",
+                "strategy": {"name": strategy, "settings": dict(settings or {})},
+                "budget": {"trial_seconds": TRAININGS * self.training_seconds, "max_parallel": 1},
+                "seeds": {"search": self.seed, "training": [self.seed]},
+                "tracking": {"workspace": str(workspace)},
+            }
+        )
+        return Study(spec, build_ladder(spec), self.trainer)
+
+    @cached_property
+    def _reference(self) -> Study:
+        return self.study(Path("unused"))
+
+    def true_score(self, configuration: Configuration) -> float:
+        """Noise-free score of a searched configuration on the target at full length."""
+        return self.score(self._reference, self._reference.complete(configuration))
+
+    @property
+    def default(self) -> Configuration:
+        """What is used before a search has finished anything: the trainer's defaults."""
+        return self._reference.space.restrict(self._reference.complete({}))
+
+    @cached_property
+    def best_score(self) -> float:
+        """The highest true score in the space, found numerically."""
+        space = self._reference.space
+        return maximize(lambda point: self.true_score(space.decode(point)), space.dimension)
+
+
+def maximize(value: Callable[[Vector], float], dimension: int, starts: int = 8) -> float:
+    """Highest value over the unit cube: a Sobol sample, then shrinking random steps from its best points.
+
+    Args:
+        value: Of a point of shape (dimension,).
+        dimension: Of the cube.
+        starts: Points of the sample that are improved.
+    """
+    random = np.random.default_rng(0)
+    sample = qmc.Sobol(dimension, rng=random).random(1024)
+    values = np.array([value(point) for point in sample])
+    best = -np.inf
+    for index in np.argsort(-values)[:starts]:
+        point, reached = sample[index], values[index]
+        for scale in np.geomspace(0.2, 0.002, 12):
+            for _ in range(40):
+                moved = random.random(dimension) < max(0.3, 1 / dimension)
+                trial = np.clip(point + moved * random.normal(0, scale, dimension), 0, 1)
+                if (gained := value(trial)) > reached:
+                    point, reached = trial, gained
+        best = max(best, reached)
+    return float(best)
+
+
+def _language_model(name: str, seed: int, evaluation_prompts: int = 512, **settings: float) -> Problem:
+    """RL of a language model on a synthetic surface, its optima and random surfaces drawn from name and seed."""
+    random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    drawn = {
+        "base_score": 0.3,
+        "ceiling": 0.8,
+        "best_learning_rate": float(10 ** random.uniform(-6.5, -5.8)),
+        "best_clip_high": float(random.uniform(0.15, 0.35)),
+        "best_kl_coefficient": float(10 ** random.uniform(-4.5, -2.0)),
+        "best_max_grad_norm": float(10 ** random.uniform(-0.8, 0.2)),
+        "best_n_samples": int(random.choice([4, 8, 16])),
+        "best_temperature": float(random.uniform(0.7, 1.1)),
+        "best_scheduler": str(random.choice(["constant", "cosine"])),
+        "instance": int(random.integers(2**31)),
+        "width": 0.5,
+        "weak_effect": 0.4,
+        "roughness": 0.2,
+        "boundary": 0.7,
+        "seed_noise": 0.01,
+        **COSTS,
+    }
+    data = {
+        "family": FAMILY,
+        "target": TARGET,
+        "task": "instruct",
+        "trainer": {"name": SimulatedTrainer.name, "settings": {**drawn, **settings}},
+        "space": "llm",
+        "fidelity": {"horizon_prompts": HORIZON_PROMPTS, "rungs": RUNGS},
+        "evaluation": {"prompts": evaluation_prompts},
+    }
+    return Problem(name, seed, data, SimulatedTrainer(), _simulated_score)
+
+
+def _simulated_score(study: Study, configuration: Configuration) -> float:
+    return true_score(study_surface(study.spec), configuration, 1.0, 1.0)
+
+
+def _aligned(seed: int) -> Problem:
+    """Proxies rank almost as the target does."""
+    return _language_model("aligned", seed, agreement=0.9, size_shift=-0.1)
+
+
+def _shifted(seed: int) -> Problem:
+    """The best learning rate falls by four, the best clip range by a third of its range, from smallest to largest."""
+    return _language_model("shifted", seed, size_shift=-0.45, clip_shift=-0.08)
+
+
+def _noisy(seed: int) -> Problem:
+    """Standard errors of 0.06 per evaluation and 0.04 between seeds, more at high learning rates."""
+    return _language_model(
+        "noisy", seed, evaluation_prompts=64, size_shift=-0.2, agreement=0.9, seed_noise=0.04, noise_growth=0.5
+    )
+
+
+def _unstable(seed: int) -> Problem:
+    """Learning rates a little above the best collapse or diverge; large groups do not fit in the target's memory."""
+    return _language_model(
+        "unstable", seed, size_shift=-0.15, boundary=0.25, boundary_shift=-0.1, divergence=0.4, memory_limit=200.0
+    )
+
+
+def _moderate(seed: int) -> Problem:
+    """Proxies correlate with the target by 0.5."""
+    return _language_model("moderate", seed, agreement=0.5, size_shift=-0.2)
+
+
+def _misleading(seed: int) -> Problem:
+    """Proxies say nothing about the target; runs do not collapse, so that not even that is learned from them."""
+    return _language_model("misleading", seed, agreement=0.0, size_shift=-0.2, boundary=4.0)
+
+
+LANDSCAPES: dict[str, Callable[[int], Problem]] = {
+    "aligned": _aligned,
+    "shifted": _shifted,
+    "noisy": _noisy,
+    "unstable": _unstable,
+    "moderate": _moderate,
+    "misleading": _misleading,
+}
+"""Every landscape by name."""

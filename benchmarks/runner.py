@@ -1,0 +1,255 @@
+"""Running strategies on landscapes: a run is one strategy on one landscape with one seed, on a simulated clock."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from benchmarks import store
+from benchmarks.landscapes import LANDSCAPES, Problem
+from benchmarks.store import Result
+from jfhpo_core.dispatch import InlineDispatcher
+from jfhpo_core.ledger import MemoryLedger
+from jfhpo_core.search import run_search
+from jfhpo_core.strategies import Proposal, Recommendation, Strategy, fresh_configurations, load_strategy
+from jfhpo_core.study import Study
+from jfhpo_core.trial import Outcome, SegmentResult, Trial, canonical_json
+
+ROOT = Path(__file__).parent.parent
+
+OWN_SOURCES = ("optimizer", "surrogate", "acquisition", "cost")
+"""Modules of jfhpo_core that decide what `jfhpo` suggests; the other strategies stand in one module each."""
+
+NICENESS = 10
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be run.
+
+    Attributes:
+        label: Name under which it is reported: the strategy's unless settings make it a variant.
+    """
+
+    strategy: str
+    landscape: str
+    seed: int
+    settings: Mapping[str, Any]
+    label: str
+
+
+class Timed:
+    """A strategy whose CPU seconds are counted, those of `rank` included: the search asks for it with every suggestion.
+
+    Args:
+        inner: The strategy.
+    """
+
+    name: ClassVar[str] = "timed"
+
+    def __init__(self, inner: Strategy) -> None:
+        self.inner = inner
+        self.seconds = 0.0
+        self.suggestions = 0
+
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
+        """See `Strategy.suggest`."""
+        self.suggestions += 1
+        return self._time(lambda: self.inner.suggest(study, trials, remaining_seconds, seed))
+
+    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
+        """See `Strategy.rank`."""
+        return self._time(lambda: self.inner.rank(study, trials))
+
+    def _time(self, call: Callable[[], Answer]) -> Answer:
+        began = time.process_time()
+        try:
+            return call()
+        finally:
+            self.seconds += time.process_time() - began
+
+
+def run_one(strategy: str, settings: Mapping[str, Any], landscape: str, seed: int, label: str | None = None) -> Result:
+    """Search one landscape with one strategy to the end of the budget.
+
+    Args:
+        strategy: Name that `load_strategy` knows.
+        settings: Its settings.
+        landscape: Name in `LANDSCAPES`.
+        seed: Of the landscape's instance, the search and the trainings.
+        label: Name under which the result is reported; None: the strategy's.
+    """
+    problem = LANDSCAPES[landscape](seed)
+    with tempfile.TemporaryDirectory(prefix="jfhpo-benchmark-") as workspace:
+        study = problem.study(Path(workspace), strategy, settings)
+        timed = Timed(load_strategy(study))
+        result = run_search(study, MemoryLedger(), InlineDispatcher(1, trainer=problem.trainer), strategy=timed)
+    done = in_order(result.trials)
+    default = problem.true_score(problem.default)
+    return Result(
+        strategy=label or strategy,
+        settings=dict(settings),
+        landscape=landscape,
+        seed=seed,
+        stamp=stamp(strategy, settings, landscape, seed),
+        commit=commit(),
+        best_score=round(problem.best_score, 5),
+        budget_seconds=study.spec.budget.device_seconds,
+        training_seconds=problem.training_seconds,
+        spent_seconds=round(result.spent_seconds, 1),
+        trace=trace(problem, study, done),
+        recommended_score=round(
+            problem.true_score(result.recommended.configuration) if result.recommended else default, 5
+        ),
+        segments={model.name: sum(trial.model == model.name for trial, _ in done) for model in study.ladder.models},
+        infeasible=sum(segment.outcome is Outcome.INFEASIBLE for _, segment in done),
+        suggestions=timed.suggestions,
+        cpu_seconds_per_suggestion=round(timed.seconds / max(1, timed.suggestions), 5),
+    )
+
+
+def in_order(trials: Sequence[Trial]) -> list[tuple[Trial, SegmentResult]]:
+    """All committed segments of the search with their trials, in the order of commitment."""
+    pairs = [(trial, segment) for trial in trials if trial.purpose == "search" for segment in trial.segments]
+    return sorted(pairs, key=lambda pair: pair[1].committed)
+
+
+def trace(
+    problem: Problem, study: Study, done: Sequence[tuple[Trial, SegmentResult]]
+) -> tuple[tuple[float, float], ...]:
+    """The incumbent's true score against seconds spent; see `Result` for the rule.
+
+    Args:
+        problem: Knows the true scores.
+        study: What was searched.
+        done: Segments in the order of commitment.
+    """
+    points = [(0.0, round(problem.true_score(problem.default), 5))]
+    spent, best_observed = 0.0, float("-inf")
+    for trial, segment in done:
+        spent += segment.charge_seconds
+        final = trial.final
+        if trial.model != study.ladder.target.name or final is None or segment.end_step < trial.total_steps:
+            continue
+        if final.score > best_observed:
+            best_observed = final.score
+            points.append((round(spent, 1), round(problem.true_score(trial.configuration), 5)))
+    return tuple(points)
+
+
+def run(
+    runs: Sequence[Run],
+    folder: Path = store.RESULTS,
+    workers: int = 1,
+    redo: bool = False,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Do the runs whose results are missing, seed by seed, and store each as soon as it is done.
+
+    Args:
+        runs: In any order; they are done in the order of their seeds, so that any prefix is a fair comparison.
+        folder: Of the results.
+        workers: Processes, one thread each.
+        redo: Also replace results whose stamp is not that of the present code.
+        say: Takes lines for people.
+
+    Returns:
+        How many runs failed.
+    """
+    todo = [item for item in sorted(runs, key=lambda item: item.seed) if not _is_done(item, folder, redo)]
+    say(f"{len(todo)} runs to do, {len(runs) - len(todo)} done before")
+    failed = 0
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read by the workers when they import torch
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_prepare_worker) as pool:
+        running = {
+            pool.submit(run_one, item.strategy, item.settings, item.landscape, item.seed, item.label): item
+            for item in todo
+        }
+        try:
+            for count, future in enumerate(as_completed(running), 1):
+                item = running[future]
+                place = f"[{count}/{len(todo)}] {item.label} {item.landscape} {item.seed}"
+                error = future.exception()
+                if error is not None:
+                    failed += 1
+                    say(f"{place}: FAILED: {type(error).__name__}: {error}")
+                    continue
+                result = future.result()
+                store.save(folder, result)
+                say(
+                    f"{place}: regret {result.final_regret:.4f}, {result.suggestions} suggestions "
+                    f"of {result.cpu_seconds_per_suggestion:.2f} s"
+                )
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def _prepare_worker() -> None:
+    os.nice(NICENESS)
+    torch.set_num_threads(1)
+
+
+def _is_done(item: Run, folder: Path, redo: bool) -> bool:
+    known = store.load(folder, item.label).get((item.landscape, item.seed))
+    return known is not None and not (
+        redo and known.stamp != stamp(item.strategy, item.settings, item.landscape, item.seed)
+    )
+
+
+def stamp(strategy: str, settings: Mapping[str, Any], landscape: str, seed: int) -> str:
+    """Hash of all that makes a result: the strategy's source and settings, and the landscape's true scores."""
+    return hashlib.sha256(
+        canonical_json([_source_digest(strategy), dict(settings), _fingerprint(landscape, seed)]).encode()
+    ).hexdigest()[:12]
+
+
+@cache
+def _source_digest(strategy: str) -> str:
+    problem = next(iter(LANDSCAPES.values()))(0)
+    module = inspect.getmodule(type(load_strategy(problem.study(Path("unused"), strategy))))
+    assert module is not None
+    assert module.__file__ is not None
+    own = Path(module.__file__)
+    files = [own.with_name(f"{name}.py") for name in OWN_SOURCES] if strategy == "jfhpo" else [own]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@cache
+def _fingerprint(landscape: str, seed: int) -> str:
+    """Hash of a landscape's study and of the true scores of a few configurations."""
+    problem = LANDSCAPES[landscape](seed)
+    study = problem.study(Path("unused"))
+    scores = [round(problem.true_score(item), 9) for item in fresh_configurations(study, (), 0, 4)]
+    return hashlib.sha256(canonical_json([dict(problem.data), scores]).encode()).hexdigest()
+
+
+@cache
+def commit() -> str:
+    """The commit that is checked out, with a plus sign if files of the packages differ from it."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+
+    def ask(*arguments: str) -> str:
+        return subprocess.run([git, *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = ask("status", "--porcelain", "--untracked-files=no", "jfhpo_core", "benchmarks/*.py")
+    return (ask("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")

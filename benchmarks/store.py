@@ -1,0 +1,86 @@
+"""Results of benchmark runs: one JSON line per strategy, landscape and seed, one file per strategy, in stable order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field
+
+RESULTS = Path(__file__).parent / "results"
+"""Where published results lie; a tuning run writes elsewhere."""
+
+Key = tuple[str, int]
+"""Landscape and seed."""
+
+
+class Result(BaseModel):
+    """One strategy on one landscape with one seed.
+
+    The incumbent is, for every strategy, the configuration of the trial with the best observed score at full length on
+    the target so far; before there is one, the trainer's defaults. It counts with its true score.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    strategy: str = Field(description="Name under which it is reported: the strategy's, or a variant's.")
+    settings: dict[str, Any] = Field(description="Settings of the strategy.")
+    landscape: str
+    seed: int
+    stamp: str = Field(description="Hash of the strategy's source, its settings and the landscape's true scores.")
+    commit: str = Field(description="Commit that was checked out.")
+    best_score: float = Field(description="Highest true score in the space.")
+    budget_seconds: float = Field(description="Simulated device-seconds that the search might spend.")
+    training_seconds: float = Field(description="Those of one full training of the target.")
+    spent_seconds: float = Field(description="Those that it did spend, validation included.")
+    trace: tuple[tuple[float, float], ...] = Field(
+        description="(seconds spent, true score of the incumbent) at the start and whenever the incumbent changes."
+    )
+    recommended_score: float = Field(description="True score of the final recommendation, or of the defaults.")
+    segments: dict[str, int] = Field(description="Segments trained per model.")
+    infeasible: int = Field(description="Segments that ended infeasible.")
+    suggestions: int = Field(description="Calls of the strategy's `suggest`.")
+    cpu_seconds_per_suggestion: float = Field(description="CPU seconds in the strategy, per suggestion.")
+
+    @property
+    def key(self) -> Key:
+        """Landscape and seed."""
+        return self.landscape, self.seed
+
+    @property
+    def final_regret(self) -> float:
+        """True score that the incumbent at the end of the budget lacks."""
+        return self.best_score - self.trace[-1][1]
+
+
+def load(folder: Path, strategy: str) -> dict[Key, Result]:
+    """All results of a strategy, by landscape and seed."""
+    path = folder / f"{strategy}.jsonl"
+    if not path.exists():
+        return {}
+    results = [Result.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {result.key: result for result in results}
+
+
+def load_all(folder: Path) -> dict[str, dict[Key, Result]]:
+    """All results of all strategies."""
+    return {path.stem: load(folder, path.stem) for path in sorted(folder.glob("*.jsonl"))}
+
+
+def save(folder: Path, result: Result) -> None:
+    """Add a result, replacing the one with its key; several processes may do so at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result.strategy}.jsonl"
+    with FileLock(path.with_suffix(".lock")):
+        results = {**load(folder, result.strategy), result.key: result}
+        write(path, results)
+
+
+def write(path: Path, results: Mapping[Key, Result]) -> None:
+    """Replace a file at once, its lines sorted by landscape and seed."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text("".join(f"{results[key].model_dump_json()}\n" for key in sorted(results)), encoding="utf-8")
+    os.replace(fresh, path)
