@@ -67,14 +67,19 @@ def pack(parts: Path, data: Path) -> None:
                 f"{part.training.name} was trained with {part.hyperparameters}, but the plan says {planned}; "
                 "the design or the space has changed: remove that part and generate it again"
             )
+    write(found, data)
+    (data / "README.md").write_text(_card(found), encoding="utf-8")
+
+
+def write(parts: Sequence[Part], data: Path) -> None:
+    """Write trainings as the three Parquet files."""
     data.mkdir(parents=True, exist_ok=True)
-    _write(data / "trainings.parquet", [_training_row(part) for part in found])
-    _write(data / "steps.parquet", [_key(part) | record.model_dump() for part in found for record in part.steps])
+    _write(data / "trainings.parquet", [_training_row(part) for part in parts])
+    _write(data / "steps.parquet", [_key(part) | record.model_dump() for part in parts for record in part.steps])
     _write(
         data / "evaluations.parquet",
-        [_key(part) | evaluation.model_dump() for part in found for evaluation in part.evaluations],
+        [_key(part) | evaluation.model_dump() for part in parts for evaluation in part.evaluations],
     )
-    (data / "README.md").write_text(_card(found), encoding="utf-8")
 
 
 def _key(part: Part) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""A trainer that trains nothing: it answers from a table of recorded trainings, on the clock of their cost.
+
+A search over real learning curves takes seconds this way. See `replay_table` for what a table is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.fidelity import build_ladder
+from jfhpo_core.hyperparameters import Hyperparameters
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
+from jfhpo_core.trial import Evaluation, Value, configuration_key
+
+STATE = "state.json"
+
+
+class RecordedHyperparameters(Hyperparameters):
+    """The hyperparameters of `Hyperparameters`, within the bounds in which the table was recorded."""
+
+    learning_rate: float = Field(default=1e-4, description="Peak learning rate of AdamW.")
+
+    @field_validator("*")
+    @classmethod
+    def _recorded(cls, value: Value, info: ValidationInfo) -> Value:
+        name = str(info.field_name)
+        if name in set(SPACE):
+            SPACE[name].encode(value)
+        elif value != cls.model_fields[name].default:
+            raise ValueError(f"all recorded trainings have {cls.model_fields[name].default!r}")
+        return value
+
+
+class ReplaySettings(BaseModel):
+    """The section `trainer.settings` of a study with trainer `replay`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    table: str = Field(description="Folder of the table; relative to the working directory.")
+    task: str = Field(description="Which of the table's tasks.")
+    mode: Literal["nearest", "surrogate"] = Field(
+        default="nearest",
+        description="'nearest' answers with the recorded configuration nearest in the unit cube of the space 'tiny', "
+        "the exact one for a space that has only recorded values. 'surrogate' draws scores from a smooth model fitted "
+        "to the table, and takes records and cost from the nearest.",
+    )
+
+
+class ReplayTrainer:
+    """Answers every job from a table.
+
+    A job's seed picks among the recorded seeds. A collapsed training that was cut short goes on as it ended.
+    """
+
+    name: ClassVar[str] = "replay"
+    hyperparameters: ClassVar[type[BaseModel]] = RecordedHyperparameters
+
+    def check(self, study: StudySpec) -> None:
+        """See `Trainer.check`."""
+        table = _table(study)
+        for name in study.space:
+            if name in set(SPACE) and type(study.space[name]) is not type(SPACE[name]):
+                raise SpecError(
+                    f"space.{name}: the table was recorded over {SPACE[name].model_dump(exclude_defaults=True)}; "
+                    f"make it a {type(SPACE[name]).model_fields['type'].default} within that"
+                )
+        horizon = table.total_steps * table.prompts_per_step
+        if study.fidelity.horizon_prompts != horizon:
+            raise SpecError(
+                f"fidelity.horizon_prompts is {study.fidelity.horizon_prompts}, but the recorded trainings (and their "
+                f"learning-rate schedules) have {horizon} prompts; set it to {horizon}"
+            )
+        for model in build_ladder(study).models:
+            if table.sizes.get(model.name) != model.parameters:
+                raise SpecError(
+                    f"family: model {model.name!r} with {model.parameters} parameters is not in the table, which has "
+                    f"{table.sizes}; name these, or leave it out of target and proxies"
+                )
+
+    def warm_up(self) -> None:
+        """See `Trainer.warm_up`; the table is read by the first job that asks for it."""
+
+    def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+        """See `Trainer.run`."""
+        first = 0 if start is None else int(json.loads((start / STATE).read_text(encoding="utf-8"))["step"])
+        recording = _table(job.study).nearest(job.model, SPACE.encode(SPACE.restrict(job.configuration)), job.seed)
+        evaluations = []
+        if 0 in job.evaluation_steps and first == 0:
+            evaluations.append(_evaluate(job, recording, 0))
+        seconds, step, stopped = recording.startup_seconds, first, False
+        while step < job.segment.stop_step and not stopped:
+            step += 1
+            record = recording.record(step)
+            seconds += record.generation_seconds + record.training_seconds
+            decision = observe(record)
+            stopped = decision is not None and decision.stop
+            if stopped or step in job.evaluation_steps:
+                evaluations.append(_evaluate(job, recording, step))
+        if not stopped:
+            (stage / STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
+        evaluation_seconds = sum(evaluation.seconds for evaluation in evaluations)
+        return TrainingResult(
+            end_step=step,
+            end_prompts=step * job.prompts_per_step,
+            evaluations=tuple(evaluations),
+            startup_seconds=recording.startup_seconds,
+            evaluation_seconds=evaluation_seconds,
+            seconds=seconds + evaluation_seconds,
+        )
+
+
+def settings(study: StudySpec) -> ReplaySettings:
+    """The study's trainer settings.
+
+    Raises:
+        SpecError: A setting is unknown, missing or wrong.
+    """
+    try:
+        return ReplaySettings.model_validate(study.trainer.settings)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        known = ", ".join(ReplaySettings.model_fields)
+        raise SpecError(
+            f"trainer.settings.{'.'.join(map(str, fault['loc']))}: {fault['msg']}; trainer 'replay' knows {known}"
+        ) from None
+
+
+def _table(study: StudySpec) -> Table:
+    chosen = settings(study)
+    return read_table(chosen.table, chosen.task)
+
+
+def _evaluate(job: Job, recording: Recording, step: int) -> Evaluation:
+    """The recorded evaluation, or one drawn from the surrogate with the noise of a real one."""
+    recorded = recording.evaluation(step)
+    chosen = settings(job.study)
+    if chosen.mode == "nearest":
+        return recorded
+    from jfhpo_core.trainers.replay_surrogate import fitted
+
+    surrogate = fitted(chosen.table, chosen.task)
+    identity = [int(configuration_key(job.configuration), 16), job.parameters, job.seed]
+    seed_effect = surrogate.seed_noise * float(np.random.default_rng(identity).normal()) * step / job.total_steps
+    mean = surrogate.score(job.model, SPACE.encode(SPACE.restrict(job.configuration)), step)
+    hits = np.random.default_rng([*identity, step]).binomial(recorded.samples, min(1.0, max(0.0, mean + seed_effect)))
+    score = hits / recorded.samples
+    floor = 0.25 / recorded.samples
+    return recorded.model_copy(
+        update={"score": score, "standard_error": math.sqrt(max(score * (1 - score), floor) / recorded.samples)}
+    )
