@@ -1,4 +1,4 @@
-"""What results say: regret against cost, cost to reach a peer's quality, ranks, wins. Every figure over common seeds."""
+"""What results say: regret against cost, cost to reach a quality, ranks, wins. Every figure is over common seeds."""
 
 from __future__ import annotations
 

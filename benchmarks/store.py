@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,4 +82,4 @@ def write(path: Path, results: Mapping[Key, Result]) -> None:
     """Replace a file at once, its lines sorted by landscape and seed."""
     fresh = path.with_suffix(".new")
     fresh.write_text("".join(f"{results[key].model_dump_json()}\n" for key in sorted(results)), encoding="utf-8")
-    os.replace(fresh, path)
+    fresh.replace(path)
