@@ -8,13 +8,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import qmc
 
+from benchmarks import functions
 from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.space import Vector
 from jfhpo_core.spec import StudySpec
@@ -60,6 +61,7 @@ class Problem:
         trainer: Runs the trials; it need not be registered.
         score: Noise-free score of a complete configuration, trained on the target over the full horizon.
         training_seconds: Simulated seconds of such a training of a typical configuration.
+        known_best: The highest true score in the space; None: it is found numerically.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Problem:
     trainer: Trainer
     score: Callable[[Study, Configuration], float]
     training_seconds: float = TRAINING_SECONDS
+    known_best: float | None = None
 
     def study(self, workspace: Path, strategy: str = "random", settings: Mapping[str, Any] | None = None) -> Study:
         """The problem as a study for one strategy."""
@@ -98,7 +101,9 @@ class Problem:
 
     @cached_property
     def best_score(self) -> float:
-        """The highest true score in the space, found numerically."""
+        """The highest true score in the space."""
+        if self.known_best is not None:
+            return self.known_best
         space = self._reference.space
         return maximize(lambda point: self.true_score(space.decode(point)), space.dimension)
 
@@ -198,6 +203,23 @@ def _misleading(seed: int) -> Problem:
     return _language_model("misleading", seed, agreement=0.0, size_shift=-0.2, boundary=4.0)
 
 
+def _function(name: str, seed: int) -> Problem:
+    """An analytic function; its steps are its rungs, each as long as all steps between two rungs elsewhere."""
+    function = functions.make(name, seed)
+    steps = {**COSTS, "seconds_per_step": COSTS["seconds_per_step"] * HORIZON_PROMPTS / PROMPTS_PER_STEP / RUNGS}
+    trainer = functions.FunctionTrainer(function, noise=0.02, **steps)
+    data = {
+        "family": FAMILY,
+        "target": TARGET,
+        "task": "instruct",
+        "trainer": trainer.name,
+        "space": {f"x{index}": {"type": "float", "low": 0.0, "high": 1.0} for index in range(function.dimension)},
+        "fidelity": {"horizon_prompts": RUNGS * PROMPTS_PER_STEP, "rungs": RUNGS},
+        "stopping": {"rules": "none"},
+    }
+    return Problem(name, seed, data, trainer, lambda _, inputs: function.score(inputs, 1.0, 1.0), known_best=1.0)
+
+
 LANDSCAPES: dict[str, Callable[[int], Problem]] = {
     "aligned": _aligned,
     "shifted": _shifted,
@@ -205,5 +227,8 @@ LANDSCAPES: dict[str, Callable[[int], Problem]] = {
     "unstable": _unstable,
     "moderate": _moderate,
     "misleading": _misleading,
+    "branin": partial(_function, "branin"),
+    "hartmann": partial(_function, "hartmann"),
+    "rosenbrock": partial(_function, "rosenbrock"),
 }
 """Every landscape by name."""
