@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import qmc
+from scipy.stats import qmc, spearmanr
 
 from benchmarks import functions
 from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.space import Vector
 from jfhpo_core.spec import StudySpec
+from jfhpo_core.strategies import fresh_configurations
 from jfhpo_core.study import Study
 from jfhpo_core.trainers import Trainer
 from jfhpo_core.trainers.simulated import SimulatedTrainer, study_surface, true_score
@@ -59,7 +60,7 @@ class Problem:
         seed: Which of its instances.
         data: Study file as data; strategy, budget and workspace are added by `study`.
         trainer: Runs the trials; it need not be registered.
-        score: Noise-free score of a complete configuration, trained on the target over the full horizon.
+        score: Noise-free score of a complete configuration, trained on a model of that name over the full horizon.
         training_seconds: Simulated seconds of such a training of a typical configuration.
         known_best: The highest true score in the space; None: it is found numerically.
     """
@@ -68,7 +69,7 @@ class Problem:
     seed: int
     data: Mapping[str, Any]
     trainer: Trainer
-    score: Callable[[Study, Configuration], float]
+    score: Callable[[Study, Configuration, str], float]
     training_seconds: float = TRAINING_SECONDS
     known_best: float | None = None
 
@@ -90,9 +91,22 @@ class Problem:
     def _reference(self) -> Study:
         return self.study(Path("unused"))
 
-    def true_score(self, configuration: Configuration) -> float:
-        """Noise-free score of a searched configuration on the target at full length."""
-        return self.score(self._reference, self._reference.complete(configuration))
+    def true_score(self, configuration: Configuration, model: str | None = None) -> float:
+        """Noise-free score of a searched configuration at full length on a model, by default the target."""
+        study = self._reference
+        return self.score(study, study.complete(configuration), model or study.ladder.target.name)
+
+    def agreement(self, count: int = 256) -> dict[str, float]:
+        """Rank correlation of each proxy with the target over random configurations, collapsed runs included."""
+        study = self._reference
+        configurations = fresh_configurations(study, (), 0, count)
+        target = [self.true_score(item) for item in configurations]
+        return {
+            proxy.name: float(
+                spearmanr([self.true_score(item, proxy.name) for item in configurations], target).statistic
+            )
+            for proxy in study.ladder.proxies
+        }
 
     @property
     def default(self) -> Configuration:
@@ -165,8 +179,12 @@ def _language_model(name: str, seed: int, evaluation_prompts: int = 512, **setti
     return Problem(name, seed, data, SimulatedTrainer(), _simulated_score)
 
 
-def _simulated_score(study: Study, configuration: Configuration) -> float:
-    return true_score(study_surface(study.spec), configuration, 1.0, 1.0)
+def _simulated_score(study: Study, configuration: Configuration, model: str) -> float:
+    return true_score(study_surface(study.spec), configuration, _size_ratio(study, model), 1.0)
+
+
+def _size_ratio(study: Study, model: str) -> float:
+    return study.ladder[model].parameters / study.ladder.target.parameters
 
 
 def _aligned(seed: int) -> Problem:
@@ -217,7 +235,45 @@ def _function(name: str, seed: int) -> Problem:
         "fidelity": {"horizon_prompts": RUNGS * PROMPTS_PER_STEP, "rungs": RUNGS},
         "stopping": {"rules": "none"},
     }
-    return Problem(name, seed, data, trainer, lambda _, inputs: function.score(inputs, 1.0, 1.0), known_best=1.0)
+
+    def score(study: Study, inputs: Configuration, model: str) -> float:
+        return function.score(inputs, functions.size_fidelity(_size_ratio(study, model)), 1.0)
+
+    return Problem(name, seed, data, trainer, score, known_best=1.0)
+
+
+TABLE = Path(__file__).parent / "rl_table" / "data"
+"""Recorded trainings of tiny language models, see its README.md."""
+
+
+def _table(task: str, seed: int) -> Problem:
+    """A smooth model fitted to recorded RL trainings; the seed draws only the noise."""
+    from jfhpo_core.trainers.replay import ReplayTrainer
+    from jfhpo_core.trainers.replay_surrogate import fitted
+    from jfhpo_core.trainers.replay_table import SPACE, read_table
+
+    table = read_table(str(TABLE), task)
+    target = max(table.sizes, key=lambda size: table.sizes[size])
+    reference = next(item for item in table.of_size(target) if item.completed)
+    seconds = (
+        reference.startup_seconds
+        + sum(record.generation_seconds + record.training_seconds for record in reference.steps)
+        + sum(evaluation.seconds for evaluation in reference.evaluations)
+    )
+    data = {
+        "family": [{"name": name, "path": "recorded", "parameters": count} for name, count in table.sizes.items()],
+        "target": target,
+        "task": task,
+        "trainer": {"name": ReplayTrainer.name, "settings": {"table": str(TABLE), "task": task, "mode": "surrogate"}},
+        "space": "tiny",
+        "fidelity": {"horizon_prompts": table.total_steps * table.prompts_per_step, "rungs": RUNGS},
+    }
+
+    def score(_: Study, configuration: Configuration, model: str) -> float:
+        point = SPACE.encode(SPACE.restrict(configuration))
+        return fitted(str(TABLE), task).score(model, point, table.total_steps)
+
+    return Problem(f"table-{task}", seed, data, ReplayTrainer(), score, seconds)
 
 
 LANDSCAPES: dict[str, Callable[[int], Problem]] = {
@@ -230,5 +286,7 @@ LANDSCAPES: dict[str, Callable[[int], Problem]] = {
     "branin": partial(_function, "branin"),
     "hartmann": partial(_function, "hartmann"),
     "rosenbrock": partial(_function, "rosenbrock"),
+    "table-instruct": partial(_table, "instruct"),
+    "table-arithmetic": partial(_table, "arithmetic"),
 }
 """Every landscape by name."""

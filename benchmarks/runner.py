@@ -234,11 +234,16 @@ def _source_digest(strategy: str) -> str:
 
 @cache
 def _fingerprint(landscape: str, seed: int) -> str:
-    """Hash of a landscape's study and of the true scores of a few configurations."""
+    """Hash of a landscape's study and of the true scores of a few configurations on every model."""
     problem = LANDSCAPES[landscape](seed)
     study = problem.study(Path("unused"))
-    scores = [round(problem.true_score(item), 9) for item in fresh_configurations(study, (), 0, 4)]
-    return hashlib.sha256(canonical_json([dict(problem.data), scores]).encode()).hexdigest()
+    scores = [
+        round(problem.true_score(item, model.name), 9)
+        for item in fresh_configurations(study, (), 0, 4)
+        for model in study.ladder.models
+    ]
+    text = canonical_json([dict(problem.data), scores]).replace(str(ROOT), "")
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache
