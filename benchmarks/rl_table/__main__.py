@@ -13,10 +13,14 @@ PARTS = Path(__file__).parent / "parts"
 DATA = Path(__file__).parent / "data"
 """The table."""
 
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+"""Where pages and figures are written."""
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 Parts = Annotated[Path, typer.Option(help="Folder of finished trainings.")]
 Data = Annotated[Path, typer.Option(help="Folder of the table.")]
+Out = Annotated[Path, typer.Option(help="Folder for the page and its figures.")]
 
 
 @app.command()
@@ -35,6 +39,14 @@ def pack(parts: Parts = PARTS, data: Data = DATA) -> None:
     from benchmarks.rl_table.pack import pack as write
 
     write(parts, data)
+
+
+@app.command()
+def transfer(data: Data = DATA, out: Out = EVIDENCE) -> None:
+    """How small models and short runs rank configurations, and what it costs to trust them."""
+    from benchmarks.rl_table.transfer import write
+
+    write(data, out)
 
 
 if __name__ == "__main__":
