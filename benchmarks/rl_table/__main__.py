@@ -49,5 +49,21 @@ def transfer(data: Data = DATA, out: Out = EVIDENCE) -> None:
     write(data, out)
 
 
+@app.command()
+def rules(data: Data = DATA, out: Out = EVIDENCE) -> None:
+    """What each stopping rule would have done to the recorded trainings: errors and compute saved."""
+    from benchmarks.rl_table.rules import write
+
+    write(data, out)
+
+
+@app.command()
+def surrogate(data: Data = DATA, out: Out = EVIDENCE) -> None:
+    """How far the replay trainer's surrogate is off on configurations that it has not seen."""
+    from benchmarks.rl_table.surrogate import write
+
+    write(data, out)
+
+
 if __name__ == "__main__":
     app()

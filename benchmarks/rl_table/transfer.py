@@ -162,9 +162,7 @@ def write(data: Path, folder: Path) -> None:
     tables = {task: _complete(read_table(str(data), task)) for task in TASKS}
     proxies = {task: _pairs(table) for task, table in tables.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    figures.draw_sizes(
-        {task: _pairs(table) for task, table in tables.items()}, SIZES[-1], folder / "transfer-sizes.svg"
-    )
+    figures.draw_sizes(proxies, SIZES[-1], folder / "transfer-sizes.svg")
     figures.draw_rates(
         {task: {size: _by_rate(table, size) for size in SIZES} for task, table in tables.items()},
         folder / "transfer-learning-rate.svg",
@@ -213,13 +211,13 @@ def _page(tables: Mapping[str, Table]) -> str:
     return f"""# Transfer: what small models and short runs say
 
 Measured on the recorded table of real trainings (`benchmarks/rl_table/data`) by
-`python -m benchmarks.rl_table transfer`. Compared are {_counts(tables)}, each on all sizes; the target is
-`{target}` at full length. A score is a held-out accuracy; a training that collapsed keeps its last one. Intervals: 95 %,
-bootstrap over configurations.
+`python -m benchmarks.rl_table transfer`. Compared are {_counts(tables)}, each on all
+sizes; the target is `{target}` at full length. A score is a held-out accuracy; a training that collapsed keeps its last
+one. Intervals: 95 %, bootstrap over configurations.
 
-Each pair is compared over all configurations, over those that end above the base model on the dearer side, and over the
-top quarter of the dearer side. The first is flattered by trainings that collapse or stand still on either side; the last
-is what a choice among good candidates needs, and is hard to tell, because a selection by score leaves little spread.
+Each pair is compared over all configurations, over those that end above the base model on the dearer side, and over
+the top quarter of the dearer side. The first is flattered by trainings that collapse or stand still on either side; the
+last is what a choice among good candidates needs, and is hard to tell: a selection by score leaves little spread.
 
 ## Between sizes, both at full length
 

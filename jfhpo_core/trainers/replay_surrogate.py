@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,6 +23,9 @@ from jfhpo_core.space import Vector
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
 
 Matrix = NDArray[np.float64]
+
+FOLDS = 8
+"""Of the cross-validation."""
 
 VARIANCES = (0.1, 10.0)
 LENGTHS = (0.2, 50.0)
@@ -109,12 +113,22 @@ class CrossValidation:
     Attributes:
         predicted: Final scores by the surrogate, of each recording in order.
         recorded: Final scores as recorded.
-        noise: Root mean square of the recorded scores' standard errors: the error of a perfect surrogate.
+        standard_errors: Of these, by evaluation.
     """
 
     predicted: Vector
     recorded: Vector
-    noise: float
+    standard_errors: Vector
+
+    @property
+    def noise(self) -> float:
+        """Root mean square of the standard errors: the error of a perfect surrogate."""
+        return float(np.sqrt(np.mean(self.standard_errors**2)))
+
+    def only(self, chosen: Sequence[bool]) -> CrossValidation:
+        """The part of some recordings."""
+        rows = np.array(chosen)
+        return CrossValidation(self.predicted[rows], self.recorded[rows], self.standard_errors[rows])
 
     @property
     def rmse(self) -> float:
@@ -122,7 +136,7 @@ class CrossValidation:
         return float(np.sqrt(np.mean((self.predicted - self.recorded) ** 2)))
 
 
-def cross_validate(table: Table, folds: int = 8) -> CrossValidation:
+def cross_validate(table: Table, folds: int = FOLDS) -> CrossValidation:
     """Predict each configuration, on all sizes, from the other folds' configurations."""
     recordings = table.recordings
     predicted = np.empty(len(recordings))
@@ -135,5 +149,5 @@ def cross_validate(table: Table, folds: int = 8) -> CrossValidation:
     return CrossValidation(
         predicted=predicted,
         recorded=np.array([evaluation.score for evaluation in finals]),
-        noise=math.sqrt(np.mean([evaluation.standard_error**2 for evaluation in finals])),
+        standard_errors=np.array([evaluation.standard_error for evaluation in finals]),
     )

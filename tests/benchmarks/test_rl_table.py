@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.rl_table import rules, transfer
+from benchmarks.rl_table.generate import (
+    HEALTHY_LEARNING_RATES,
+    SIZES,
+    SPREAD,
+    TASKS,
+    Part,
+    Training,
+    configurations,
+    plan,
+    read_parts,
+)
+from benchmarks.rl_table.pack import pack
+from jfhpo_core.errors import JfhpoError
+from jfhpo_core.stopping import RewardDrop, ZeroReward
+from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
+from jfhpo_core.trial import Evaluation
+from tests.studies import step_record
+
+STEPS = 16
+
+
+def part(training: Training, final: float = 0.6, steps: int = STEPS) -> Part:
+    return Part(
+        training=training,
+        hyperparameters=configurations()[training.configuration].configuration,
+        parameters=1000,
+        outcome="completed" if steps == STEPS else "collapsed",
+        steps=tuple(step_record(step) for step in range(1, steps + 1)),
+        evaluations=tuple(evaluation(step, 0.2 if step == 0 else final) for step in range(0, steps + 1, 2)),
+        test=evaluation(STEPS, final) if steps == STEPS else None,
+        startup_seconds=1.0,
+        cpu_seconds=2.0,
+        wall_seconds=3.0,
+        versions={"torch": "x"},
+    )
+
+
+def evaluation(step: int, score: float) -> Evaluation:
+    return Evaluation(step=step, prompts=16 * step, score=score, standard_error=0.02, samples=512, seconds=0.5)
+
+
+def recording(number: int, rewards: list[float], final: float, size: str = "s", total: int = STEPS) -> Recording:
+    configuration = configurations()[number].configuration
+    return Recording(
+        size=size,
+        parameters=1000,
+        number=number,
+        configuration=configuration,
+        point=SPACE.encode(configuration),
+        seed=0,
+        completed=len(rewards) == total,
+        steps=tuple(
+            step_record(step, reward=reward, reward_std=0.5 * (reward > 0)) for step, reward in enumerate(rewards, 1)
+        ),
+        evaluations=(evaluation(0, 0.2), evaluation(len(rewards), final)),
+        test_score=final if len(rewards) == total else None,
+        startup_seconds=1.0,
+    )
+
+
+def test_every_task_and_size_has_the_same_distinct_configurations() -> None:
+    designs = configurations()
+    assert len({json.dumps(design.configuration) for design in designs}) == len(designs) == 2 * SPREAD + 1
+    for task in TASKS:
+        for size in SIZES:
+            own = [training for training in plan() if (training.task, training.size) == (task, size)]
+            assert sorted(training.configuration for training in own if training.seed == 0) == list(range(len(designs)))
+            assert sum(training.seed == 1 for training in own) == len(designs[::3])
+    assert len({training.name for training in plan()}) == len(plan())
+
+
+def test_half_of_the_configurations_have_healthy_learning_rates_and_each_half_fills_the_space() -> None:
+    low, high = HEALTHY_LEARNING_RATES
+    for kind, bounds in (("spread", (1e-5, 1e-2)), ("healthy", (low, high))):
+        own = [design.configuration for design in configurations() if design.part == kind]
+        rates = np.array([float(configuration["learning_rate"]) for configuration in own])
+        assert len(own) == SPREAD
+        assert bounds[0] <= rates.min() < bounds[0] * 1.2
+        assert bounds[1] / 1.2 < rates.max() <= bounds[1]
+        for name in ("n_samples", "mini_batches", "scheduler"):
+            counts = Counter(configuration[name] for configuration in own)
+            assert max(counts.values()) - min(counts.values()) <= 3
+
+
+def test_a_prefix_of_the_plan_has_the_first_configurations_everywhere() -> None:
+    prefix = plan()[: 10 * len(TASKS) * len(SIZES)]
+    assert {(training.task, training.size, training.configuration) for training in prefix} == {
+        (task, size, number) for task in TASKS for size in SIZES for number in range(10)
+    }
+
+
+def test_packed_trainings_are_read_back_and_the_card_counts_them(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    chosen = [*plan()[:4], plan()[-1]]
+    for position, training in enumerate(chosen):
+        made = part(training, final=0.5 + position / 20, steps=10 if position == 1 else STEPS)
+        (parts / f"{training.name}.json").write_text(made.model_dump_json())
+    pack(parts, tmp_path / "data")
+    card = (tmp_path / "data" / "README.md").read_text()
+    assert f"5 of {len(plan())} planned trainings, with {4 * STEPS + 10} steps" in card
+    assert "| arithmetic | s | 1 / 129 (1) | 0 / 43 (0) |" in card
+    assert "| arithmetic | m | 0 / 129 (0) | 1 / 43 (0) |" in card
+    read = {task: read_table(str(tmp_path / "data"), task).recordings for task in TASKS}
+    assert [(len(read[task]), sum(r.completed for r in read[task])) for task in TASKS] == [(2, 2), (3, 2)]
+    for recorded, made in zip(
+        read["instruct"], [p for p in read_parts(parts) if p.training.task == "instruct"], strict=True
+    ):
+        assert recorded.configuration == made.hyperparameters
+        assert recorded.evaluations[-1].score == pytest.approx(made.evaluations[-1].score)
+        assert [step.kl for step in recorded.steps] == pytest.approx([step.kl for step in made.steps])
+
+
+def test_a_part_of_another_design_is_not_packed(tmp_path: Path) -> None:
+    training = plan()[0]
+    changed = part(training).model_copy(update={"hyperparameters": configurations()[1].configuration})
+    (tmp_path / f"{training.name}.json").write_text(changed.model_dump_json())
+    with pytest.raises(JfhpoError, match=r"instruct-s-000-0.*remove that part"):
+        pack(tmp_path, tmp_path / "data")
+
+
+def test_a_folder_without_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(JfhpoError, match="generate"):
+        pack(tmp_path, tmp_path / "data")
+
+
+def test_a_rule_is_judged_by_what_the_trainings_come_to() -> None:
+    silent, falling = [0.0] * 10, [0.5] * 6 + [0.01] * 10
+    table = Table(
+        (
+            recording(0, silent, 0.0),
+            recording(1, falling, 0.1),
+            recording(2, [0.5] * STEPS, 0.5),
+            recording(3, [0.5] * STEPS, 0.6),
+            recording(4, falling, 0.9),
+            recording(5, [0.6] * STEPS, 0.7),
+        )
+    )
+    zero = rules.judge(rules.fates([ZeroReward(patience=5)], table, "s"))
+    assert (zero.trainings, zero.stopped, zero.precision, zero.recall, zero.caught) == (6, 1, 1.0, 1 / 3, 1.0)
+    assert (zero.false_kills, zero.step) == (0, 5)
+    # The silent training stops after step 5 of 16; a step costs one second.
+    assert zero.saved == pytest.approx(11 / (6 * STEPS))
+    both = rules.judge(rules.fates([ZeroReward(patience=5), RewardDrop()], table, "s"))
+    assert (both.stopped, both.false_kills, both.good) == (3, 1, 2)
+    assert both.precision == pytest.approx(2 / 3)
+    low, high = both.false_kill_interval
+    assert low < 0.05
+    assert high > 0.95
+
+
+def test_regret_is_what_a_choice_on_the_proxy_loses_on_the_target() -> None:
+    dear = {number: float(number) for number in range(20)}
+    test = {number: score + 0.5 for number, score in dear.items()}
+    reverse = {number: -score for number, score in dear.items()}
+    assert transfer.regret(dear, dear, test, 1).value == 0
+    assert transfer.regret(dear, dear, test, 1).high == 0
+    assert transfer.regret(reverse, dear, test, 1).value == 19
+    assert transfer.regret(reverse, dear, test, 3).value == 17
+    assert transfer.chance_regret(dear, test) == pytest.approx(9.5)
+
+
+def test_transfer_counts_a_configuration_once_and_only_where_all_sizes_have_it(tmp_path: Path) -> None:
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    random = np.random.default_rng(0)
+    for training in plan():
+        if training.configuration < 12 and (training.configuration, training.size) != (11, "m"):
+            final = float(random.uniform(0.1, 0.9))
+            (parts / f"{training.name}.json").write_text(part(training, final).model_dump_json())
+    pack(parts, tmp_path / "data")
+    transfer.write(tmp_path / "data", tmp_path / "out")
+    page = (tmp_path / "out" / "transfer.md").read_text()
+    assert "11 configurations on `instruct` and 11 configurations on `arithmetic`" in page
+    for figure in ("transfer-sizes.svg", "transfer-steps.svg", "transfer-learning-rate.svg"):
+        assert figure in page
+        assert (tmp_path / "out" / figure).read_text().startswith("<?xml")
+    first = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    transfer.write(tmp_path / "data", tmp_path / "again")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()} == first
+
+
+@pytest.mark.slow
+def test_an_interrupted_generation_keeps_whole_parts_and_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.rl_table", "generate", "--workers", "1", "--parts", str(tmp_path)]
+
+    def interrupted_after(count: int) -> list[str]:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 300
+            while len(list(tmp_path.glob("*.json"))) < count:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        return output.splitlines()
+
+    first = interrupted_after(1)
+    done = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    assert all(not name.startswith(".") for name in done)
+    assert first[0].startswith(f"1/{len(plan())}  {plan()[0].name}")
+    second = interrupted_after(len(done) + 1)
+    assert second[0].startswith(f"{len(done) + 1}/{len(plan())}")
+    assert all((tmp_path / name).stat().st_mtime_ns == written for name, written in done.items())
+    for number, made in enumerate(read_parts(tmp_path)):
+        assert made.training == plan()[number]
+        assert made.outcome == "completed"
+        assert made.test is not None
