@@ -71,8 +71,11 @@ STRATEGIES = {
     "gp": "jfhpo_core.peers.gp:Gp",
     "tpe": "jfhpo_core.peers.optuna:Tpe",
     "asha": "jfhpo_core.peers.optuna:Asha",
-    "hyperband": "jfhpo_core.peers.optuna:Hyperband",
     "bohb": "jfhpo_core.peers.optuna:Bohb",
+    "successive-halving": "jfhpo_core.peers.smac:SuccessiveHalving",
+    "hyperband": "jfhpo_core.peers.smac:Hyperband",
+    "smac3": "jfhpo_core.peers.smac:Smac3",
+    "dehb": "jfhpo_core.peers.dehb:Dehb",
 }
 """Where the strategies of this package are, by name; imported when a study names them."""
 

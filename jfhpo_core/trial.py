@@ -111,6 +111,9 @@ class Suggestion(Record):
     explanation: str
     expected_gain: float | None = Field(default=None, description="Expected gain in final target score.")
     expected_cost_seconds: float | None = Field(default=None, description="Device-seconds the segment should add.")
+    after_commit: int | None = Field(
+        default=None, description="Rank of the newest commit known then, from strategies that are rebuilt by replay."
+    )
 
 
 class Segment(Record):

@@ -21,11 +21,16 @@ DRAWS = 32
 
 @dataclass(frozen=True)
 class Choice:
-    """What a peer wants to train next: a configuration, from its checkpoint if there is one, up to a rung."""
+    """What a peer wants to train next: a configuration, from its checkpoint if there is one, up to a rung.
+
+    Attributes:
+        after_commit: See `Suggestion.after_commit`.
+    """
 
     configuration: Configuration
     stop_prompts: int
     explanation: str
+    after_commit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,12 @@ class Peer:
         cost = costs.estimate(choice.configuration, model, start, choice.stop_prompts).seconds
         if cost > remaining_seconds:
             return None
-        suggestion = Suggestion(source=self.name, explanation=choice.explanation, expected_cost_seconds=cost)
+        suggestion = Suggestion(
+            source=self.name,
+            explanation=choice.explanation,
+            expected_cost_seconds=cost,
+            after_commit=choice.after_commit,
+        )
         return Proposal(choice.configuration, model, choice.stop_prompts, suggestion)
 
     def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
@@ -139,6 +149,23 @@ def ladder(levels: Sequence[int], eta: float) -> tuple[int, ...]:
         wanted = levels[-1] / eta ** len(chosen)
         chosen.append(min(below, key=lambda level: abs(math.log(level / wanted))))
     return tuple(reversed(chosen))
+
+
+def top_budget(rungs: int, eta: int) -> float:
+    """Budget of the last rung for libraries that space rungs by exact powers of `eta`, the first being 1.
+
+    A little more than the power, because they count rungs by the floor of a quotient of logarithms.
+    """
+    return float(eta ** (rungs - 1)) * (1 + 1e-9)
+
+
+def rung_of(budget: float, eta: int) -> int:
+    """Position of the rung that a budget means: see `top_budget`.
+
+    >>> [rung_of(top_budget(4, 3) / 3**k, 3) for k in (3, 2, 1, 0)]
+    [0, 1, 2, 3]
+    """
+    return round(math.log(budget, eta))
 
 
 def native(parameter: FloatParameter | IntParameter | ChoiceParameter, value: Value) -> float:

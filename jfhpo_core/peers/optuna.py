@@ -247,14 +247,3 @@ class Bohb(Asha):
     def pruner(self, rungs: Sequence[int]) -> BasePruner:
         """See `OptunaPeer.pruner`."""
         return HyperbandPruner(min_resource=1, max_resource=self.resource(len(rungs) - 1), reduction_factor=self.eta)
-
-
-@dataclass(frozen=True)
-class Hyperband(Bohb):
-    """The strategy `hyperband`: Hyperband's brackets over random configurations."""
-
-    name: ClassVar[str] = "hyperband"
-
-    def sampler(self, seed: int) -> BaseSampler:
-        """See `OptunaPeer.sampler`."""
-        return RandomSampler(seed=seed)

@@ -1,0 +1,178 @@
+"""Peers by SMAC3: its random forest with Hyperband, plain Hyperband, and successive halving (all synchronous).
+
+SMAC's space is built of the coordinates in [0, 1] of floats, of ints, of the positions of ordered choices, and of
+categorical positions of unordered ones, with the conditions of the study. A stopped trial counts with its last score,
+an infeasible or lost one as crashed, with the worst score seen. Nothing of SMAC's stays on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+from ConfigSpace import (
+    AndConjunction,
+    Categorical,
+    ConfigurationSpace,
+    Float,
+    InCondition,
+    Integer,
+)
+from smac import HyperbandFacade, MultiFidelityFacade, RandomFacade, Scenario
+from smac.acquisition.function import EI
+from smac.intensifier.successive_halving import SuccessiveHalving as Halving
+from smac.main.exceptions import ConfigurationSpaceExhaustedException
+from smac.model.random_forest import RandomForest
+from smac.runhistory import StatusType, TrialValue
+from smac.runhistory.encoder import RunHistoryEncoder
+
+from jfhpo_core.peers.base import from_native, is_ordinal, native, rung_of, top_budget
+from jfhpo_core.peers.replay import Library, ReplayedPeer, Request
+from jfhpo_core.space import ChoiceParameter, FloatParameter, IntParameter, Space
+from jfhpo_core.study import Study
+from jfhpo_core.trial import Configuration
+
+logging.getLogger("smac").setLevel(logging.ERROR)  # its warnings are about searches that it runs itself
+
+ENDLESS = 10**6
+"""Trials that SMAC may run; the study's budget ends the search."""
+
+MAX_LEAVES = 2**12
+"""Of a tree, more than a study has trials. A tree reserves memory for all of them: a second at SMAC's own 2^20."""
+
+
+@dataclass(frozen=True)
+class SuccessiveHalving(ReplayedPeer):
+    """The strategy `successive-halving`: rounds of random configurations, of which one in `eta` is promoted."""
+
+    name: ClassVar[str] = "successive-halving"
+
+    def library(self, study: Study, rungs: int) -> Library:
+        """See `ReplayedPeer.library`."""
+        with TemporaryDirectory() as folder:  # a new facade saves itself, and that cannot be turned off
+            scenario = Scenario(
+                configuration_space(study.space),
+                deterministic=True,
+                n_trials=ENDLESS,
+                min_budget=1,
+                max_budget=top_budget(rungs, self.eta),
+                seed=study.spec.seeds.search,
+                output_directory=Path(folder),
+            )
+            return _Smac(study.space, self.facade(scenario, study), self.eta)
+
+    def facade(self, scenario: Scenario, study: Study) -> Any:
+        """SMAC's optimizer."""
+        return RandomFacade(scenario, intensifier=Halving(scenario, eta=self.eta), **QUIET)
+
+
+QUIET: dict[str, Any] = {"overwrite": True, "logging_level": False}
+"""No look for an earlier run on disk, no change of the logging set-up."""
+
+
+@dataclass(frozen=True)
+class Hyperband(SuccessiveHalving):
+    """The strategy `hyperband`: Hyperband's brackets over random configurations (arXiv 1603.06560)."""
+
+    name: ClassVar[str] = "hyperband"
+
+    def facade(self, scenario: Scenario, study: Study) -> Any:
+        """See `SuccessiveHalving.facade`."""
+        intensifier = HyperbandFacade.get_intensifier(scenario, eta=self.eta)
+        return HyperbandFacade(scenario, intensifier=intensifier, **QUIET)
+
+
+@dataclass(frozen=True)
+class Smac3(SuccessiveHalving):
+    """The strategy `smac3`: SMAC's multi-fidelity optimizer, Hyperband's brackets over a random forest's proposals.
+
+    The forest and its expected improvement work on the score itself: SMAC's default takes the logarithm of a cost, and
+    a reward may have either sign. Otherwise the forest is SMAC's for this facade, in a single thread.
+
+    Attributes:
+        initial_trials: Random configurations before the forest is asked; None: one more than the space has coordinates.
+        challengers: Candidates of SMAC's acquisition maximizer; its own default of 10000 takes seconds.
+    """
+
+    name: ClassVar[str] = "smac3"
+    initial_trials: int | None = None
+    challengers: int = 1000
+
+    def facade(self, scenario: Scenario, study: Study) -> Any:
+        """See `SuccessiveHalving.facade`."""
+        initial = self.initial_trials if self.initial_trials is not None else study.space.dimension + 1
+        return MultiFidelityFacade(
+            scenario,
+            model=RandomForest(
+                scenario.configspace,
+                n_trees=10,
+                ratio_features=1.0,
+                min_samples_split=2,
+                min_samples_leaf=1,
+                max_leaf_nodes=MAX_LEAVES,
+                log_y=False,
+                instance_features=scenario.instance_features,
+                n_jobs=1,
+                seed=scenario.seed,
+            ),
+            acquisition_function=EI(log=False),
+            acquisition_maximizer=MultiFidelityFacade.get_acquisition_maximizer(scenario, challengers=self.challengers),
+            initial_design=MultiFidelityFacade.get_initial_design(scenario, n_configs=initial),
+            intensifier=MultiFidelityFacade.get_intensifier(scenario, eta=self.eta),
+            runhistory_encoder=RunHistoryEncoder(scenario),
+            **QUIET,
+        )
+
+
+class _Smac:
+    """A facade of SMAC, driven by ask and tell."""
+
+    def __init__(self, space: Space, facade: Any, eta: int) -> None:
+        self._space = space
+        self._facade = facade
+        self._eta = eta
+
+    def ask(self) -> Request | None:
+        """See `Library.ask`."""
+        try:
+            info = self._facade.ask()
+        except (StopIteration, ConfigurationSpaceExhaustedException):
+            return None
+        return Request(_configuration(self._space, info.config), rung_of(info.budget, self._eta), info)
+
+    def tell(self, request: Request, score: float, failed: bool) -> None:
+        """See `Library.tell`."""
+        status = StatusType.CRASHED if failed else StatusType.SUCCESS
+        self._facade.tell(request.ticket, TrialValue(cost=-score, status=status), save=False)
+
+
+def configuration_space(space: Space) -> ConfigurationSpace:
+    """The search space in ConfigSpace's terms."""
+    result = ConfigurationSpace()
+    for name in space:
+        parameter = space[name]
+        result.add(_hyperparameter(name, parameter))
+        conditions = [
+            InCondition(result[name], result[parent], [native(space[parent], value) for value in values])
+            for parent, values in parameter.when.items()
+        ]
+        if conditions:
+            result.add(AndConjunction(*conditions) if len(conditions) > 1 else conditions[0])
+    return result
+
+
+def _hyperparameter(name: str, parameter: FloatParameter | IntParameter | ChoiceParameter) -> Any:
+    if isinstance(parameter, FloatParameter):
+        return Float(name, (0.0, 1.0))
+    if isinstance(parameter, IntParameter):
+        return Integer(name, (parameter.low, parameter.high), log=parameter.log)
+    if is_ordinal(parameter):
+        return Integer(name, (0, len(parameter.values) - 1))
+    return Categorical(name, list(range(len(parameter.values))))
+
+
+def _configuration(space: Space, chosen: Any) -> Configuration:
+    return {name: from_native(space[name], chosen[name]) for name in space if name in chosen}
