@@ -195,29 +195,24 @@ def test_transfer_counts_a_configuration_once_and_only_where_all_sizes_have_it(t
 
 
 @pytest.mark.slow
-def test_an_interrupted_generation_keeps_whole_parts_and_goes_on(tmp_path: Path) -> None:
+def test_a_generation_makes_what_is_missing_and_an_interrupt_loses_nothing(tmp_path: Path) -> None:
+    before = part(plan()[0]).model_dump_json()
+    (tmp_path / f"{plan()[0].name}.json").write_text(before)
     command = [sys.executable, "-m", "benchmarks.rl_table", "generate", "--workers", "1", "--parts", str(tmp_path)]
-
-    def interrupted_after(count: int) -> list[str]:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            deadline = time.monotonic() + 300
-            while len(list(tmp_path.glob("*.json"))) < count:
-                assert time.monotonic() < deadline
-                assert process.poll() is None
-                time.sleep(0.2)
-            process.send_signal(signal.SIGINT)
-            output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        return output.splitlines()
-
-    first = interrupted_after(1)
-    done = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    assert all(not name.startswith(".") for name in done)
-    assert first[0].startswith(f"1/{len(plan())}  {plan()[0].name}")
-    second = interrupted_after(len(done) + 1)
-    assert second[0].startswith(f"{len(done) + 1}/{len(plan())}")
-    assert all((tmp_path / name).stat().st_mtime_ns == written for name, written in done.items())
-    for number, made in enumerate(read_parts(tmp_path)):
-        assert made.training == plan()[number]
-        assert made.outcome == "completed"
-        assert made.test is not None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 300
+        while len(list(tmp_path.glob("*.json"))) < 2:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert output.splitlines()[0].startswith(f"2/{len(plan())}  {plan()[1].name}")
+    made = list(read_parts(tmp_path))
+    assert [one.training for one in made] == plan()[: len(made)]
+    assert {file.name for file in tmp_path.iterdir()} == {f"{one.training.name}.json" for one in made}
+    assert made[0].model_dump_json() == before
+    for one in made[1:]:
+        assert one.outcome == "completed"
+        assert one.test is not None
