@@ -64,5 +64,18 @@ def table(
     print(report.text_table(store.load_all(results), own, _seeds(seeds) if seeds else None))
 
 
+@app.command("report")
+def write_report(
+    own: Annotated[str, typer.Option(help="Strategy that is compared with the others.")] = "jfhpo",
+    strategies: Annotated[str | None, typer.Option(help="Only these, with commas.")] = None,
+    folder: Annotated[Path, typer.Option("--to", help="Where figures and page go.")] = report.EVIDENCE,
+    results: Folder = store.RESULTS,
+) -> None:
+    """Write the figures and the page of the docs, from seeds that were not used for tuning."""
+    found = store.load_all(results)
+    wanted = _names(strategies) if strategies else list(found)
+    report.write({name: found[name] for name in wanted}, own, folder)
+
+
 if __name__ == "__main__":
     app()

@@ -47,27 +47,46 @@ def common_keys(results: Results, strategies: Sequence[str], landscapes: Sequenc
     return sorted(key for key in keys if key[0] in landscapes)
 
 
+def scales(results: Results, strategy: str, keys: Sequence[Key]) -> Array:
+    """What regrets are divided by, shape (len(keys),), so that no landscape outweighs the others in an average.
+
+    The mean regret of the defaults on the landscape, which is the same for all strategies; 1 on a single landscape.
+    """
+    starts: dict[str, list[float]] = {}
+    for key in keys:
+        starts.setdefault(key[0], []).append(float(regret_curve(results[strategy][key])[0]))
+    return np.array([float(np.mean(starts[key[0]])) if len(starts) > 1 else 1.0 for key in keys])
+
+
 def curves(results: Results, strategy: str, keys: Sequence[Key]) -> Array:
-    """Regret curves, shape (len(keys), len(GRID))."""
-    return np.array([regret_curve(results[strategy][key]) for key in keys])
+    """Regret curves, shape (len(keys), len(GRID)), scaled if they are of several landscapes."""
+    raw = np.array([regret_curve(results[strategy][key]) for key in keys])
+    return raw / scales(results, strategy, keys)[:, None]
+
+
+def final_regrets(results: Results, strategy: str, keys: Sequence[Key]) -> Array:
+    """Regrets when the budget is spent, shape (len(keys),), scaled if they are of several landscapes."""
+    raw = np.array([results[strategy][key].final_regret for key in keys])
+    return raw / scales(results, strategy, keys)
+
+
+def mean_curve(results: Results, strategy: str, keys: Sequence[Key]) -> tuple[Array, Array, Array]:
+    """Mean regret curve and its interval's lower and upper end, each of shape (len(GRID),)."""
+    every = curves(results, strategy, keys)
+    low, high = np.quantile([every[pick].mean(0) for pick in _resamples(keys)], [0.025, 0.975], axis=0)
+    return every.mean(0), low, high
 
 
 def final_regret(results: Results, strategy: str, keys: Sequence[Key]) -> Interval:
     """Mean regret at the end."""
-    finals = np.array([max(0.0, results[strategy][key].final_regret) for key in keys])
+    finals = final_regrets(results, strategy, keys)
     return _interval(float(finals.mean()), [float(finals[pick].mean()) for pick in _resamples(keys)])
-
-
-def recommended_regret(results: Results, strategy: str, keys: Sequence[Key]) -> float:
-    """Mean regret of the strategies' own recommendations."""
-    return float(
-        np.mean([results[strategy][key].best_score - results[strategy][key].recommended_score for key in keys])
-    )
 
 
 def best_peer(results: Results, own: str, peers: Sequence[str], keys: Sequence[Key]) -> str:
     """The strategy other than `own` with the lowest mean final regret."""
-    return min((name for name in peers if name != own), key=lambda name: curves(results, name, keys)[:, -1].mean())
+    others = [name for name in peers if name != own]
+    return min(others, key=lambda name: float(final_regrets(results, name, keys).mean()))
 
 
 def cost_to_reach(mean: Array, level: float) -> float:
@@ -82,14 +101,25 @@ def cost_ratio(results: Results, own: str, peer: str, keys: Sequence[Key]) -> In
 
     def ratio(pick: NDArray[np.int64]) -> float:
         mean = other[pick].mean(0)
-        return cost_to_reach(mine[pick].mean(0), mean[-1]) / max(cost_to_reach(mean, mean[-1]), GRID[1])
+        level = float(mean[-1])
+        return cost_to_reach(mine[pick].mean(0), level) / max(cost_to_reach(mean, level), float(GRID[1]))
+
+    return _interval(ratio(np.arange(len(keys))), [ratio(pick) for pick in _resamples(keys)])
+
+
+def regret_ratio(results: Results, own: str, peer: str, keys: Sequence[Key]) -> Interval:
+    """Mean final regret of `own` over that of the peer."""
+    mine, other = (final_regrets(results, name, keys) for name in (own, peer))
+
+    def ratio(pick: NDArray[np.int64]) -> float:
+        return float(mine[pick].mean() / max(other[pick].mean(), TIE))
 
     return _interval(ratio(np.arange(len(keys))), [ratio(pick) for pick in _resamples(keys)])
 
 
 def ranks(results: Results, strategies: Sequence[str], keys: Sequence[Key]) -> dict[str, float]:
     """Mean rank by final regret, 1 the best; ties share their ranks."""
-    finals = np.array([[max(0.0, results[name][key].final_regret) for key in keys] for name in strategies])
+    finals = np.array([final_regrets(results, name, keys) for name in strategies])
     below = (finals[None] < finals[:, None] - TIE).sum(1)
     equal = (np.abs(finals[None] - finals[:, None]) <= TIE).sum(1)
     return dict(zip(strategies, (1 + below + (equal - 1) / 2).mean(1).tolist(), strict=True))

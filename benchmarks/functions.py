@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from botorch.test_functions.multi_fidelity import AugmentedBranin, AugmentedHartmann, AugmentedRosenbrock
 from botorch.test_functions.synthetic import SyntheticTestFunction
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import qmc
 
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.trainers import Job, Observer, TrainingResult
 from jfhpo_core.trial import Evaluation, StepRecord, Value, canonical_json
+
+Matrix = NDArray[np.float64]
 
 STATE = "state.json"
 
@@ -75,12 +78,12 @@ class Function:
         """Median loss on the target."""
         return float(np.median(self._loss(qmc.Sobol(self.dimension, rng=np.random.default_rng(0)).random(1024), 1, 1)))
 
-    def _loss(self, points: np.ndarray, size: float, progress: float) -> np.ndarray:
+    def _loss(self, points: Matrix, size: float, progress: float) -> Matrix:
         """How far the values at points of the unit cube, shape (n, dimension), lie above the optimum; shape (n,)."""
         low, high = self.kind.bounds.numpy()[:, : self.dimension]
         fidelity = [size * progress] if self.fidelities == 1 else [size, progress]
         inputs = np.column_stack([low + points * (high - low), np.tile(fidelity, (len(points), 1))])
-        above = self.kind(torch.tensor(inputs, dtype=torch.double)).numpy() - self.kind.optimal_value
+        above: Matrix = self.kind(torch.tensor(inputs, dtype=torch.double)).numpy() - self.kind.optimal_value
         return np.log1p(np.maximum(above, 0.0)) if self._logarithmic else above
 
 

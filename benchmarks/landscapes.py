@@ -222,7 +222,10 @@ def _misleading(seed: int) -> Problem:
 
 
 def _function(name: str, seed: int) -> Problem:
-    """An analytic function; its steps are its rungs, each as long as all steps between two rungs elsewhere."""
+    """An analytic function of BoTorch in which model size and progress are the fidelities.
+
+    Its steps are its rungs, each as long as all steps between two rungs elsewhere.
+    """
     function = functions.make(name, seed)
     steps = {**COSTS, "seconds_per_step": COSTS["seconds_per_step"] * HORIZON_PROMPTS / PROMPTS_PER_STEP / RUNGS}
     trainer = functions.FunctionTrainer(function, noise=0.02, **steps)

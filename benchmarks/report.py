@@ -1,49 +1,396 @@
-"""The benchmark's figures and tables."""
+"""The benchmark's figures and tables: plain text for tuning, SVG and Markdown for the docs."""
 
 from __future__ import annotations
 
+import math
+import os
+import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
-from benchmarks import analysis
-from benchmarks.analysis import Results
-from benchmarks.landscapes import LANDSCAPES
-from benchmarks.store import Key
+import matplotlib as mpl
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import analysis, runner
+from benchmarks.analysis import GRID, Interval, Results
+from benchmarks.landscapes import LANDSCAPES, TRAININGS
+from benchmarks.store import Key, Result
+
+EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
+PAGE = "optimizer.md"
+CURVES = "optimizer-landscapes.svg"
+GROUPS = "optimizer-groups.svg"
+
+FIRST_SEED = 1000
+"""Seeds below it may have been used for tuning, and are not published."""
+
+SINGLE_FIDELITY = "gp"
+"""Bayesian optimization on the target alone."""
+
+AGREEING = 0.5
+"""Landscapes whose proxies rank like the target by this correlation or more are what transfer is for."""
+
+MISLEADING = 0.1
+"""On landscapes below this correlation transfer can only do harm."""
+
+AGREEMENT_SEEDS = 5
+"""Instances over which the correlation of a landscape is averaged."""
+
+EVERY = 8
+"""Every so many points of the grid of costs are drawn."""
+
+COLOURS = {
+    "jfhpo": "#d1242f",
+    "paper": "#8250df",
+    "random": "#8c959f",
+    "gp": "#0969da",
+    "tpe": "#54aeff",
+    "smac3": "#0a3069",
+    "successive-halving": "#7d4e00",
+    "asha": "#bf8700",
+    "hyperband": "#d4a72c",
+    "bohb": "#1a7f37",
+    "dehb": "#4ac26b",
+    "fastbo": "#bf3989",
+}
+"""Blues search the target alone, browns halve, greens halve with a model."""
+
+OTHER_COLOUR = "#57606a"
+
+INTRODUCTION = f"""\
+A run searches one landscape with one seed for the price of {TRAININGS} full trainings of the target. All strategies get
+the same space, the same cost law, the same credit for checkpoints and the same seeds. The incumbent is, for all of
+them, the configuration with the best observed score at full length on the target so far (before there is one, the
+trainer's defaults); it counts with its noise-free score. Regret is what that lacks to the best score in the space.
+Intervals are 95 % bootstrap intervals over seeds."""
+
+COST_RATIO = """\
+Regrets that are averaged over several landscapes are divided by the mean regret of the defaults on each landscape.
+Cost ratio: cost at which `{own}` first reaches the best peer's final mean regret, over the cost at which that peer
+does; `inf` where it never does."""
+
+STYLE = {
+    "svg.hashsalt": "jfhpo",
+    "svg.fonttype": "none",
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#eaeef2",
+}
 
 
 def text_table(results: Results, own: str, seeds: Sequence[int] | None = None) -> str:
     """Mean final regret per strategy and landscape over the seeds that all have done, and `own`'s cost ratios."""
-    strategies = list(results)
-    if not strategies:
+    names = list(results)
+    if not names:
         return "no results"
-    lines = [
-        f"{'landscape':<12}{'seeds':>6}" + "".join(f"{name[:11]:>12}" for name in strategies) + "   best peer: ratio"
-    ]
+    rows = [["landscape", "seeds", *names, "best peer: cost ratio"]]
     everything: list[Key] = []
-    for landscape in LANDSCAPES:
-        keys = analysis.common_keys(results, strategies, [landscape])
+    for landscape in (*LANDSCAPES, None):
+        keys = analysis.common_keys(results, names, [landscape]) if landscape else everything
         keys = [key for key in keys if seeds is None or key[1] in seeds]
-        if keys:
-            everything += keys
-            lines.append(_row(landscape, results, own, strategies, keys))
+        if not keys:
+            continue
+        finals = [f"{analysis.final_regret(results, name, keys).value:.4f}" for name in names]
+        row = [landscape or "all", str(len(keys)), *finals]
+        if own in names and len(names) > 1:
+            peer = analysis.best_peer(results, own, names, keys)
+            row.append(f"{peer}: {_text(analysis.cost_ratio(results, own, peer, keys), 2)}")
+        rows.append(row)
+        everything += keys if landscape else []
     if everything:
-        lines.append(_row("all", results, own, strategies, everything))
-        ranks = analysis.ranks(results, strategies, everything)
-        lines.append(f"{'mean rank':<18}" + "".join(f"{ranks[name]:>12.2f}" for name in strategies))
-        regrets = [analysis.recommended_regret(results, name, everything) for name in strategies]
-        lines.append(f"{'recommended':<18}" + "".join(f"{regret:>12.4f}" for regret in regrets))
-        for label, field in (("suggestions", "suggestions"), ("s/suggestion", "cpu_seconds_per_suggestion")):
-            means = [
-                sum(getattr(results[name][key], field) for key in everything) / len(everything) for name in strategies
+        ranks = analysis.ranks(results, names, everything)
+        rows.append(["mean rank", "", *(f"{ranks[name]:.2f}" for name in names)])
+        for label, figures in _per_run().items():
+            rows.append([label, "", *(f"{_mean(results, name, everything, figures):.2f}" for name in names)])
+    widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that the page shows.
+
+    Attributes:
+        results: Of the published seeds.
+        own: The strategy that is compared with all others.
+    """
+
+    results: Results
+    own: str
+
+    @cached_property
+    def landscapes(self) -> list[str]:
+        """Those for which there are results of `own`."""
+        return [name for name in LANDSCAPES if any(key[0] == name for key in self.results[self.own])]
+
+    @cached_property
+    def agreements(self) -> dict[str, dict[str, float]]:
+        """Rank correlation of each proxy with the target, by landscape."""
+        found = {}
+        for name in self.landscapes:
+            measured = [LANDSCAPES[name](FIRST_SEED + number).agreement() for number in range(AGREEMENT_SEEDS)]
+            found[name] = {proxy: float(np.mean([one[proxy] for one in measured])) for proxy in measured[0]}
+        return found
+
+    @cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """Landscapes by what their proxies are worth."""
+        means = {name: float(np.mean(list(proxies.values()))) for name, proxies in self.agreements.items()}
+        groups = {
+            f"correlation of {AGREEING} and above": [name for name in means if means[name] >= AGREEING],
+            "correlation 0": [name for name in means if abs(means[name]) < MISLEADING],
+            "all landscapes": list(means),
+        }
+        return {label: names for label, names in groups.items() if names}
+
+    def strategies(self, landscapes: Sequence[str]) -> list[str]:
+        """Those with results on all of these landscapes, `own` first."""
+        having = [
+            name
+            for name, by_key in self.results.items()
+            if set(landscapes) <= {key[0] for key in by_key} and name != self.own
+        ]
+        return [self.own, *having]
+
+    def keys(self, landscapes: Sequence[str]) -> list[Key]:
+        """Runs that these strategies share on these landscapes."""
+        return analysis.common_keys(self.results, self.strategies(landscapes), landscapes)
+
+
+def write(results: Results, own: str, folder: Path = EVIDENCE) -> None:
+    """Write the figures and the page."""
+    published = {
+        name: {key: result for key, result in by_key.items() if key[1] >= FIRST_SEED}
+        for name, by_key in results.items()
+    }
+    evidence = Evidence({name: by_key for name, by_key in published.items() if by_key}, own)
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        panels = {name: [name] for name in evidence.landscapes}
+        _save(draw(evidence, panels, columns=3), folder / CURVES)
+        _save(draw(evidence, evidence.groups, columns=len(evidence.groups)), folder / GROUPS)
+    (folder / PAGE).write_text(page(evidence), encoding="utf-8")
+
+
+def draw(evidence: Evidence, panels: dict[str, list[str]], columns: int) -> Figure:
+    """Mean regret against cost, one panel per title and its landscapes."""
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.4 * rows + 0.7), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    handles: dict[str, Artist] = {}
+    for axis, (title, landscapes) in zip(axes, panels.items(), strict=False):
+        handles |= _panel(axis, evidence, landscapes)
+        axis.set_title(title, fontsize=9, loc="left")
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    figure.supxlabel("cost, in full trainings of the target", fontsize=8)
+    figure.supylabel("mean regret of the incumbent", fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def _panel(axis: Axes, evidence: Evidence, landscapes: Sequence[str]) -> dict[str, Artist]:
+    """Curves of all strategies with a band for `own`; returns the lines by name."""
+    keys = evidence.keys(landscapes)
+    lines: dict[str, Artist] = {}
+    costs = GRID[::EVERY]
+    for name in reversed(evidence.strategies(landscapes)):
+        curve, low, high = analysis.mean_curve(evidence.results, name, keys)
+        mine = name == evidence.own
+        colour = COLOURS.get(name, OTHER_COLOUR)
+        (lines[name],) = axis.plot(
+            costs, np.round(curve[::EVERY], 5), color=colour, linewidth=2.0 if mine else 1.0,
+            linestyle="--" if name == "random" else "-", zorder=3 if mine else 2,
+        )  # fmt: skip
+        if mine:
+            axis.fill_between(costs, low[::EVERY], high[::EVERY], color=colour, alpha=0.15, linewidth=0)
+    axis.set_yscale("log")
+    axis.minorticks_off()
+    axis.set_xlim(0, TRAININGS)
+    return dict(reversed(lines.items()))
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def page(evidence: Evidence) -> str:
+    """The Markdown page."""
+    results, own = evidence.results, evidence.own
+    seeds = {name: sorted(key[1] for key in evidence.keys([name])) for name in evidence.landscapes}
+    sections = [
+        "# The optimizer, measured",
+        "Generated by `python -m benchmarks report`; do not edit.",
+        INTRODUCTION,
+        "## Averages",
+        f"![Mean regret against cost, averaged over groups of landscapes]({GROUPS})",
+        _comparison(evidence, evidence.groups),
+        COST_RATIO.format(own=own),
+        "## Each landscape",
+        f"![Mean regret against cost on each landscape]({CURVES})",
+        _comparison(evidence, {name: [name] for name in evidence.landscapes}),
+        "## What the landscapes are",
+        _table(
+            ["landscape", "what it is", "rank correlation with the target", "seeds"],
+            [
+                [
+                    name,
+                    _purpose(name),
+                    ", ".join(f"{proxy} {value:.2f}" for proxy, value in evidence.agreements[name].items()),
+                    _range(seeds[name]),
+                ]
+                for name in evidence.landscapes
+            ],
+        ),
+        "Rank correlations are over random configurations at full length, collapsed runs included.",
+        "## Regret at the end",
+        _finals(evidence),
+        f"## Wins and losses of `{own}`",
+        "Runs that end with a lower, an equal and a higher regret than the peer's run on the same instance.",
+        _wins(evidence),
+        "## Ranks, seconds, and what was trained",
+        _behaviour(evidence),
+        "## How it was made",
+        _provenance(results),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _comparison(evidence: Evidence, panels: dict[str, list[str]]) -> str:
+    """`own` against the best peer and against single-fidelity Bayesian optimization."""
+    results, own, rows = evidence.results, evidence.own, []
+    for title, landscapes in panels.items():
+        names, keys = evidence.strategies(landscapes), evidence.keys(landscapes)
+        if len(names) < 2 or not keys:
+            continue
+        peer = analysis.best_peer(results, own, names, keys)
+        single = "-"
+        if SINGLE_FIDELITY in names:
+            single = _text(analysis.regret_ratio(results, own, SINGLE_FIDELITY, keys), 2)
+        rows.append(
+            [
+                title,
+                str(len(keys)),
+                _text(analysis.final_regret(results, own, keys), 4),
+                peer,
+                _text(analysis.final_regret(results, peer, keys), 4),
+                _text(analysis.cost_ratio(results, own, peer, keys), 2),
+                single,
             ]
-            lines.append(f"{label:<18}" + "".join(f"{mean:>12.2f}" for mean in means))
-    return "\n".join(lines)
+        )
+    head = ["", "runs", f"final regret of `{own}`", "best peer", "its final regret", "cost ratio"]
+    return _table([*head, f"regret over that of `{SINGLE_FIDELITY}`"], rows)
 
 
-def _row(label: str, results: Results, own: str, strategies: Sequence[str], keys: Sequence[Key]) -> str:
-    finals = {name: analysis.final_regret(results, name, keys) for name in strategies}
-    row = f"{label:<12}{len(keys):>6}" + "".join(f"{finals[name].value:>12.4f}" for name in strategies)
-    if own not in results or len(strategies) < 2:
-        return row
-    peer = analysis.best_peer(results, own, strategies, keys)
-    ratio = analysis.cost_ratio(results, own, peer, keys)
-    return f"{row}   {peer}: {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+def _finals(evidence: Evidence) -> str:
+    names = evidence.strategies([])
+    rows = []
+    for landscape in evidence.landscapes:
+        keys, here = evidence.keys([landscape]), evidence.strategies([landscape])
+        finals = {name: _text(analysis.final_regret(evidence.results, name, keys), 4) for name in here if keys}
+        rows.append([landscape, *(finals.get(name, "-") for name in names)])
+    return _table(["", *names], rows)
+
+
+def _wins(evidence: Evidence) -> str:
+    rows = []
+    for peer in evidence.strategies([])[1:]:
+        row, total = [peer], np.zeros(3, dtype=int)
+        for landscape in evidence.landscapes:
+            keys = analysis.common_keys(evidence.results, [evidence.own, peer], [landscape])
+            counts = analysis.wins(evidence.results, evidence.own, peer, keys)
+            total += counts
+            row.append(" / ".join(map(str, counts)) if keys else "-")
+        rows.append([*row, " / ".join(map(str, total))])
+    return _table(["", *evidence.landscapes, "all"], rows)
+
+
+def _behaviour(evidence: Evidence) -> str:
+    landscapes = evidence.landscapes
+    names, keys = evidence.strategies(landscapes), evidence.keys(landscapes)
+    ranks = analysis.ranks(evidence.results, names, keys)
+    rows = [
+        [
+            name,
+            f"{ranks[name]:.2f}",
+            *(f"{_mean(evidence.results, name, keys, figure):.3g}" for figure in _per_run().values()),
+        ]
+        for name in sorted(names, key=lambda name: ranks[name])
+    ]
+    return _table(["", "mean rank", *_per_run()], rows)
+
+
+def _per_run() -> dict[str, str]:
+    """Columns that are means over runs, by title: attributes of `Result`."""
+    return {
+        "regret of the recommendation": "recommended_regret",
+        "CPU seconds per suggestion": "cpu_seconds_per_suggestion",
+        "suggestions": "suggestions",
+        "segments on proxies": "proxy_segments",
+        "infeasible segments": "infeasible",
+    }
+
+
+def _mean(results: Results, name: str, keys: Sequence[Key], attribute: str) -> float:
+    return float(np.mean([getattr(results[name][key], attribute) for key in keys]))
+
+
+def _provenance(results: Results) -> str:
+    """Commits, machine and commands."""
+    commits = {name: sorted({result.commit for result in by_key.values()}) for name, by_key in sorted(results.items())}
+    stale = {name: sum(_is_stale(result) for result in by_key.values()) for name, by_key in results.items()}
+    rows = [[name, str(len(results[name])), ", ".join(shown), str(stale[name])] for name, shown in commits.items()]
+    return (
+        f"Python {platform.python_version()}, PyTorch {_version('torch')}, BoTorch {_version('botorch')}; "
+        f"{_machine()}; one thread per run. CPU seconds were taken beside other work on that machine. Durations of "
+        "trainings are simulated.\n\n"
+        "    python -m benchmarks run --strategies ... --seeds 1000:1020 --workers 2\n"
+        "    python -m benchmarks report\n\n"
+        "A commit with a plus sign had changes on top. Out of date means that strategy or landscape have changed "
+        "since; `run --redo` makes these again.\n\n"
+    ) + _table(["strategy", "runs", "commits", "out of date"], rows)
+
+
+def _is_stale(result: Result) -> bool:
+    return result.stamp != runner.stamp(result.base_strategy, result.settings, result.landscape, result.seed)
+
+
+def _machine() -> str:
+    """Processor and number of cores."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _purpose(landscape: str) -> str:
+    """First line of the docstring of what makes a landscape."""
+    builder = LANDSCAPES[landscape]
+    documented = getattr(builder, "func", builder).__doc__ or ""
+    return documented.splitlines()[0]
+
+
+def _range(seeds: Sequence[int]) -> str:
+    """'1000-1019 (20)'."""
+    return f"{seeds[0]}-{seeds[-1]} ({len(seeds)})" if seeds else "none"
+
+
+def _text(interval: Interval, digits: int) -> str:
+    return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -7,6 +7,7 @@ import inspect
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +32,8 @@ from jfhpo_core.trial import Outcome, SegmentResult, Trial, canonical_json
 
 ROOT = Path(__file__).parent.parent
 
-OWN_SOURCES = ("optimizer", "surrogate", "acquisition", "cost")
-"""Modules of jfhpo_core that decide what `jfhpo` suggests; the other strategies stand in one module each."""
+SHARED = ("errors", "fidelity", "space", "spec", "strategies", "study", "trial")
+"""Modules of jfhpo_core that say what a study is: a change to them does not make a strategy another one."""
 
 NICENESS = 10
 
@@ -104,6 +105,7 @@ def run_one(strategy: str, settings: Mapping[str, Any], landscape: str, seed: in
     default = problem.true_score(problem.default)
     return Result(
         strategy=label or strategy,
+        base_strategy=strategy,
         settings=dict(settings),
         landscape=landscape,
         seed=seed,
@@ -223,13 +225,18 @@ def stamp(strategy: str, settings: Mapping[str, Any], landscape: str, seed: int)
 
 @cache
 def _source_digest(strategy: str) -> str:
+    """Hash of the class of a strategy and of the modules of jfhpo_core that it is built from, directly or not."""
     problem = next(iter(LANDSCAPES.values()))(0)
-    module = inspect.getmodule(type(load_strategy(problem.study(Path("unused"), strategy))))
-    assert module is not None
-    assert module.__file__ is not None
-    own = Path(module.__file__)
-    files = [own.with_name(f"{name}.py") for name in OWN_SOURCES] if strategy == "jfhpo" else [own]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    kind = type(load_strategy(problem.study(Path("unused"), strategy)))
+    found, queue = set[str](), [kind.__module__]
+    while queue:
+        name = queue.pop()
+        package, _, rest = name.partition(".")
+        if package == "jfhpo_core" and rest not in SHARED and name not in found:
+            found.add(name)
+            queue += [str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()]
+    text = inspect.getsource(kind) + "".join(inspect.getsource(sys.modules[name]) for name in sorted(found))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache

@@ -25,7 +25,8 @@ class Result(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    strategy: str = Field(description="Name under which it is reported: the strategy's, or a variant's.")
+    strategy: str = Field(description="Name under which it is reported: that of the strategy, or of a variant.")
+    base_strategy: str = Field(description="Name of the strategy.")
     settings: dict[str, Any] = Field(description="Settings of the strategy.")
     landscape: str
     seed: int
@@ -51,8 +52,19 @@ class Result(BaseModel):
 
     @property
     def final_regret(self) -> float:
-        """True score that the incumbent at the end of the budget lacks."""
-        return self.best_score - self.trace[-1][1]
+        """True score that the incumbent lacks when the budget is spent; a training that ends later does not count."""
+        scores = [score for seconds, score in self.trace if seconds <= self.budget_seconds]
+        return max(0.0, self.best_score - scores[-1])
+
+    @property
+    def recommended_regret(self) -> float:
+        """True score that the final recommendation lacks."""
+        return max(0.0, self.best_score - self.recommended_score)
+
+    @property
+    def proxy_segments(self) -> int:
+        """Segments trained on smaller models than the target, which stands last."""
+        return sum(list(self.segments.values())[:-1])
 
 
 def load(folder: Path, strategy: str) -> dict[Key, Result]:
