@@ -17,7 +17,7 @@ from jfhpo_core.execution import run_job
 from jfhpo_core.hyperparameters import Hyperparameters
 from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.search import run_search
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.spec import StudySpec, load_study
 from jfhpo_core.study import resolve
 from jfhpo_core.trainers.replay_surrogate import cross_validate, fit
 from jfhpo_core.trainers.replay_table import SPACE, Recording, read_table
@@ -26,6 +26,7 @@ from tests.studies import step_record
 from tests.trainers.conformance import TOTAL_STEPS, Case, TrainerConformance
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "rl_table" / "data"
+EXAMPLE = COMMITTED.parents[2] / "examples" / "replay.yaml"
 SIZES = {"small": 10_000, "large": 20_000}
 RUNGS = (0, 2, 4, 6)
 SHORT = 4
@@ -275,6 +276,12 @@ def test_a_search_on_the_committed_table_finds_a_good_configuration(tmp_path: Pa
     assert len(trials) > 5
     assert max(finals) > base + 0.1
     assert sum(trial.charge_seconds for trial in trials) > 150
+
+
+def test_the_example_is_answered_by_the_committed_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXAMPLE.parents[1])
+    study = resolve(load_study(EXAMPLE))
+    assert [model.name for model in study.ladder.models] == ["s", "sm", "m"]
 
 
 @pytest.mark.slow
