@@ -90,8 +90,9 @@ class Landscape(BaseModel):
         default=1.0,
         ge=0,
         le=1,
-        description="Correlation of a proxy's surface with the target's over random configurations of the space, runs "
-        "that collapse apart; 1 leaves it to the shifts. The rest is a smooth random surface of the proxy's own.",
+        description="Correlation (to within 0.1) of a proxy's final scores with the target's over random "
+        "configurations of the space, collapse apart; the rest is a smooth random surface of the proxy's own. 1 leaves "
+        "it to the shifts, which may make it lower than any setting.",
     )
     instance: int = Field(default=0, ge=0, description="Seed of the random surfaces.")
 
@@ -384,7 +385,7 @@ class _Run:
             job=job,
             scores=scores,
             count=count,
-            hits=random.binomial(count, scores),
+            hits=random.binomial(count, scores).astype(np.float64),
             rewards=random.binomial(completions, scores[1:]) / completions,
             kl=np.minimum(20.0, drift) * random.lognormal(0, 0.1, job.total_steps),
             grad_norm=grad_norm,
