@@ -9,6 +9,7 @@ import typer
 
 from benchmarks import report, runner, store
 from benchmarks.landscapes import LANDSCAPES
+from benchmarks.timing import FILE, Timing, measure
 from jfhpo_core.spec import parse_value
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -74,7 +75,26 @@ def write_report(
     """Write the figures and the page of the docs, from seeds that were not used for tuning."""
     found = store.load_all(results)
     wanted = _names(strategies) if strategies else list(found)
-    report.write({name: found[name] for name in wanted}, own, folder)
+    missing = [name for name in (own, *wanted) if name not in found]
+    if missing:
+        raise typer.BadParameter(f"no results of {missing[0]!r} in {results}; `python -m benchmarks run` makes them")
+    timed = results / FILE
+    summary = Timing.model_validate_json(timed.read_text(encoding="utf-8")).summary() if timed.exists() else None
+    report.write({name: found[name] for name in wanted}, own, folder, summary)
+
+
+@app.command()
+def timing(
+    strategy: Annotated[str, typer.Option(help="Strategy that is timed.")] = "jfhpo",
+    suggestions: Annotated[int, typer.Option(min=1, help="How many.")] = 40,
+    stock: Annotated[int, typer.Option(min=0, help="Suggestions of BoTorch's qMultiFidelityKnowledgeGradient.")] = 3,
+    results: Folder = store.RESULTS,
+) -> None:
+    """Time suggestions at 200 observations, 8 hyperparameters, 3 sizes and 15 levels."""
+    measured = measure(strategy, suggestions, stock)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / FILE).write_text(f"{measured.model_dump_json(indent=1)}\n", encoding="utf-8")
+    print(measured.summary())
 
 
 if __name__ == "__main__":

@@ -120,10 +120,12 @@ class Evidence:
     Attributes:
         results: Of the published seeds.
         own: The strategy that is compared with all others.
+        timing: What `python -m benchmarks timing` has found, as a sentence; None if it has not run.
     """
 
     results: Results
     own: str
+    timing: str | None = None
 
     @cached_property
     def landscapes(self) -> list[str]:
@@ -164,13 +166,13 @@ class Evidence:
         return analysis.common_keys(self.results, self.strategies(landscapes), landscapes)
 
 
-def write(results: Results, own: str, folder: Path = EVIDENCE) -> None:
-    """Write the figures and the page."""
+def write(results: Results, own: str, folder: Path = EVIDENCE, timing: str | None = None) -> None:
+    """Write the figures and the page of the published seeds; see `Evidence`."""
     published = {
         name: {key: result for key, result in by_key.items() if key[1] >= FIRST_SEED}
         for name, by_key in results.items()
     }
-    evidence = Evidence({name: by_key for name, by_key in published.items() if by_key}, own)
+    evidence = Evidence({name: by_key for name, by_key in published.items() if by_key}, own, timing)
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         panels = {name: [name] for name in evidence.landscapes}
@@ -257,6 +259,7 @@ def page(evidence: Evidence) -> str:
         _wins(evidence),
         "## Ranks, seconds, and what was trained",
         _behaviour(evidence),
+        "With 8 hyperparameters, 3 sizes and 15 levels: " + (evidence.timing or "not timed") + ".",
         "## How it was made",
         _provenance(results),
     ]

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+from benchmarks.timing import OBSERVATIONS, Timing, measure
+
+
+def test_suggestions_are_timed_from_two_hundred_observations_on() -> None:
+    timing = measure("random", suggestions=3, stock=0)
+    assert len(timing.suggestions) == 3
+    assert timing.observations == (OBSERVATIONS, OBSERVATIONS + 2 * 15)  # each to the last of 15 levels
+    assert "random: median" in timing.summary()
+    assert "not measured" in timing.summary()
+
+
+def test_the_summary_gives_percentiles() -> None:
+    timing = Timing(
+        strategy="jfhpo", commit="x", suggestions=tuple(float(i) for i in range(101)), observations=(200, 400),
+        stock=(10.0, 30.0, 20.0),
+    )  # fmt: skip
+    assert "jfhpo: median 50.00 s, 95th percentile 95.00 s, longest 100.00 s" in timing.summary()
+    assert "20.0 s (median of 3)" in timing.summary()
