@@ -6,7 +6,8 @@ from benchmarks.timing import OBSERVATIONS, Timing, measure
 def test_suggestions_are_timed_from_two_hundred_observations_on() -> None:
     timing = measure("random", suggestions=3, stock=0)
     assert len(timing.suggestions) == 3
-    assert timing.observations == (OBSERVATIONS, OBSERVATIONS + 2 * 15)  # each to the last of 15 levels
+    assert timing.observations[0] == OBSERVATIONS
+    assert OBSERVATIONS < timing.observations[1] <= OBSERVATIONS + 2 * 15  # at most all 15 levels of two trials
     assert "random: median" in timing.summary()
     assert "not measured" in timing.summary()
 
