@@ -76,6 +76,7 @@ STRATEGIES = {
     "hyperband": "jfhpo_core.peers.smac:Hyperband",
     "smac3": "jfhpo_core.peers.smac:Smac3",
     "dehb": "jfhpo_core.peers.dehb:Dehb",
+    "fastbo": "jfhpo_core.peers.fastbo:FastBo",
 }
 """Where the strategies of this package are, by name; imported when a study names them."""
 

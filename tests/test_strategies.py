@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from jfhpo_core import strategies
 from jfhpo_core.errors import SpecError
-from jfhpo_core.strategies import RandomSearch, fresh_configurations, load_strategy
+from jfhpo_core.strategies import STRATEGIES, RandomSearch, fresh_configurations, load_strategy
 from jfhpo_core.trial import Trial, configuration_key
 from tests.studies import evaluation, result, simulated_study
 
@@ -82,10 +84,42 @@ def test_strategies_with_a_model_are_loaded_by_name(tmp_path: Path, name: str) -
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        ("grid", "strategy.name: no strategy 'grid'; there are .*jfhpo, paper, random, tpe"),
+        ("grid", "strategy.name: no strategy 'grid'; there are .*jfhpo, paper, random, .*tpe"),
         ({"name": "random", "settings": {"depth": 3}}, "strategy.settings: .*depth"),
     ],
 )
 def test_unknown_strategies_and_settings_are_refused(tmp_path: Path, strategy: object, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         load_strategy(simulated_study(tmp_path, strategy=strategy))
+
+
+@pytest.mark.slow
+def test_strategies_carry_the_names_that_they_are_loaded_by(tmp_path: Path) -> None:
+    for name in STRATEGIES:
+        assert load_strategy(simulated_study(tmp_path, strategy=name)).name == name
+
+
+def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.delitem(sys.modules, "jfhpo_core.peers.optuna", raising=False)
+    with pytest.raises(SpecError, match=r"strategy 'tpe' cannot be imported: .*optuna.*pip install 'jfhpo\[peers\]'"):
+        load_strategy(simulated_study(tmp_path, strategy="tpe"))
+
+
+def test_further_strategies_come_by_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "packages"
+    metadata = package / "walker-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: walker\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[jfhpo.strategies]\nwalk = walker:Walk\nlost = nowhere:Lost\n")
+    (package / "walker.py").write_text(
+        "from jfhpo_core.strategies import RandomSearch\n\n\nclass Walk(RandomSearch):\n    name = 'walk'\n"
+    )
+    monkeypatch.syspath_prepend(str(package))
+    strategies._registered.cache_clear()
+    try:
+        assert load_strategy(simulated_study(tmp_path, strategy="walk")).name == "walk"
+        with pytest.raises(SpecError, match=r"strategy 'lost' cannot be imported: .*nowhere.*its package"):
+            load_strategy(simulated_study(tmp_path, strategy="lost"))
+    finally:
+        strategies._registered.cache_clear()

@@ -83,10 +83,15 @@ def observed(mine: Sequence[Trial]) -> list[Scored]:
             failed.append(trial.configuration)
         elif trained and trial.state in (TrialState.COMPLETED, TrialState.STOPPED):
             measured.append(Scored(trial.configuration, trained[-1].score, trained[-1].standard_error ** 2))
+    return with_failed(measured, failed)
+
+
+def with_failed(measured: Sequence[Scored], failed: Sequence[Configuration]) -> list[Scored]:
+    """Observations with failed configurations added at the worst score seen; empty if there is none."""
     if not measured:
         return []
     worst = min(measured, key=lambda item: item.score)
-    return measured + [Scored(configuration, worst.score, worst.variance) for configuration in failed]
+    return [*measured, *(Scored(configuration, worst.score, worst.variance) for configuration in failed)]
 
 
 def propose(

@@ -23,6 +23,7 @@ from ConfigSpace import (
 )
 from smac import HyperbandFacade, MultiFidelityFacade, RandomFacade, Scenario
 from smac.acquisition.function import EI
+from smac.acquisition.maximizer import LocalSearch
 from smac.intensifier.successive_halving import SuccessiveHalving as Halving
 from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.model.random_forest import RandomForest
@@ -94,16 +95,16 @@ class Smac3(SuccessiveHalving):
 
     Attributes:
         initial_trials: Random configurations before the forest is asked; None: one more than the space has coordinates.
-        challengers: Candidates of SMAC's acquisition maximizer; its own default of 10000 takes seconds.
     """
 
     name: ClassVar[str] = "smac3"
     initial_trials: int | None = None
-    challengers: int = 1000
 
     def facade(self, scenario: Scenario, study: Study) -> Any:
         """See `SuccessiveHalving.facade`."""
         initial = self.initial_trials if self.initial_trials is not None else study.space.dimension + 1
+        maximizer = MultiFidelityFacade.get_acquisition_maximizer(scenario)
+        maximizer._local_search = _OrderedLocalSearch(scenario.configspace, seed=scenario.seed)  # noqa: SLF001
         return MultiFidelityFacade(
             scenario,
             model=RandomForest(
@@ -119,12 +120,20 @@ class Smac3(SuccessiveHalving):
                 seed=scenario.seed,
             ),
             acquisition_function=EI(log=False),
-            acquisition_maximizer=MultiFidelityFacade.get_acquisition_maximizer(scenario, challengers=self.challengers),
+            acquisition_maximizer=maximizer,
             initial_design=MultiFidelityFacade.get_initial_design(scenario, n_configs=initial),
             intensifier=MultiFidelityFacade.get_intensifier(scenario, eta=self.eta),
             runhistory_encoder=RunHistoryEncoder(scenario),
             **QUIET,
         )
+
+
+class _OrderedLocalSearch(LocalSearch):  # type: ignore[misc]  # SMAC's types are not read
+    """SMAC's local search, begun in a fixed order: SMAC keeps the start in a set, whose order differs by process."""
+
+    def _search(self, start_points: list[Any]) -> list[tuple[float, Any]]:
+        found: list[tuple[float, Any]] = super()._search(sorted(start_points, key=str))
+        return found
 
 
 class _Smac:

@@ -21,7 +21,7 @@ from jfhpo_core.trial import Trial, TrialState, configuration_key, spent_seconds
 from tests.studies import evaluation, result, simulated_study
 
 FULL_LENGTH = ["tpe", "gp"]
-MULTI_FIDELITY = ["asha", "bohb", "successive-halving", "hyperband", "smac3", "dehb"]
+MULTI_FIDELITY = ["asha", "bohb", "successive-halving", "hyperband", "smac3", "dehb", "fastbo"]
 PEERS = [*FULL_LENGTH, *MULTI_FIDELITY]
 
 SPACE: dict[str, Any] = {
