@@ -205,7 +205,11 @@ class StoppingSpec(_Section):
 class StrategySpec(_Section):
     """Who chooses the next trial."""
 
-    name: str = Field(default="jfhpo", description="'jfhpo', 'paper' or 'random'.")
+    name: str = Field(
+        default="jfhpo",
+        description="'jfhpo', 'paper', 'random', 'gp', 'fastbo'; with the extra `peers` also 'tpe', 'asha', 'bohb', "
+        "'successive-halving', 'hyperband', 'smac3', 'dehb'; or an entry point of group 'jfhpo.strategies'.",
+    )
     settings: dict[str, Any] = Field(default_factory=dict)
 
 

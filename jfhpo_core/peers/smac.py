@@ -25,6 +25,7 @@ from smac import HyperbandFacade, MultiFidelityFacade, RandomFacade, Scenario
 from smac.acquisition.function import EI
 from smac.acquisition.maximizer import LocalSearch
 from smac.intensifier.successive_halving import SuccessiveHalving as Halving
+from smac.main.config_selector import ConfigSelector
 from smac.main.exceptions import ConfigurationSpaceExhaustedException
 from smac.model.random_forest import RandomForest
 from smac.runhistory import StatusType, TrialValue
@@ -94,7 +95,8 @@ class Smac3(SuccessiveHalving):
     a reward may have either sign. Otherwise the forest is SMAC's for this facade, in a single thread.
 
     Attributes:
-        initial_trials: Random configurations before the forest is asked; None: one more than the space has coordinates.
+        initial_trials: Random configurations before the forest is asked, and the trials that a rung must have for the
+            forest to be fitted there rather than below; None: one more than the space has coordinates.
     """
 
     name: ClassVar[str] = "smac3"
@@ -121,6 +123,7 @@ class Smac3(SuccessiveHalving):
             ),
             acquisition_function=EI(log=False),
             acquisition_maximizer=maximizer,
+            config_selector=ConfigSelector(scenario, min_trials=initial),
             initial_design=MultiFidelityFacade.get_initial_design(scenario, n_configs=initial),
             intensifier=MultiFidelityFacade.get_intensifier(scenario, eta=self.eta),
             runhistory_encoder=RunHistoryEncoder(scenario),
