@@ -5,45 +5,54 @@
 2. From then on, the knowledge gradient at the target per device-second, over explicit candidates: new configurations,
    known configurations on other models, and continuations of paused trials, which cost only what they add.
 3. Recommendation by the posterior mean at the target among all configurations tried.
-
-The paper's own strategy is here too, as `PaperStrategy`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-from botorch.fit import fit_gpytorch_mll
-from botorch.models import SingleTaskGP
-from gpytorch.mlls import ExactMarginalLogLikelihood
+from linear_operator.utils.errors import NanError, NotPSDError
+from scipy.stats import qmc
 from torch import Tensor
 
-from jfhpo_core.acquisition import TargetKnowledgeGradient, expected_improvement
+from jfhpo_core.acquisition import NetCostUtility, TargetKnowledgeGradient, expected_improvement
 from jfhpo_core.cost import CostModel
-from jfhpo_core.fidelity import progress
-from jfhpo_core.strategies import Proposal, Recommendation, fresh_configurations
-from jfhpo_core.study import Study, base_scores
-from jfhpo_core.surrogate import JointSurrogate, Observations
-from jfhpo_core.trial import (
-    Configuration,
-    Evaluation,
-    Outcome,
-    Suggestion,
-    Trial,
-    TrialState,
-    committed_seconds,
-    configuration_key,
+from jfhpo_core.evidence import (
+    as_of,
+    is_extendable,
+    measurement_variance,
+    observe,
+    point,
+    running_points,
+    target_base,
+    verdicts,
 )
+from jfhpo_core.feasibility import Feasibility
+from jfhpo_core.fidelity import progress
+from jfhpo_core.space import Vector
+from jfhpo_core.strategies import Proposal, Recommendation, fresh_configurations
+from jfhpo_core.study import Study
+from jfhpo_core.surrogate import FIDELITY_COLUMNS, THIS_STUDY, JointSurrogate, fitted_surrogate
+from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, committed_seconds, configuration_key
 
-MAX_OBSERVATIONS = 400
-"""Beyond this, evaluations in the middle of curves are thinned out; the last one of each trial stays."""
+logger = logging.getLogger(__name__)
 
-EXTENDABLE = (TrialState.PAUSED,)
+EXACT_REFITS = 12
+"""Up to this many commits the parameters are fitted anew at every one."""
+
+REFIT_GROWTH = 0.1
+"""Beyond, they are fitted anew whenever the number of commits has grown by this share."""
+
+CANDIDATE_LEVELS = 4
+"""Rungs at which each candidate is considered: its next ones thinned to this many, the full horizon among them."""
+
+NUMERICAL_ERRORS = (NanError, NotPSDError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -52,137 +61,82 @@ class Candidate:
 
     Attributes:
         start_prompts: What the checkpoint to continue from has consumed; 0 for a new trial.
+        trial: Number of the trial that it continues or would be.
     """
 
     configuration: Configuration
     model: str
     start_prompts: int
     stop_prompts: int
-
-
-def point(study: Study, configuration: Configuration, model: str, prompts: int) -> list[float]:
-    """Surrogate input (x, z, t) of a searched configuration."""
-    return [
-        *(float(value) for value in study.space.encode(configuration)),
-        study.ladder.size_coordinate(model),
-        progress(study.spec, prompts),
-    ]
-
-
-def searched_configuration(study: Study, trial: Trial) -> Configuration | None:
-    """The trial's configuration within the search space; None if it lies outside (a baseline may)."""
-    configuration = study.space.restrict(study.complete(trial.configuration))
-    try:
-        study.space.encode(configuration)
-    except ValueError:
-        return None
-    return configuration
-
-
-def observe(study: Study, trials: Sequence[Trial]) -> Observations:
-    """All evaluations as observations of the gain over the untrained model.
-
-    Stopped trials contribute what was measured up to the stop, nothing beyond: they are censored, not scored. Trials of
-    the random-search comparison are left out.
-    """
-    bases = base_scores(trials)
-    rows: list[tuple[list[float], float, float, bool]] = []
-    for trial in trials:
-        configuration = None if trial.purpose == "random-search" else searched_configuration(study, trial)
-        if configuration is None:
-            continue
-        base = bases.get(trial.model, min(bases.values(), default=0.0))
-        trained = [evaluation for evaluation in trial.evaluations if evaluation.step > 0]
-        for evaluation in trained:
-            inputs = point(study, configuration, trial.model, evaluation.prompts)
-            rows.append((inputs, evaluation.score - base, evaluation.standard_error**2, evaluation is trained[-1]))
-    if len(rows) > MAX_OBSERVATIONS:
-        middle = [row for row in rows if not row[3]]
-        kept = max(0, MAX_OBSERVATIONS - (len(rows) - len(middle)))
-        chosen = {int(i) for i in np.linspace(0, len(middle) - 1, kept)} if kept else set()
-        allowed = {id(row) for index, row in enumerate(middle) if index in chosen}
-        rows = [row for row in rows if row[3] or id(row) in allowed]
-    width = study.space.dimension + 2
-    return Observations(
-        torch.tensor([row[0] for row in rows], dtype=torch.double).reshape(-1, width),
-        torch.tensor([row[1] for row in rows], dtype=torch.double),
-        torch.tensor([row[2] for row in rows], dtype=torch.double),
-    )
-
-
-Fitted = TypeVar("Fitted")
-
-_fitted: dict[str, Any] = {}
-"""The model last fitted in this process, by the content it was fitted to: saves repeated fits, changes nothing."""
-
-
-def _remembered(fit: Callable[[], Fitted], *content: object) -> Fitted:
-    """The fitted model for this content, from memory if the last fit was for the same."""
-    digest = hashlib.sha256()
-    for part in content:
-        digest.update(part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode())
-    key = digest.hexdigest()
-    if key not in _fitted:
-        _fitted.clear()
-        _fitted[key] = fit()
-    model: Fitted = _fitted[key]
-    return model
-
-
-def fit_surrogate(study: Study, observations: Observations) -> JointSurrogate:
-    """The surrogate fitted to observations: a pure function of them, remembered for the next call."""
-    shifting = study.space.shifting_coordinates
-    return _remembered(
-        lambda: JointSurrogate(observations, shifting).fit(),
-        "joint",
-        observations.inputs,
-        observations.gains,
-        observations.variances,
-        shifting,
-    )
+    trial: int
 
 
 @dataclass(frozen=True)
-class Feasibility:
-    """Probability that a configuration can be trained on a model at all.
-
-    A kernel-smoothed Beta-Bernoulli estimate: every trial votes with weight exp(-|difference|^2 / 2) over the unit
-    cube and log size, the lengths below, against a Beta(9, 1) prior. Without infeasible trials it is close to 1.
+class Beliefs:
+    """Everything that the trials so far say: the surrogate, the feasibility, and what follows for the target.
 
     Attributes:
-        inputs: (x, z) of finished trials, shape (n, d + 1).
-        feasible: 1 or 0, shape (n,).
+        surrogate: Of the gain.
+        feasibility: None as long as nothing has failed.
     """
 
-    inputs: Tensor
-    feasible: Tensor
-    cube_length: ClassVar[float] = 0.2
-    size_length: ClassVar[float] = 0.5
-    prior_feasible: ClassVar[float] = 0.9
-    prior_weight: ClassVar[float] = 0.5
+    study: Study
+    surrogate: JointSurrogate
+    feasibility: Feasibility | None
 
     @classmethod
-    def fit(cls, study: Study, trials: Sequence[Trial]) -> Feasibility:
-        """From the trials that have a verdict."""
-        rows, labels = [], []
-        for trial in trials:
-            configuration = searched_configuration(study, trial)
-            if configuration is not None and trial.segments and trial.state is not TrialState.LOST:
-                rows.append(point(study, configuration, trial.model, 0)[:-1])
-                labels.append(float(trial.state is not TrialState.INFEASIBLE))
-        width = study.space.dimension + 1
-        return cls(torch.tensor(rows, dtype=torch.double).reshape(-1, width), torch.tensor(labels, dtype=torch.double))
+    def form(cls, study: Study, trials: Sequence[Trial]) -> Beliefs | None:
+        """From the trials alone; None if nothing has been evaluated. The last ones formed are remembered."""
+        known = list(trials)
+        if not _formed or _formed[0][0] is not study or _formed[0][1] != known:
+            _formed[:] = [(study, known, cls._form(study, known))]
+        return _formed[0][2]
+
+    @classmethod
+    def _form(cls, study: Study, trials: Sequence[Trial]) -> Beliefs | None:
+        observations = observe(study, trials)
+        if not len(observations):
+            return None
+        commits = max(result.committed for trial in trials for result in trial.segments)
+        basis = observe(study, as_of(trials, milestone(commits)))
+        surrogate = fitted_surrogate(
+            observations, basis if len(basis) else observations, study.space.dimension, study.space.shifting_coordinates
+        )
+        inputs, feasible = verdicts(study, trials)
+        ruined = bool((feasible == 0).any())
+        return cls(study, surrogate, Feasibility.fit(inputs, feasible) if ruined else None)
 
     def probability(self, inputs: Tensor) -> Tensor:
-        """For inputs (x, z, t) of shape (m, d + 2), shape (m,)."""
-        if not len(self.feasible) or bool((self.feasible == 1).all()):
-            return torch.ones(len(inputs), dtype=torch.double)
-        lengths = torch.full((inputs.shape[-1] - 1,), self.cube_length, dtype=torch.double)
-        lengths[-1] = self.size_length
-        squared = torch.cdist(inputs[:, :-1] / lengths, self.inputs / lengths).square()
-        weights = torch.exp(-squared / 2)
-        prior = self.prior_weight * self.prior_feasible
-        return (prior + weights @ self.feasible) / (self.prior_weight + weights.sum(-1))
+        """P(feasible) at inputs (m, d + 4), shape (m,)."""
+        if self.feasibility is None:
+            return torch.ones(len(inputs), dtype=inputs.dtype)
+        return self.feasibility.probability(inputs[:, : -FIDELITY_COLUMNS + 1])
+
+    def at_target(self, configurations: Iterable[Configuration]) -> Tensor:
+        """Inputs of configurations at (target, full horizon), shape (m, d + 4)."""
+        name, horizon = self.study.ladder.target.name, self.study.spec.fidelity.horizon_prompts
+        rows = [point(self.study, configuration, name, horizon) for configuration in configurations]
+        return torch.tensor(rows, dtype=torch.double).reshape(-1, self.study.space.dimension + FIDELITY_COLUMNS)
+
+    def expected(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected gain (a failed training gains nothing) and the gain's deviation if feasible; each of shape (m,)."""
+        means, deviations = self.surrogate.gain_moments(inputs)
+        return self.probability(inputs) * means, deviations
+
+
+_formed: list[tuple[Study, list[Trial], Beliefs | None]] = []
+"""What was last believed in this process, and from which trials: the search asks twice. Saves time, changes nothing."""
+
+
+def milestone(commits: int) -> int:
+    """The number of commits, at most the given one, whose observations the parameters are fitted to.
+
+    Between milestones new observations only condition the model: a pure function of the ledger that saves most fits.
+    """
+    reached = min(commits, EXACT_REFITS)
+    while (following := reached + max(1, round(REFIT_GROWTH * reached))) <= commits:
+        reached = following
+    return reached
 
 
 @dataclass(frozen=True)
@@ -192,55 +146,65 @@ class JointFidelity:
     Attributes:
         initial_trials: Sobol configurations in the initial design; None: one more than the space has coordinates.
         anchors: Configurations of the initial design that are also trained on each larger model.
-        fresh: New Sobol configurations among the candidates of each suggestion.
-        local: New configurations near the best known ones among the candidates.
+        pool: New Sobol configurations from which candidates are picked by what the model expects of them.
+        fresh: Candidates picked from the pool.
+        local: Candidates picked from the neighbourhood of the best ones.
         known: Best known configurations that are candidates for models they have not seen.
+        continued: Best known configurations whose paused trainings are candidates for continuation.
         target_share: Of what the search has spent, at least this share goes to the target once the initial design is
             complete: a guard against a cheap proxy that the model trusts too much.
+        patience_seconds: Wall-clock cap of a suggestion. Once it is exceeded the next cheaper way of choosing is
+            taken; which one chose is in the suggestion's source.
     """
 
     name: ClassVar[str] = "jfhpo"
     initial_trials: int | None = None
     anchors: int = 1
-    fresh: int = 32
-    local: int = 32
+    pool: int = 512
+    fresh: int = 24
+    local: int = 24
     known: int = 8
+    continued: int = 24
     target_share: float = 0.3
+    patience_seconds: float = 60.0
 
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
+        began = time.monotonic()
         costs = CostModel.fit(study, trials)
         initial = self._initial(study, trials, costs)
         if initial is not None:
             return initial
-        observations = observe(study, trials)
-        if not len(observations.gains):
-            return self._first(study, trials, costs, "no trial has been evaluated yet")
-        surrogate = fit_surrogate(study, observations)
+        try:
+            beliefs = Beliefs.form(study, trials)
+        except NUMERICAL_ERRORS as error:
+            return self._sobol(study, trials, costs, remaining_seconds, f"the surrogate could not be fitted ({error})")
+        if beliefs is None:
+            return self._sobol(study, trials, costs, remaining_seconds, "no trial has been evaluated yet")
         random = np.random.default_rng(seed)
-        ranked = self._ranked(study, trials, surrogate)
-        candidates = self._candidates(study, trials, ranked, random)
+        ranked = self._ranked(trials, beliefs)
+        candidates = self._candidates(study, trials, beliefs, ranked, random)
         priced = [(item, self._cost(costs, item)) for item in candidates]
         priced = [(item, cost) for item, cost in priced if cost <= remaining_seconds]
         if not priced:
             return None
-        due = self._target_is_due(study, trials)
-        on_target = [(item, cost) for item, cost in priced if item.model == study.ladder.target.name]
-        if due and on_target:
-            priced = on_target
+        if self._target_is_due(study, trials):
+            promotion = self._promotion(study, trials, beliefs, priced)
+            if promotion is not None:
+                return promotion
         candidates = [item for item, _ in priced]
-        inputs = torch.tensor(
-            [point(study, item.configuration, item.model, item.stop_prompts) for item in candidates],
-            dtype=torch.double,
-        )
-        targets = self._targets(study, candidates, ranked)
-        acquisition = TargetKnowledgeGradient(
-            surrogate, targets, measurement_variance(study, trials), running_points(study, trials)
-        )
-        feasible = Feasibility.fit(study, trials).probability(inputs)
-        gains = acquisition(inputs.unsqueeze(-2)) * feasible
         seconds = torch.tensor([cost for _, cost in priced], dtype=torch.double)
-        best = int((gains / seconds).argmax())
+        inputs = _inputs(study, candidates)
+        configurations = {configuration_key(item): item for item, _, _ in ranked}
+        configurations |= {configuration_key(item.configuration): item.configuration for item in candidates}
+        targets = beliefs.at_target(configurations.values())
+        source, gains = "knowledge-gradient", None
+        if time.monotonic() - began < self.patience_seconds:
+            gains = self._knowledge_gradient(study, trials, beliefs, inputs, targets)
+        if gains is None:
+            source, gains = "expected-improvement", self._expected_improvement(beliefs, candidates, targets)
+        gains = gains * beliefs.probability(inputs)
+        best = int(NetCostUtility(lambda _: seconds)(inputs, gains).argmax())
         chosen = candidates[best]
         verb = "continue" if chosen.start_prompts else "train"
         gain, cost = float(gains[best]), float(seconds[best])
@@ -249,64 +213,130 @@ class JointFidelity:
             chosen.model,
             chosen.stop_prompts,
             Suggestion(
-                source="jfhpo/knowledge-gradient",
+                source=f"jfhpo/{source}",
                 explanation=f"{verb} on {chosen.model} to {progress(study.spec, chosen.stop_prompts):.0%}: "
                 f"should raise the best expected target score by {gain:.4f} for {cost:.1f} device-seconds, "
-                f"the most per second of {len(candidates)} candidates"
-                f"{' on the target, which was due' if due and on_target else ''}",
+                f"the most per second of {len(candidates)} candidates",
                 expected_gain=gain,
                 expected_cost_seconds=cost,
             ),
         )
 
     def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
-        """See `Strategy.rank`: by posterior mean at the target among the configurations tried by the search."""
-        observations = observe(study, trials)
-        if not len(observations.gains):
+        """See `Strategy.rank`: by the expected score at the target."""
+        beliefs = Beliefs.form(study, trials)
+        if beliefs is None:
             return []
-        surrogate = fit_surrogate(study, observations)
         base = target_base(study, trials)
         return [
-            Recommendation(configuration, base + mean, deviation)
-            for configuration, mean, deviation in self._ranked(study, trials, surrogate)
+            Recommendation(configuration, base + gain, deviation)
+            for configuration, gain, deviation in self._ranked(trials, beliefs)
         ]
 
-    def _initial(self, study: Study, trials: Sequence[Trial], costs: CostModel) -> Proposal | None:
-        """The next segment of the initial design; None when it is complete or its share of the budget is spent."""
-        mine = [trial for trial in trials if trial.purpose == "search"]
-        cap = study.spec.budget.initial_share * study.spec.budget.device_seconds
-        spent = sum(trial.charge_seconds for trial in mine)
-        if mine and spent > cap:
+    def _promotion(
+        self, study: Study, trials: Sequence[Trial], beliefs: Beliefs, priced: Sequence[tuple[Candidate, float]]
+    ) -> Proposal | None:
+        """The full training on the target with the highest expected improvement; None if none is affordable."""
+        target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
+        full = [(item, cost) for item, cost in priced if item.model == target and item.stop_prompts == horizon]
+        if not full:
             return None
+        inputs = beliefs.at_target(item.configuration for item, _ in full)
+        means, deviations = beliefs.surrogate.gain_moments(inputs)
+        finished = [
+            trial.configuration
+            for trial in trials
+            if trial.purpose == "search" and trial.model == target and trial.final is not None
+        ]
+        secured = float(beliefs.expected(beliefs.at_target(finished))[0].max()) if finished else 0.0
+        gains = beliefs.probability(inputs) * expected_improvement(means, deviations, secured)
+        best = int(gains.argmax())
+        chosen, cost = full[best]
+        return Proposal(
+            chosen.configuration,
+            chosen.model,
+            chosen.stop_prompts,
+            Suggestion(
+                source="jfhpo/promotion",
+                explanation=f"the target has had less than {self.target_share:.0%} of what was spent: this "
+                f"configuration is expected to improve on the best finished one by {float(gains[best]):.4f}",
+                expected_gain=float(gains[best]),
+                expected_cost_seconds=cost,
+            ),
+        )
+
+    @staticmethod
+    def _knowledge_gradient(
+        study: Study, trials: Sequence[Trial], beliefs: Beliefs, inputs: Tensor, targets: Tensor
+    ) -> Tensor | None:
+        """Value of each candidate in score units; None if it cannot be computed."""
+        try:
+            acquisition = TargetKnowledgeGradient(
+                beliefs.surrogate,
+                targets,
+                measurement_variance(study, trials),
+                beliefs.probability(targets),
+                running_points(study, trials),
+            )
+            gains: Tensor = acquisition(inputs.unsqueeze(-2))
+        except NUMERICAL_ERRORS as error:
+            logger.warning("the knowledge gradient failed, expected improvement takes over: %s", error)
+            return None
+        return gains if bool(gains.isfinite().all()) else None
+
+    @staticmethod
+    def _expected_improvement(beliefs: Beliefs, candidates: Sequence[Candidate], targets: Tensor) -> Tensor:
+        """Expected improvement at (target, full horizon) of each candidate's configuration, whatever it is run on."""
+        means, deviations = beliefs.surrogate.gain_moments(beliefs.at_target(item.configuration for item in candidates))
+        incumbent = float(beliefs.expected(targets)[0].max())
+        return expected_improvement(means, deviations, incumbent)
+
+    def _initial(self, study: Study, trials: Sequence[Trial], costs: CostModel) -> Proposal | None:
+        """The next training of the initial design; None once it is complete or its share of the budget is spent."""
+        spec = study.spec
+        mine = [trial for trial in trials if trial.purpose == "search"]
+        left = spec.budget.initial_share * spec.budget.device_seconds - committed_seconds(mine)
         wanted = self.initial_trials if self.initial_trials is not None else study.space.dimension + 1
-        smallest, *larger = study.ladder.models
-        designed = [trial for trial in mine if trial.model == smallest.name]
+        smallest = study.ladder.models[0].name
+        designed = [trial for trial in mine if trial.model == smallest]
         if len(designed) < wanted:
-            first = self._first(study, trials, costs, f"initial design, {len(designed) + 1} of {wanted}")
-            if first is not None:
-                return first
-        for model in larger:
+            first = fresh_configurations(study, trials, spec.seeds.search, 1)
+            if not first:
+                return None
+            # Every other one runs to half the horizon: the length of the curves has to be learned, too.
+            levels = spec.fidelity.levels
+            level = levels[(len(levels) - 1) // 2] if len(designed) % 2 else levels[0]
+            candidate = Candidate(first[0], smallest, 0, level, len(trials))
+            if self._cost(costs, candidate) <= left:
+                return self._propose(
+                    costs, candidate, "jfhpo/initial-design",
+                    f"configuration {len(designed) + 1} of {wanted} of the initial design",
+                )  # fmt: skip
+            return None
+        for model in study.ladder.models[1:]:
             anchored = [trial for trial in mine if trial.model == model.name]
             if len(anchored) >= self.anchors:
                 continue
-            level = study.spec.fidelity.levels[len(study.spec.fidelity.levels) // 2]
+            is_target = model.name == study.ladder.target.name
+            level = spec.fidelity.levels[-1 if is_target else len(spec.fidelity.levels) // 2]
             known = {configuration_key(trial.configuration) for trial in anchored}
             scored = [
                 (trial.evaluations[-1].score, -trial.number, trial.configuration)
                 for trial in designed
                 if trial.evaluations
-                and trial.state in EXTENDABLE
+                and (is_extendable(trial) or trial.state is TrialState.COMPLETED)
                 and configuration_key(trial.configuration) not in known
             ]
             if not scored:
                 continue
             configuration = max(scored, key=lambda item: item[:2])[2]
+            candidate = Candidate(configuration, model.name, 0, level, len(trials))
+            if self._cost(costs, candidate) > left:
+                return None
             return self._propose(
-                costs,
-                Candidate(configuration, model.name, 0, level),
-                "jfhpo/initial-design",
+                costs, candidate, "jfhpo/initial-design",
                 f"anchor: the best of the initial design on {model.name}, to learn how sizes differ",
-            )
+            )  # fmt: skip
         return None
 
     def _target_is_due(self, study: Study, trials: Sequence[Trial]) -> bool:
@@ -315,13 +345,17 @@ class JointFidelity:
         on_target = [trial for trial in mine if trial.model == study.ladder.target.name]
         return committed_seconds(on_target) < self.target_share * committed_seconds(mine)
 
-    def _first(self, study: Study, trials: Sequence[Trial], costs: CostModel, why: str) -> Proposal | None:
-        """The next Sobol configuration on the smallest model up to the first rung; None if the space has run out."""
+    def _sobol(
+        self, study: Study, trials: Sequence[Trial], costs: CostModel, remaining_seconds: float, why: str
+    ) -> Proposal | None:
+        """The next Sobol configuration on the smallest model up to the first rung; None if there is none to afford."""
         fresh = fresh_configurations(study, trials, study.spec.seeds.search, 1)
         if not fresh:
             return None
-        candidate = Candidate(fresh[0], study.ladder.models[0].name, 0, study.spec.fidelity.levels[0])
-        return self._propose(costs, candidate, "jfhpo/initial-design", why)
+        candidate = Candidate(fresh[0], study.ladder.models[0].name, 0, study.spec.fidelity.levels[0], len(trials))
+        if self._cost(costs, candidate) > remaining_seconds:
+            return None
+        return self._propose(costs, candidate, "jfhpo/sobol", why)
 
     def _propose(self, costs: CostModel, candidate: Candidate, source: str, why: str) -> Proposal:
         suggestion = Suggestion(source=source, explanation=why, expected_cost_seconds=self._cost(costs, candidate))
@@ -332,14 +366,12 @@ class JointFidelity:
         return costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts).seconds
 
     @staticmethod
-    def _ranked(
-        study: Study, trials: Sequence[Trial], surrogate: JointSurrogate
-    ) -> list[tuple[Configuration, float, float]]:
-        """Configurations tried by the search with posterior mean gain and deviation at the target, best first.
+    def _ranked(trials: Sequence[Trial], beliefs: Beliefs) -> list[tuple[Configuration, float, float]]:
+        """Configurations tried by the search with expected gain and deviation at the target, best first.
 
         Configurations that a rule stopped or that failed on the target itself are left out.
         """
-        target = study.ladder.target.name
+        target = beliefs.study.ladder.target.name
         ruined = (TrialState.STOPPED, TrialState.INFEASIBLE)
         tried = {
             configuration_key(trial.configuration): trial.configuration
@@ -352,9 +384,7 @@ class JointFidelity:
         if not tried:
             return []
         configurations = list(tried.values())
-        horizon = study.spec.fidelity.horizon_prompts
-        inputs = torch.tensor([point(study, item, target, horizon) for item in configurations], dtype=torch.double)
-        means, deviations = surrogate.gain_moments(inputs)
+        means, deviations = beliefs.expected(beliefs.at_target(configurations))
         order = torch.argsort(means, descending=True, stable=True).tolist()
         return [(configurations[i], float(means[i]), float(deviations[i])) for i in order]
 
@@ -362,216 +392,119 @@ class JointFidelity:
         self,
         study: Study,
         trials: Sequence[Trial],
+        beliefs: Beliefs,
         ranked: Sequence[tuple[Configuration, float, float]],
         random: np.random.Generator,
     ) -> list[Candidate]:
         """Continuations of paused trials, known configurations on further models, and new configurations."""
         levels, models = study.spec.fidelity.levels, [model.name for model in study.ladder.models]
         mine = [trial for trial in trials if trial.purpose == "search"]
+        promising = {configuration_key(item) for item, _, _ in ranked[: self.continued]}
         candidates: list[Candidate] = []
         for trial in mine:
-            if trial.state in EXTENDABLE:
+            if is_extendable(trial) and configuration_key(trial.configuration) in promising:
                 done = trial.step * trial.prompts_per_step
                 candidates += [
-                    Candidate(trial.configuration, trial.model, done, level) for level in levels if level > done
+                    Candidate(trial.configuration, trial.model, done, level, trial.number)
+                    for level in _spread([level for level in levels if level > done])
                 ]
         seen = {(configuration_key(trial.configuration), trial.model) for trial in mine}
         best = [configuration for configuration, _, _ in ranked[: self.known]]
-        fresh = fresh_configurations(study, trials, int(random.integers(2**31)), self.fresh)
-        fresh += self._neighbours(study, trials, best, random)
-        for configuration in (*best, *fresh):
+        for configuration in (*best, *self._new(study, trials, beliefs, best, random)):
             key = configuration_key(configuration)
             candidates += [
-                Candidate(configuration, model, 0, level)
+                Candidate(configuration, model, 0, level, len(trials))
                 for model in models
                 if (key, model) not in seen
-                for level in levels
+                for level in _spread(levels)
             ]
         return candidates
 
-    def _neighbours(
-        self, study: Study, trials: Sequence[Trial], best: Sequence[Configuration], random: np.random.Generator
+    def _new(
+        self,
+        study: Study,
+        trials: Sequence[Trial],
+        beliefs: Beliefs,
+        best: Sequence[Configuration],
+        random: np.random.Generator,
     ) -> list[Configuration]:
-        """New configurations at random small distances from the best ones, a few coordinates changed at a time."""
-        if not best:
-            return []
+        """Untried configurations worth a closer look.
+
+        A Sobol pool is searched at the target by expectation and by optimistic and random draws of the belief; then
+        the neighbourhood of what was found and of the best known configurations is searched in the same way, twice.
+        """
+        sobol = qmc.Sobol(study.space.dimension, rng=random).random(self.pool)
+        found = self._promising(beliefs, study.space.snap(sobol), self.fresh, random)
+        centres = np.array([study.space.encode(configuration) for configuration in best]).reshape(
+            -1, study.space.dimension
+        )
+        near = centres
+        for scales in ((-1.5, -0.5), (-2.0, -1.0)):
+            around = np.concatenate([centres, near, found[: self.known]])
+            moved = study.space.snap(_neighbours(around, self.pool // 2, scales, random))
+            near = self._promising(beliefs, moved, self.local, random)
         known = {configuration_key(trial.configuration) for trial in trials}
-        found: list[Configuration] = []
-        for index in range(4 * self.local):
-            centre = study.space.encode(best[index % len(best)])
-            scale = 10 ** random.uniform(-2, -0.5)
-            changed = random.random(len(centre)) < max(0.3, 1.5 / len(centre))
-            moved = np.clip(centre + changed * random.normal(0, scale, len(centre)), 0, 1)
-            configuration = study.space.decode(moved)
+        new: dict[str, Configuration] = {}
+        for row in np.concatenate([found, near]):
+            configuration = study.space.decode(row)
             key = configuration_key(configuration)
             if key not in known:
-                known.add(key)
-                found.append(configuration)
-            if len(found) == self.local:
-                break
-        return found
+                new.setdefault(key, configuration)
+        return list(new.values())
 
     @staticmethod
-    def _targets(
-        study: Study, candidates: Iterable[Candidate], ranked: Sequence[tuple[Configuration, float, float]]
-    ) -> Tensor:
-        """Every configuration in play at (target, full horizon)."""
-        configurations = {configuration_key(item): item for item, _, _ in ranked}
-        configurations |= {configuration_key(item.configuration): item.configuration for item in candidates}
-        target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
-        rows = [point(study, configuration, target, horizon) for configuration in configurations.values()]
-        return torch.tensor(rows, dtype=torch.double)
+    def _promising(beliefs: Beliefs, points: Vector, count: int, random: np.random.Generator) -> Vector:
+        """At most `count` of the points: a third each by the expected gain, an optimistic one, and one drawn.
+
+        Args:
+            beliefs: They tell the gains.
+            points: Snapped, shape (n, dimension).
+            count: How many are wanted.
+            random: Draws gains.
+        """
+        fidelity = np.tile([0.0, 1.0, -1.0, 0.0], (len(points), 1))
+        inputs = torch.from_numpy(np.concatenate([points, fidelity], axis=1))
+        means, deviations = (values.numpy() for values in beliefs.surrogate.gain_moments(inputs))
+        feasible = beliefs.probability(inputs).numpy()
+        chosen: list[int] = []
+        for weight in (np.zeros(len(points)), np.ones(len(points)), random.normal(size=len(points))):
+            order = np.argsort(-feasible * (means + weight * deviations), kind="stable")
+            fresh = [int(index) for index in order[:count] if index not in chosen]
+            chosen += fresh[: count // 3]
+        return points[chosen]
 
 
-def target_base(study: Study, trials: Sequence[Trial]) -> float:
-    """Score of the untrained target; before it is measured, that of the largest model measured."""
-    bases = base_scores(trials)
-    names = [model.name for model in study.ladder.models if model.name in bases]
-    return bases[names[-1]] if names else 0.0
-
-
-def measurement_variance(study: Study, trials: Sequence[Trial]) -> float:
-    """Variance of an evaluation's score: the mean of those measured so far; a coin's before there is one."""
-    evaluations: list[Evaluation] = [
-        evaluation for trial in trials for evaluation in trial.evaluations if evaluation.step > 0
-    ]
-    if not evaluations:
-        count = (study.spec.evaluation.prompts or 1000) * study.spec.evaluation.samples_per_prompt
-        return 0.25 / count
-    return sum(evaluation.standard_error**2 for evaluation in evaluations) / len(evaluations)
-
-
-def running_points(study: Study, trials: Sequence[Trial]) -> Tensor | None:
-    """Where the running segments will be evaluated at their end; None if nothing runs."""
+def _inputs(study: Study, candidates: Sequence[Candidate]) -> Tensor:
+    """Surrogate inputs of candidates, shape (n, d + 4)."""
+    encoded: dict[int, list[float]] = {}
     rows = []
-    for trial in trials:
-        configuration = searched_configuration(study, trial)
-        if trial.open_segment is not None and configuration is not None and trial.purpose != "random-search":
-            prompts = trial.open_segment.stop_step * trial.prompts_per_step
-            rows.append(point(study, configuration, trial.model, prompts))
-    return torch.tensor(rows, dtype=torch.double) if rows else None
+    for item in candidates:
+        x = encoded.get(id(item.configuration))
+        if x is None:
+            x = encoded[id(item.configuration)] = study.space.encode(item.configuration).tolist()
+        size, share = study.ladder.size_coordinate(item.model), progress(study.spec, item.stop_prompts)
+        rows.append([*x, size, share, float(item.trial), THIS_STUDY])
+    return torch.tensor(rows, dtype=torch.double)
 
 
-@dataclass(frozen=True)
-class PaperStrategy:
-    """The strategy `paper`: JF-HPO as published (arXiv 2606.03073).
+def _spread(levels: Sequence[int], count: int = CANDIDATE_LEVELS) -> list[int]:
+    """At most `count` of the levels at about equal distances, the last one among them."""
+    if len(levels) <= count:
+        return list(levels)
+    return [levels[round(place)] for place in np.linspace(len(levels) - 1, 0, count, endpoint=False)][::-1]
 
-    Every trial runs on one proxy. A Gaussian process over (hyperparameters, steps), without model size, and expected
-    improvement per expected cost choose the next configuration and its steps; the best one goes to the target.
-    Where the paper is silent: Matern-5/2 with BoTorch's default priors; the incumbent is the best posterior mean of a
-    tried configuration at the full horizon; configurations continue from their checkpoints, but the cost in the
-    acquisition is that of a fresh training, as in the paper's formula.
 
-    Attributes:
-        proxy: Name of the proxy; None: the smallest model.
-        initial_trials: Sobol configurations before the model is asked.
-        fresh: New configurations among the candidates of each suggestion.
+def _neighbours(centres: Vector, count: int, scales: tuple[float, float], random: np.random.Generator) -> Vector:
+    """Points at random distances from the centres, a few coordinates changed at a time, shape (count, dimension).
+
+    Args:
+        centres: Shape (n, dimension).
+        count: How many are wanted.
+        random: Draws them.
+        scales: Range of the decimal logarithm of the steps' standard deviation.
     """
-
-    name: ClassVar[str] = "paper"
-    proxy: str | None = None
-    initial_trials: int = 8
-    fresh: int = 64
-
-    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
-        """See `Strategy.suggest`."""
-        costs = CostModel.fit(study, trials)
-        proxy, levels = self.proxy or study.ladder.models[0].name, study.spec.fidelity.levels
-        mine = [trial for trial in trials if trial.purpose == "search" and trial.model == proxy]
-        if len(mine) < self.initial_trials or not any(trial.evaluations for trial in mine):
-            first = fresh_configurations(study, trials, study.spec.seeds.search, 1)
-            level = levels[len(mine) % len(levels)]
-            cost = costs.estimate(first[0], proxy, 0, level).seconds if first else 0.0
-            suggestion = Suggestion(
-                source="paper/initial-design", explanation="Sobol configuration", expected_cost_seconds=cost
-            )
-            return Proposal(first[0], proxy, level, suggestion) if first and cost <= remaining_seconds else None
-        model = self._fit(study, mine)
-        incumbent = max(mean for _, mean, _ in self._at_horizon(study, mine, model))
-        candidates = [
-            Candidate(trial.configuration, proxy, trial.step * trial.prompts_per_step, level)
-            for trial in mine
-            if trial.state in EXTENDABLE
-            for level in levels
-            if level > trial.step * trial.prompts_per_step
-        ]
-        candidates += [
-            Candidate(configuration, proxy, 0, level)
-            for configuration in fresh_configurations(study, trials, seed, self.fresh)
-            for level in levels
-        ]
-        net = [costs.estimate(c.configuration, proxy, c.start_prompts, c.stop_prompts).seconds for c in candidates]
-        affordable = [index for index, seconds in enumerate(net) if seconds <= remaining_seconds]
-        if not affordable:
-            return None
-        inputs = torch.tensor(
-            [self._input(study, candidates[i].configuration, candidates[i].stop_prompts) for i in affordable],
-            dtype=torch.double,
-        )
-        with torch.no_grad():
-            posterior = model.posterior(inputs)
-        means, deviations = posterior.mean.squeeze(-1), posterior.variance.squeeze(-1).sqrt()
-        fresh_cost = [
-            costs.estimate(candidates[i].configuration, proxy, 0, candidates[i].stop_prompts).seconds
-            for i in affordable
-        ]
-        gains = expected_improvement(means, deviations, incumbent)
-        best = int((gains / torch.tensor(fresh_cost, dtype=torch.double)).argmax())
-        chosen, gain, cost = candidates[affordable[best]], float(gains[best]), net[affordable[best]]
-        return Proposal(
-            chosen.configuration,
-            proxy,
-            chosen.stop_prompts,
-            Suggestion(
-                source="paper/expected-improvement",
-                explanation=f"expected improvement {gain:.4f} on {proxy} per {fresh_cost[best]:.1f} device-seconds",
-                expected_gain=gain,
-                expected_cost_seconds=cost,
-            ),
-        )
-
-    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
-        """See `Strategy.rank`: by the proxy's posterior mean at the full horizon, taken for the target's."""
-        proxy = self.proxy or study.ladder.models[0].name
-        mine = [trial for trial in trials if trial.purpose == "search" and trial.model == proxy and trial.evaluations]
-        if not mine:
-            return []
-        ranked = sorted(self._at_horizon(study, mine, self._fit(study, mine)), key=lambda item: -item[1])
-        return [Recommendation(*item) for item in ranked]
-
-    @staticmethod
-    def _input(study: Study, configuration: Configuration, prompts: int) -> list[float]:
-        return [*(float(value) for value in study.space.encode(configuration)), progress(study.spec, prompts)]
-
-    def _fit(self, study: Study, trials: Sequence[Trial]) -> SingleTaskGP:
-        rows = [
-            (self._input(study, trial.configuration, evaluation.prompts), evaluation)
-            for trial in trials
-            for evaluation in trial.evaluations
-            if evaluation.step > 0
-        ]
-        inputs = torch.tensor([inputs for inputs, _ in rows], dtype=torch.double)
-        scores = torch.tensor([[evaluation.score] for _, evaluation in rows], dtype=torch.double)
-
-        def fit() -> SingleTaskGP:
-            model = SingleTaskGP(inputs, scores)
-            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-            return model
-
-        return _remembered(fit, "paper", inputs, scores)
-
-    def _at_horizon(
-        self, study: Study, trials: Sequence[Trial], model: SingleTaskGP
-    ) -> list[tuple[Configuration, float, float]]:
-        healthy = [
-            trial
-            for trial in trials
-            if trial.evaluations and not any(r.outcome in (Outcome.STOPPED, Outcome.INFEASIBLE) for r in trial.segments)
-        ]
-        pool = healthy or [trial for trial in trials if trial.evaluations]
-        horizon = study.spec.fidelity.horizon_prompts
-        inputs = torch.tensor([self._input(study, trial.configuration, horizon) for trial in pool], dtype=torch.double)
-        with torch.no_grad():
-            posterior = model.posterior(inputs)
-        means, deviations = posterior.mean.squeeze(-1).tolist(), posterior.variance.squeeze(-1).sqrt().tolist()
-        return [(trial.configuration, mean, sd) for trial, mean, sd in zip(pool, means, deviations, strict=True)]
+    around = centres[np.arange(count) % len(centres)]
+    size = 10 ** random.uniform(*scales, size=(count, 1))
+    changed = random.random(around.shape) < max(0.3, 1.5 / around.shape[1])
+    moved: Vector = np.clip(around + changed * random.normal(size=around.shape) * size, 0, 1)
+    return moved

@@ -27,6 +27,9 @@ ZERO_SHARE = 0.15
 SIGNIFICANT_DIGITS = 6
 """Floats are rounded to this many digits, so that what is printed is what was run."""
 
+SAME_CELL = 1e-9
+"""Coordinates of a choice that differ by less than this stand for the same value."""
+
 RANGE_DIGITS = 12
 """Digits of a linear range that coordinates resolve: what lies below is rounding error where the range crosses zero."""
 
@@ -97,6 +100,13 @@ class FloatParameter(_Parameter):
             number = round(self.low + share * width, RANGE_DIGITS - math.ceil(math.log10(width))) + 0.0  # no minus zero
         return min(self.high, max(self.low, float(f"{number:.{SIGNIFICANT_DIGITS}g}")))
 
+    def snap(self, coordinates: Vector) -> Vector:
+        """See `Space.snap`; shape (n, 1)."""
+        if not self.zero:
+            return np.clip(coordinates, 0.0, 1.0)
+        snapped: Vector = np.where(coordinates < ZERO_SHARE, ZERO_SHARE / 2, np.clip(coordinates, 0.0, 1.0))
+        return snapped
+
 
 class IntParameter(_Parameter):
     """An integer in [low, high], both included."""
@@ -134,6 +144,14 @@ class IntParameter(_Parameter):
         position = low + min(1.0, max(0.0, coordinates[0])) * (high - low)
         number = round(math.exp(position) if self.log else position)
         return min(self.high, max(self.low, number))
+
+    def snap(self, coordinates: Vector) -> Vector:
+        """See `Space.snap`; shape (n, 1)."""
+        low, high = self._ends()
+        positions = low + np.clip(coordinates, 0.0, 1.0) * (high - low)
+        numbers = np.clip(np.round(np.exp(positions) if self.log else positions), self.low, self.high)
+        snapped: Vector = ((np.log(numbers) if self.log else numbers) - low) / (high - low)
+        return snapped
 
 
 class ChoiceParameter(_Parameter):
@@ -179,6 +197,14 @@ class ChoiceParameter(_Parameter):
         if self.ordered:
             return self.values[min(len(self.values) - 1, int(max(0.0, coordinates[0]) * len(self.values)))]
         return self.values[int(np.argmax(coordinates))]
+
+    def snap(self, coordinates: Vector) -> Vector:
+        """See `Space.snap`; shape (n, width)."""
+        count = len(self.values)
+        if self.ordered:
+            cells = np.clip(np.floor(coordinates * count), 0, count - 1)
+            return (cells + 0.5) / count
+        return np.eye(count)[coordinates.argmax(-1)]
 
 
 Parameter = Annotated[FloatParameter | IntParameter | ChoiceParameter, Field(discriminator="type")]
@@ -264,6 +290,29 @@ class Space(RootModel[dict[str, Parameter]]):
             if self.active(parameter, configuration):
                 configuration[name] = parameter.decode([float(value) for value in point[coordinates]])
         return configuration
+
+    def snap(self, points: Vector) -> Vector:
+        """Move points to the ones that stand for the same configurations: encode(decode(p)) for many p at once.
+
+        Floats stay as they are (decoding rounds them to six digits, which no distance notices).
+
+        Args:
+            points: Shape (n, dimension), in the unit cube.
+        """
+        snapped = points.copy()
+        slices = self.slices()
+        active: dict[str, NDArray[np.bool_]] = {}
+        for name, parameter in self.root.items():
+            columns = slices[name]
+            active[name] = np.ones(len(points), dtype=bool)
+            for parent, values in parameter.when.items():
+                above = self.root[parent]
+                assert isinstance(above, ChoiceParameter)
+                cells = np.array([above.encode(value) for value in values])
+                holds = (np.abs(snapped[:, None, slices[parent]] - cells).max(-1) < SAME_CELL).any(-1)
+                active[name] &= active[parent] & holds
+            snapped[:, columns] = np.where(active[name][:, None], parameter.snap(points[:, columns]), INACTIVE)
+        return snapped
 
     def restrict(self, configuration: Mapping[str, Value]) -> Configuration:
         """The part of a complete configuration that this space searches."""

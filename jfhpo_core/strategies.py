@@ -66,7 +66,7 @@ ENTRY_POINT_GROUP = "jfhpo.strategies"
 
 STRATEGIES = {
     "jfhpo": "jfhpo_core.optimizer:JointFidelity",
-    "paper": "jfhpo_core.optimizer:PaperStrategy",
+    "paper": "jfhpo_core.paper:PaperStrategy",
     "random": "jfhpo_core.strategies:RandomSearch",
     "gp": "jfhpo_core.peers.gp:Gp",
     "tpe": "jfhpo_core.peers.optuna:Tpe",

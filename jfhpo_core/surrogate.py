@@ -1,20 +1,25 @@
 r"""One Gaussian process over hyperparameters, model size and training progress.
 
-A point is (x, z, t): hyperparameters x in the unit cube, z = log10(parameters / target's parameters) <= 0, and the
-share t of the full horizon. What is modelled is the gain over the untrained model of that size, which is measured,
-so every curve starts at zero:
+A point is a row (x, z, t, trial, study): hyperparameters x in the unit cube, z = log10(parameters / target's
+parameters) <= 0, the share t of the full horizon, the number of the training it belongs to, and the study (0 is this
+one). What is modelled is the gain over the untrained model of that size, which is measured, so every curve starts at
+zero:
 
-    gain(x, z, t) = g(t) [ c + shared(x + beta z) + residual(x, z) + size(z) ],    k_t(t, t') over all of it
+    gain(x, z, t) = g(t) [ c + shared(x + beta z) + residual(x, z) + size(z) + seed(trial) ]
 
-* `g` saturates: g(t) = (1 - exp(-t / tau)) / (1 - exp(-1 / tau)), so g(0) = 0 and g(1) = 1.
+* `g` saturates: g(t) = (1 - exp(-t / tau)) / (1 - exp(-1 / tau)), so g(0) = 0 and g(1) = 1. A Matern-5/2 correlation
+  over t multiplies everything but `seed`, for curves that depart from that shape.
 * `shared` is a Matern-5/2 process common to all sizes. `beta` moves the best learning rate (and what else is marked
   `shifts_with_size`) linearly in log parameters: the scaling that recipes for different sizes show.
 * `residual` and `size` are Wiener processes in -z: nothing at the target, and the further away a model is the more it
   may differ. They make a proxy worth exactly as much as its agreement with larger models has shown.
-* `k_t` is a Matern-5/2 correlation over t, for curves that depart from the saturating shape.
+* `seed` is one deviation for each training. Points with trial = -1 stand for the expectation over seeds.
+* Points of an earlier study are correlated with this one's by a learned factor `relation`.
 
-Every evaluation enters with its own measured standard error; the variance between training seeds is learned on top.
-All parameters have normal priors on their logarithm (beta and c: normal), and are set to the posterior mode.
+Every evaluation enters with its own measured standard error. All parameters have normal priors on their logarithm
+(`beta`, `c` and the logit of `relation`: normal). The model is a small ensemble: the mode of the parameters' posterior
+and draws from its Laplace approximation, so that what the data leave open (above all the shift `beta`) widens the
+predictions.
 
 References:
     The size structure follows the need stated in the JF-HPO paper (proxy-optimal learning rates shift); the kernel
@@ -26,20 +31,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from botorch.models import SingleTaskGP
+from botorch.posteriors.fully_bayesian import GaussianMixturePosterior
 from gpytorch.kernels import Kernel
 from gpytorch.means import Mean
 from scipy.optimize import minimize
+from scipy.stats import norm, qmc
 from torch import Tensor
+
+FIDELITY_COLUMNS = 4
+"""Columns of an input after the hyperparameters: size, progress, trial, study."""
+
+ANY_SEED = -1.0
+"""Value of the trial column that stands for the expectation over training seeds."""
+
+THIS_STUDY = 0.0
 
 JITTER = 1e-6
 """Added to the diagonal of standardized covariances, for a stable Cholesky factor."""
 
-FIT_ITERATIONS = 80
+DRAWS = 4
+"""Members of the ensemble: the mode and DRAWS - 1 draws."""
+
+TRIAL_ITERATIONS = 8
+"""L-BFGS iterations spent on each start before the best one goes on."""
+
+FIT_ITERATIONS = 50
 
 UNUSABLE = 1e10
 """Objective of parameters whose covariance has no Cholesky factor."""
@@ -48,6 +70,9 @@ SQRT5 = math.sqrt(5.0)
 
 SMALLEST_SPREAD = 1e-6
 """Gains that differ from zero by less than this are not standardized."""
+
+BOUND = 4.0
+"""Parameters stay within this many prior deviations of the prior mean."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +91,12 @@ RESIDUAL_STRETCH = Prior(math.log(1.5), 0.5)
 TIME_CONSTANT = Prior(math.log(0.6), 0.6)
 TIME_LENGTHSCALE = Prior(math.log(0.8), 0.6)
 SEED_VARIANCE = Prior(math.log(0.01), 1.0)
-SHIFT = Prior(0.0, 0.12)
+SHIFT = Prior(0.0, 0.15)
 """In units of the unit cube per factor of ten in parameters."""
 
 MEAN_GAIN = Prior(0.0, 1.0)
+RELATION = Prior(1.5, 1.5)
+"""Logit of the correlation with earlier studies; its mean is a correlation of 0.82."""
 
 
 def matern52(distance: Tensor) -> Tensor:
@@ -86,132 +113,149 @@ def distances(first: Tensor, second: Tensor) -> Tensor:
     return squared.clamp_min(1e-12).sqrt()
 
 
-class _Parameters(torch.nn.Module):
-    """Named parameters with normal priors."""
+class JointStructure:
+    """The model's algebra: prior mean and covariance of the standardized gain, given a vector of parameters.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._priors: dict[str, Prior] = {}
+    Every method takes parameters of shape (..., p) and broadcasts over their leading dimensions.
 
-    def add(self, name: str, prior: Prior, size: int = 1) -> None:
-        value = torch.full((size,), prior.mean, dtype=torch.double)
-        self.register_parameter(name, torch.nn.Parameter(value))
-        self._priors[name] = prior
+    Args:
+        dimension: Hyperparameter coordinates d; inputs have d + 4 columns (x, z, t, trial, study).
+        shifting: Coordinates whose best value moves with size.
+    """
 
-    def value(self, name: str) -> Tensor:
-        """The parameter itself."""
-        return self.get_parameter(name)
+    def __init__(self, dimension: int, shifting: Sequence[int]) -> None:
+        self.dimension = dimension
+        self.shifting = list(shifting)
+        priors = {
+            "shared": (SHARED_VARIANCE, 1),
+            "residual": (RESIDUAL_VARIANCE, 1),
+            "size": (SIZE_VARIANCE, 1),
+            "stretch": (RESIDUAL_STRETCH, 1),
+            "tau": (TIME_CONSTANT, 1),
+            "time": (TIME_LENGTHSCALE, 1),
+            "seed": (SEED_VARIANCE, 1),
+            "relation": (RELATION, 1),
+            "gain": (MEAN_GAIN, 1),
+            "shift": (SHIFT, len(self.shifting)),
+            "lengthscales": (LENGTHSCALE, dimension),
+        }
+        self.slices: dict[str, slice] = {}
+        start = 0
+        for name, (_, size) in priors.items():
+            self.slices[name] = slice(start, start + size)
+            start += size
+        self.prior_mean = torch.cat([torch.full((size,), prior.mean) for prior, size in priors.values()]).double()
+        self.prior_deviation = torch.cat(
+            [torch.full((size,), prior.deviation) for prior, size in priors.values()]
+        ).double()
 
-    def scale(self, name: str) -> Tensor:
-        """The exponential of a parameter that is kept as a logarithm."""
-        return self.get_parameter(name).exp()
+    def value(self, parameters: Tensor, name: str) -> Tensor:
+        """A parameter, shape (..., size)."""
+        return parameters[..., self.slices[name]]
 
-    def bounds(self) -> list[tuple[float, float]]:
-        """Search range of every entry: four prior deviations around the prior mean."""
-        return [
-            (prior.mean - 4 * prior.deviation, prior.mean + 4 * prior.deviation)
-            for name, prior in self._priors.items()
-            for _ in range(self.value(name).numel())
-        ]
+    def _scale(self, parameters: Tensor, name: str) -> Tensor:
+        """The exponential of a scalar parameter, shape (..., 1, 1), to multiply covariance matrices with."""
+        return self.value(parameters, name).exp().unsqueeze(-1)
 
-    def log_prior(self) -> Tensor:
-        """Sum of the log densities, constants left out."""
-        total = torch.zeros((), dtype=torch.double)
-        for name, prior in self._priors.items():
-            total = total - ((self.value(name) - prior.mean) / prior.deviation).square().sum() / 2
-        return total
+    def log_prior(self, parameters: Tensor) -> Tensor:
+        """Log density up to a constant, shape (...)."""
+        return -((parameters - self.prior_mean) / self.prior_deviation).square().sum(-1) / 2
+
+    def saturation(self, parameters: Tensor, progress: Tensor) -> Tensor:
+        """g(t), same shape as t (..., n)."""
+        tau = self.value(parameters, "tau").exp()
+        return torch.expm1(-progress / tau) / torch.expm1(-1 / tau)
+
+    def mean(self, parameters: Tensor, inputs: Tensor) -> Tensor:
+        """Prior mean c g(t) at inputs (..., n, d + 4), shape (..., n)."""
+        return self.value(parameters, "gain") * self.saturation(parameters, inputs[..., self.dimension + 1])
+
+    def _shifted(self, parameters: Tensor, inputs: Tensor) -> Tensor:
+        x = inputs[..., : self.dimension]
+        if not self.shifting:
+            return x
+        move = torch.zeros(*parameters.shape[:-1], self.dimension, dtype=x.dtype)
+        move[..., self.shifting] = self.value(parameters, "shift")
+        return x + move.unsqueeze(-2) * inputs[..., self.dimension].unsqueeze(-1)
+
+    def covariance(self, parameters: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Prior covariance of inputs (..., n, d + 4) and (..., m, d + 4), shape (..., n, m)."""
+        d = self.dimension
+        scale = self.value(parameters, "lengthscales").exp().unsqueeze(-2)
+        shared = self._scale(parameters, "shared") * matern52(
+            distances(self._shifted(parameters, first) / scale, self._shifted(parameters, second) / scale)
+        )
+        residual = self._scale(parameters, "residual") * matern52(
+            distances(first[..., :d] / scale, second[..., :d] / scale) / self._scale(parameters, "stretch")
+        )
+        below = torch.minimum(-first[..., d].unsqueeze(-1), -second[..., d].unsqueeze(-2)).clamp_min(0)
+        t1, t2 = first[..., d + 1], second[..., d + 1]
+        over_time = matern52((t1.unsqueeze(-1) - t2.unsqueeze(-2)).abs() / self._scale(parameters, "time"))
+        both = over_time * (shared + below * (residual + self._scale(parameters, "size")))
+        study1, study2 = first[..., d + 3].unsqueeze(-1), second[..., d + 3].unsqueeze(-2)
+        if bool((study1 != study2).any()):
+            relation = torch.sigmoid(self.value(parameters, "relation")).unsqueeze(-1)
+            both = torch.where(study1 == study2, both, both * relation)
+        trial1, trial2 = first[..., d + 2].unsqueeze(-1), second[..., d + 2].unsqueeze(-2)
+        same = (trial1 == trial2) & (trial1 != ANY_SEED) & (study1 == study2)
+        both = both + self._scale(parameters, "seed") * same
+        outer = self.saturation(parameters, t1).unsqueeze(-1) * self.saturation(parameters, t2).unsqueeze(-2)
+        return outer * both
+
+    def variance(self, parameters: Tensor, inputs: Tensor) -> Tensor:
+        """Prior variance, shape (..., n)."""
+        d = self.dimension
+
+        def scale(name: str) -> Tensor:
+            return self.value(parameters, name).exp()
+
+        below = (-inputs[..., d]).clamp_min(0)
+        spread = scale("shared") + below * (scale("residual") + scale("size"))
+        spread = spread + scale("seed") * (inputs[..., d + 2] != ANY_SEED)
+        return self.saturation(parameters, inputs[..., d + 1]).square() * spread
 
 
 class JointFidelityKernel(Kernel):  # type: ignore[misc]
-    """Covariance of the standardized gain; see the module's docstring.
+    """The covariance of a `JointStructure` as a GPyTorch kernel.
 
     Args:
-        dimension: Hyperparameter coordinates d; inputs have d + 2 columns (x, z, t).
-        shifting: Coordinates whose best value moves with size.
+        structure: The algebra.
+        parameters: Shape (p,), or (members, p) for an ensemble.
     """
 
     has_lengthscale = False
 
-    def __init__(self, dimension: int, shifting: Sequence[int]) -> None:
-        super().__init__()
-        self.dimension = dimension
-        self.shifting = list(shifting)
-        self.parameters_ = _Parameters()
-        for name, prior in (
-            ("shared", SHARED_VARIANCE),
-            ("residual", RESIDUAL_VARIANCE),
-            ("size", SIZE_VARIANCE),
-            ("stretch", RESIDUAL_STRETCH),
-            ("tau", TIME_CONSTANT),
-            ("time", TIME_LENGTHSCALE),
-            ("seed", SEED_VARIANCE),
-        ):
-            self.parameters_.add(name, prior)
-        self.parameters_.add("lengthscales", LENGTHSCALE, dimension)
-        if self.shifting:
-            self.parameters_.add("shift", SHIFT, len(self.shifting))
-
-    def saturation(self, progress: Tensor) -> Tensor:
-        """g(t), same shape as t."""
-        tau = self.parameters_.scale("tau")
-        return torch.expm1(-progress / tau) / torch.expm1(-1 / tau)
-
-    def seed_variance(self, inputs: Tensor) -> Tensor:
-        """Variance between training seeds at inputs (..., n, d + 2), shape (..., n)."""
-        return self.parameters_.scale("seed") * self.saturation(inputs[..., -1]).square()
-
-    def _shifted(self, inputs: Tensor) -> Tensor:
-        x = inputs[..., : self.dimension]
-        if not self.shifting:
-            return x
-        move = torch.zeros(self.dimension, dtype=x.dtype).index_put(
-            (torch.tensor(self.shifting),), self.parameters_.value("shift")
-        )
-        return x + move * inputs[..., self.dimension].unsqueeze(-1)
+    def __init__(self, structure: JointStructure, parameters: Tensor) -> None:
+        super().__init__(batch_shape=parameters.shape[:-1])
+        self.structure = structure
+        self.register_buffer("parameters_", parameters)
 
     def forward(self, x1: Tensor, x2: Tensor, diag: bool = False, **params: Any) -> Tensor:
         """Covariance matrix (..., n, m), or its diagonal (..., n)."""
         if diag:
-            return self.variance(x1)
-        values, scale = self.parameters_, self.parameters_.scale("lengthscales")
-        shared = values.scale("shared") * matern52(distances(self._shifted(x1) / scale, self._shifted(x2) / scale))
-        first, second = x1[..., : self.dimension] / scale, x2[..., : self.dimension] / scale
-        residual = values.scale("residual") * matern52(distances(first, second) / values.scale("stretch"))
-        below = torch.minimum(-x1[..., self.dimension].unsqueeze(-1), -x2[..., self.dimension].unsqueeze(-2))
-        t1, t2 = x1[..., -1], x2[..., -1]
-        over_time = matern52((t1.unsqueeze(-1) - t2.unsqueeze(-2)).abs() / values.scale("time"))
-        outer = self.saturation(t1).unsqueeze(-1) * self.saturation(t2).unsqueeze(-2)
-        return outer * over_time * (shared + below.clamp_min(0) * (residual + values.scale("size")))
-
-    def variance(self, inputs: Tensor) -> Tensor:
-        """Prior variance, shape (..., n)."""
-        values = self.parameters_
-        below = -inputs[..., self.dimension]
-        spread = values.scale("shared") + below.clamp_min(0) * (values.scale("residual") + values.scale("size"))
-        return self.saturation(inputs[..., -1]).square() * spread
+            return self.structure.variance(self.parameters_, x1)
+        return self.structure.covariance(self.parameters_, x1, x2)
 
 
 class SaturatingMean(Mean):  # type: ignore[misc]
-    """Mean gain c g(t)."""
+    """The prior mean of a `JointStructure` as a GPyTorch mean."""
 
-    def __init__(self, kernel: JointFidelityKernel) -> None:
+    def __init__(self, structure: JointStructure, parameters: Tensor) -> None:
         super().__init__()
-        self.parameters_ = _Parameters()
-        self.parameters_.add("gain", MEAN_GAIN)
-        # Held in a tuple so that torch does not register the kernel as a part of the mean.
-        self._kernel = (kernel,)
+        self.structure = structure
+        self.register_buffer("parameters_", parameters)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mean at inputs (..., n, d + 2), shape (..., n)."""
-        return self.parameters_.value("gain") * self._kernel[0].saturation(x[..., -1])
+        """Mean at inputs (..., n, d + 4), shape (..., n)."""
+        return self.structure.mean(self.parameters_, x)
 
 
 @dataclass(frozen=True)
 class Observations:
-    """What the surrogate learns from.
+    """What the surrogate learns from, in the order in which it became known.
 
     Attributes:
-        inputs: (x, z, t), shape (n, d + 2), double.
+        inputs: (x, z, t, trial, study), shape (n, d + 4), double.
         gains: Score minus the untrained model's score, shape (n,).
         variances: Squared standard errors of the scores, shape (n,).
     """
@@ -220,163 +264,241 @@ class Observations:
     gains: Tensor
     variances: Tensor
 
+    def __len__(self) -> int:
+        return len(self.gains)
+
+    @property
+    def spread(self) -> float:
+        """Root mean square of the gains, by which they are standardized; 1 if they are all about zero."""
+        spread = float(self.gains.square().mean().sqrt()) if len(self) else 0.0
+        return spread if spread > SMALLEST_SPREAD else 1.0
+
+
+def log_posterior(structure: JointStructure, parameters: Tensor, data: Observations) -> Tensor | None:
+    """Log marginal likelihood of the standardized gains plus log prior, up to a constant; scalar.
+
+    None if the covariance has no Cholesky factor.
+    """
+    scale = data.spread
+    covariance = structure.covariance(parameters, data.inputs, data.inputs)
+    noise = data.variances / scale**2 + JITTER
+    factor, failed = torch.linalg.cholesky_ex(covariance + torch.diag(noise))
+    if failed.item():
+        return None
+    residual = (data.gains / scale - structure.mean(parameters, data.inputs)).unsqueeze(-1)
+    white = torch.linalg.solve_triangular(factor, residual, upper=False)
+    likelihood: Tensor = -white.square().sum() / 2 - factor.diagonal().log().sum()
+    return likelihood + structure.log_prior(parameters)
+
+
+def fit_parameters(structure: JointStructure, data: Observations, draws: int = DRAWS) -> Tensor:
+    """The mode of the parameters' posterior and draws from its Laplace approximation.
+
+    Args:
+        structure: The algebra.
+        data: At least one observation.
+        draws: Rows wanted, the mode included.
+
+    Returns:
+        Shape (m, p) with m <= draws (draws without a usable covariance are left out); the mode comes first.
+    """
+
+    def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        parameters = torch.from_numpy(vector).requires_grad_()
+        posterior = log_posterior(structure, parameters, data)
+        if posterior is None:
+            return UNUSABLE, np.zeros_like(vector)
+        (gradient,) = torch.autograd.grad(-posterior, parameters)
+        return -posterior.item(), gradient.numpy()
+
+    def descend(start: np.ndarray, iterations: int) -> Any:
+        options = {"maxiter": iterations, "ftol": 1e-6}
+        return minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+
+    mean, deviation = structure.prior_mean.numpy(), structure.prior_deviation.numpy()
+    bounds = list(zip(mean - BOUND * deviation, mean + BOUND * deviation, strict=True))
+    starts = [mean]
+    if structure.shifting and float(data.inputs[:, structure.dimension].std(correction=0)) > 0:
+        # The posterior of the shift may have several modes: one start on each side.
+        for side in (-1.0, 1.0):
+            start = mean.copy()
+            start[structure.slices["shift"]] += side * SHIFT.deviation
+            starts.append(start)
+        starts = [min((descend(start, TRIAL_ITERATIONS) for start in starts), key=lambda result: result.fun).x]
+    result = descend(starts[0], FIT_ITERATIONS)
+    mode = torch.from_numpy(result.x if result.fun < UNUSABLE else mean)
+    return torch.cat([mode.unsqueeze(0), _laplace_draws(structure, data, mode, draws - 1)])
+
+
+def _laplace_draws(structure: JointStructure, data: Observations, mode: Tensor, count: int) -> Tensor:
+    """Quasi-random draws from the normal approximation at the mode, shape (at most `count`, p)."""
+    if count < 1 or log_posterior(structure, mode, data) is None:
+        return mode.new_empty(0, len(mode))
+
+    def loss(parameters: Tensor) -> Tensor:
+        posterior = log_posterior(structure, parameters, data)
+        assert posterior is not None
+        return -posterior
+
+    precision: Tensor = torch.autograd.functional.hessian(loss, mode)  # type: ignore[no-untyped-call]
+    # Along no direction is the posterior taken to be wider than the prior.
+    unit = torch.diag(structure.prior_deviation)
+    values, vectors = torch.linalg.eigh(unit @ (precision + precision.T) @ unit / 2)
+    nodes = norm.ppf(qmc.Sobol(len(mode), rng=np.random.default_rng(0)).random(2 ** math.ceil(math.log2(count + 1))))
+    scaled = torch.from_numpy(np.clip(nodes[:count], -2, 2)) / values.clamp_min(1.0).sqrt()
+    low, high = (structure.prior_mean + side * BOUND * structure.prior_deviation for side in (-1, 1))
+    draws = (mode + scaled @ vectors.T @ unit).clamp(low, high)
+    usable = [draw for draw in draws if log_posterior(structure, draw, data) is not None]
+    return torch.stack(usable) if usable else mode.new_empty(0, len(mode))
+
 
 class JointSurrogate(SingleTaskGP):  # type: ignore[misc]
-    """A BoTorch model with the joint kernel, fitted to the posterior mode of its parameters.
+    """A BoTorch model with the joint kernel; with several parameter vectors, an ensemble of them.
 
     Its targets are gains divided by `scale`; `posterior` and the moments below are in those units too, so that
     BoTorch's own acquisition functions see a standardized model. `gain_moments` returns score units.
 
     Args:
         observations: At least one.
-        shifting: Coordinates whose best value moves with size.
+        structure: The algebra.
+        parameters: From `fit_parameters`, shape (members, p).
+        scale: By which the gains are divided; that of the observations which the parameters were fitted to.
     """
 
-    def __init__(self, observations: Observations, shifting: Sequence[int]) -> None:
-        gains = observations.gains
-        spread = float(gains.square().mean().sqrt()) if len(gains) else 0.0
-        scale = spread if spread > SMALLEST_SPREAD else 1.0
-        kernel = JointFidelityKernel(observations.inputs.shape[-1] - 2, shifting)
+    def __init__(self, observations: Observations, structure: JointStructure, parameters: Tensor, scale: float) -> None:
+        members = len(parameters)
+        shape = (members, 1, 1) if members > 1 else (1, 1)
+        held = parameters if members > 1 else parameters[0]
         super().__init__(
-            train_X=observations.inputs,
-            train_Y=(gains / scale).unsqueeze(-1),
-            train_Yvar=(observations.variances / scale**2).unsqueeze(-1),
-            covar_module=kernel,
-            mean_module=SaturatingMean(kernel),
+            train_X=observations.inputs.repeat(shape),
+            train_Y=(observations.gains / scale).unsqueeze(-1).repeat(shape),
+            train_Yvar=(observations.variances / scale**2 + JITTER).unsqueeze(-1).repeat(shape),
+            covar_module=JointFidelityKernel(structure, held),
+            mean_module=SaturatingMean(structure, held),
             outcome_transform=None,
         )
-        self.scale = scale
-        self.measured_variances = observations.variances / scale**2
-        self.kernel = kernel
-
-    def fit(self) -> JointSurrogate:
-        """Set the parameters to their posterior mode (L-BFGS from the prior means) and return the model."""
-        modules = (self.kernel.parameters_, self.mean_module.parameters_)
-        parameters = [parameter for module in modules for parameter in module.parameters()]
-        bounds = [bound for module in modules for bound in module.bounds()]
-        shapes = [parameter.numel() for parameter in parameters]
-
-        def assign(vector: np.ndarray) -> None:
-            with torch.no_grad():
-                for parameter, part in zip(parameters, torch.split(torch.from_numpy(vector), shapes), strict=True):
-                    parameter.copy_(part)
-
-        def objective(vector: np.ndarray) -> tuple[float, np.ndarray]:
-            assign(vector)
-            posterior = self.log_posterior()
-            if posterior is None:
-                return UNUSABLE, np.zeros_like(vector)
-            loss = -posterior / len(self.train_targets)
-            gradients = torch.autograd.grad(loss, parameters)
-            return loss.item(), np.concatenate([gradient.numpy().ravel() for gradient in gradients])
-
-        start = np.concatenate([parameter.detach().numpy().ravel() for parameter in parameters])
-        result = minimize(
-            objective,
-            start,
-            jac=True,
-            method="L-BFGS-B",
-            bounds=bounds,
-            options={"maxiter": FIT_ITERATIONS, "ftol": 1e-6},
-        )
-        assign(result.x if result.fun < UNUSABLE else start)
-        # The learned seed variance joins the measured one as the model's fixed observation noise.
-        with torch.no_grad():
-            self.likelihood.noise_covar.noise = self.noise_variances()
+        self._is_ensemble = members > 1
+        self.observations, self.structure, self.parameter_draws, self.scale = observations, structure, parameters, scale
         self.eval()
-        return self
 
-    def noise_variances(self) -> Tensor:
-        """Observation noise of the training data: measured plus between seeds, shape (n,)."""
-        inputs = self.train_inputs[0]
-        return self.measured_variances + self.kernel.seed_variance(inputs)
+    def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: N803  BoTorch's name
+        """BoTorch's posterior at inputs (..., q, d + 4); of an ensemble, the mixture over its members."""
+        if not self._is_ensemble:
+            return super().posterior(X, *args, **kwargs)
+        posterior = super().posterior(X.unsqueeze(-3), *args, **kwargs)
+        return GaussianMixturePosterior(distribution=posterior.distribution)
 
-    def log_posterior(self) -> Tensor | None:
-        """Log marginal likelihood plus log prior of the current parameters (up to a constant).
-
-        None if the covariance has no Cholesky factor.
-        """
-        inputs, targets = self.train_inputs[0], self.train_targets
-        covariance = self.kernel.forward(inputs, inputs)
-        noise = self.noise_variances() + JITTER
-        factor, failed = torch.linalg.cholesky_ex(covariance + torch.diag(noise))
-        if failed.item():
-            return None
-        residual = (targets - self.mean_module(inputs)).unsqueeze(-1)
-        white = torch.linalg.solve_triangular(factor, residual, upper=False)
-        likelihood: Tensor = -white.square().sum() / 2 - factor.diagonal().log().sum()
-        prior: Tensor = self.kernel.parameters_.log_prior() + self.mean_module.parameters_.log_prior()
-        return likelihood + prior
-
-    def moments(self, pending: Tensor | None = None, pending_variances: Tensor | None = None) -> Moments:
-        """Posterior moments in standardized units.
+    def moments(self, pending: Tensor | None = None, pending_variance: float = 0.0) -> Moments:
+        """Posterior moments in standardized units, per member.
 
         Trainings that are still running count as if they had returned what is expected of them, which leaves the mean
         as it is and takes away the variance that they will take away.
 
         Args:
-            pending: Inputs of the running trainings, shape (p, d + 2).
-            pending_variances: Their measurement variances, shape (p,).
+            pending: Inputs of the running trainings, shape (p, d + 4).
+            pending_variance: Measurement variance of their evaluations in score units.
         """
-        with torch.no_grad():
-            inputs, targets, noise = self.train_inputs[0], self.train_targets, self.noise_variances()
-            moments = Moments(self.kernel, self.mean_module, inputs, targets, noise)
-            if pending is None or pending_variances is None or len(pending) == 0:
-                return moments
-            believed = moments.mean(pending)
-            extra = pending_variances + self.kernel.seed_variance(pending)
-            return Moments(
-                self.kernel,
-                self.mean_module,
-                torch.cat([inputs, pending]),
-                torch.cat([targets, believed]),
-                torch.cat([noise, extra]),
-            )
+        data, scale = self.observations, self.scale
+        targets = (data.gains / scale).expand(len(self.parameter_draws), -1)
+        noise = data.variances / scale**2
+        moments = Moments(self.structure, self.parameter_draws, data.inputs, targets, noise)
+        if pending is None or len(pending) == 0:
+            return moments
+        return Moments(
+            self.structure,
+            self.parameter_draws,
+            torch.cat([data.inputs, pending]),
+            torch.cat([targets, moments.at(pending).mean], dim=-1),
+            torch.cat([noise, torch.full((len(pending),), pending_variance / scale**2, dtype=noise.dtype)]),
+        )
 
     def gain_moments(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of the noise-free gain in score units, each of shape (n,)."""
-        moments = self.moments()
-        return moments.mean(inputs) * self.scale, moments.variance(inputs).sqrt() * self.scale
+        found = self.moments().at(inputs)
+        means, deviations = found.mixture()
+        return means * self.scale, deviations * self.scale
+
+
+@lru_cache(maxsize=4)
+def _remembered_parameters(dimension: int, shifting: tuple[int, ...], data: bytes, draws: int) -> Tensor:
+    """`fit_parameters` for observations given as bytes: saves repeated fits, changes nothing."""
+    columns = dimension + FIDELITY_COLUMNS + 2
+    table = torch.from_numpy(np.frombuffer(data).reshape(-1, columns).copy())
+    observations = Observations(table[:, :-2].contiguous(), table[:, -2], table[:, -1])
+    return fit_parameters(JointStructure(dimension, shifting), observations, draws)
+
+
+def fitted_surrogate(
+    observations: Observations, basis: Observations, dimension: int, shifting: Sequence[int], draws: int = DRAWS
+) -> JointSurrogate:
+    """A surrogate conditioned on observations, its parameters fitted to a part of them.
+
+    Args:
+        observations: What is known.
+        basis: What the parameters are fitted to; the same basis costs one fit in a process.
+        dimension: Hyperparameter coordinates.
+        shifting: Coordinates whose best value moves with size.
+        draws: Members of the ensemble.
+    """
+    table = torch.cat([basis.inputs, basis.gains.unsqueeze(-1), basis.variances.unsqueeze(-1)], dim=-1)
+    parameters = _remembered_parameters(dimension, tuple(shifting), table.numpy().tobytes(), draws)
+    return JointSurrogate(observations, JointStructure(dimension, shifting), parameters, basis.spread)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Posterior at some inputs, for every member.
+
+    Attributes:
+        inputs: Shape (m, d + 4).
+        mean: Shape (members, m).
+        variance: Of the noise-free gain, shape (members, m).
+        white: Cross-covariance with the data, whitened, shape (members, n, m).
+    """
+
+    inputs: Tensor
+    mean: Tensor
+    variance: Tensor
+    white: Tensor
+
+    def mixture(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation over the ensemble, each of shape (m,)."""
+        mean = self.mean.mean(0)
+        return mean, (self.variance.mean(0) + self.mean.var(0, correction=0)).sqrt()
 
 
 class Moments:
-    """Posterior mean and covariances, by one Cholesky factor of the training covariance.
+    """Posterior means and covariances, by one Cholesky factor of the training covariance for each member.
 
     Args:
-        kernel: Covariance function.
-        mean: Prior mean function.
-        inputs: Training inputs, shape (n, d + 2).
-        targets: Shape (n,).
+        structure: The algebra.
+        parameters: Shape (members, p).
+        inputs: Training inputs, shape (n, d + 4).
+        targets: Standardized, shape (members, n).
         noise: Observation variances, shape (n,).
     """
 
-    def __init__(self, kernel: JointFidelityKernel, mean: Mean, inputs: Tensor, targets: Tensor, noise: Tensor) -> None:
-        self._kernel, self._inputs = kernel, inputs
-        self._mean: Callable[[Tensor], Tensor] = mean
+    def __init__(
+        self, structure: JointStructure, parameters: Tensor, inputs: Tensor, targets: Tensor, noise: Tensor
+    ) -> None:
+        self._inputs = inputs
+        self._covariance: Callable[[Tensor, Tensor], Tensor] = lambda a, b: structure.covariance(parameters, a, b)
+        self._variance: Callable[[Tensor], Tensor] = lambda a: structure.variance(parameters, a)
+        self._mean: Callable[[Tensor], Tensor] = lambda a: structure.mean(parameters, a)
         with torch.no_grad():
-            covariance = kernel.forward(inputs, inputs) + torch.diag(noise + JITTER)
-            self._factor = torch.linalg.cholesky(covariance)
-            residual = (targets - mean(inputs)).unsqueeze(-1)
-            self._weights = torch.cholesky_solve(residual, self._factor)
+            self._factor = torch.linalg.cholesky(self._covariance(inputs, inputs) + torch.diag(noise + JITTER))
+            residual = (targets - self._mean(inputs)).unsqueeze(-1)
+            self._weights = torch.linalg.solve_triangular(self._factor, residual, upper=False)
 
     @torch.no_grad()
-    def mean(self, inputs: Tensor) -> Tensor:
-        """Posterior mean, shape (m,)."""
-        cross = self._kernel.forward(inputs, self._inputs)
-        return self._mean(inputs) + (cross @ self._weights).squeeze(-1)
+    def at(self, inputs: Tensor) -> Predicted:
+        """Posterior at inputs of shape (m, d + 4)."""
+        white = torch.linalg.solve_triangular(self._factor, self._covariance(self._inputs, inputs), upper=False)
+        mean = self._mean(inputs) + (white * self._weights).sum(-2)
+        variance = (self._variance(inputs) - white.square().sum(-2)).clamp_min(1e-12)
+        return Predicted(inputs, mean, variance, white)
 
     @torch.no_grad()
-    def variance(self, inputs: Tensor) -> Tensor:
-        """Posterior variance of the noise-free gain, shape (m,)."""
-        white = self._whiten(inputs)
-        return (self._kernel.variance(inputs) - white.square().sum(0)).clamp_min(1e-12)
-
-    @torch.no_grad()
-    def covariance(self, first: Tensor, second: Tensor) -> Tensor:
-        """Posterior covariance between two sets of inputs, shape (m, k)."""
-        return self._kernel.forward(first, second) - self._whiten(first).T @ self._whiten(second)
-
-    def _whiten(self, inputs: Tensor) -> Tensor:
-        cross = self._kernel.forward(self._inputs, inputs)
-        white: Tensor = torch.linalg.solve_triangular(self._factor, cross, upper=False)
-        return white
+    def covariance(self, first: Predicted, second: Predicted) -> Tensor:
+        """Posterior covariance between two sets of inputs, shape (members, m, k)."""
+        return self._covariance(first.inputs, second.inputs) - first.white.transpose(-1, -2) @ second.white

@@ -7,7 +7,7 @@ from typing import Any
 
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.study import Study, resolve
-from jfhpo_core.trial import Evaluation, Outcome, Segment, SegmentResult, StepRecord, Suggestion
+from jfhpo_core.trial import Configuration, Evaluation, Outcome, Segment, SegmentResult, StepRecord, Suggestion, Trial
 
 BECAUSE = Suggestion(source="test", explanation="the test asks for it")
 
@@ -79,7 +79,7 @@ def result(index: int, start: int, end: int, **changes: Any) -> SegmentResult:
     """The result of a segment that reached its end after 10 seconds."""
     return SegmentResult.model_validate(
         {
-            "segment": segment(index, start, end),
+            "segment": segment(index, start, max(1, end)),
             "outcome": Outcome.REACHED,
             "end_step": end,
             "end_prompts": 16 * end,
@@ -87,3 +87,17 @@ def result(index: int, start: int, end: int, **changes: Any) -> SegmentResult:
             **changes,
         }
     )
+
+
+def trained(
+    study: Study, configuration: Configuration, model: str, scores: list[float], number: int = 0, **changes: Any
+) -> Trial:
+    """A trial after one segment, with these scores at step 0 and at the first rungs; changes go to its result."""
+    trial = study.new_trial(number, configuration, model, 0)
+    levels = [0, *study.spec.fidelity.levels][: len(scores)]
+    evaluations = tuple(
+        evaluation(level // trial.prompts_per_step, score) for level, score in zip(levels, scores, strict=True)
+    )
+    end = evaluations[-1].step if evaluations else 0
+    change = {"evaluations": evaluations, "seconds": 20.0, "committed": number + 1, **changes}
+    return trial.model_copy(update={"segments": (result(0, 0, end, **change),)})

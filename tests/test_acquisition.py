@@ -1,4 +1,4 @@
-"""The knowledge gradient against closed forms and against simulation."""
+"""The knowledge gradient against closed forms, against simulation and against BoTorch's own."""
 
 from __future__ import annotations
 
@@ -7,30 +7,46 @@ import math
 import numpy as np
 import pytest
 import torch
+from botorch.acquisition.knowledge_gradient import qMultiFidelityKnowledgeGradient
+from botorch.sampling import SobolQMCNormalSampler
 from scipy.stats import norm
 
 from jfhpo_core.acquisition import (
+    NetCostUtility,
     TargetKnowledgeGradient,
     expected_improvement,
     knowledge_gradient,
     normal_nodes,
 )
-from jfhpo_core.surrogate import JointSurrogate, Moments, Observations
+from jfhpo_core.surrogate import ANY_SEED, JointSurrogate, Moments, Observations, fitted_surrogate
+
+NEW_TRIAL = 99.0
+MEASUREMENT = 4e-4
 
 
-def surrogate(seed: int = 0) -> JointSurrogate:
+def surrogate(seed: int = 0, dimension: int = 2, draws: int = 1) -> JointSurrogate:
     random = np.random.default_rng(seed)
-    inputs = np.column_stack(
-        [random.random((20, 2)), -random.choice([0.0, 0.8], 20), random.choice([0.2, 0.6, 1.0], 20)]
+    x, size = random.random((20, dimension)), -random.choice([0.0, 0.8], 20)
+    share = random.choice([0.2, 0.6, 1.0], 20)
+    inputs = torch.tensor(np.column_stack([x, size, share, np.arange(20), np.zeros(20)]))
+    gains = torch.tensor(0.5 * np.exp(-((x[:, 0] - 0.4) ** 2) / 0.05) * share)
+    data = Observations(inputs, gains, torch.full((20,), MEASUREMENT, dtype=torch.double))
+    return fitted_surrogate(data, data, dimension, [0], draws)
+
+
+def at_target(x: np.ndarray) -> torch.Tensor:
+    count = len(x)
+    return torch.tensor(
+        np.column_stack([x, np.zeros(count), np.ones(count), np.full(count, ANY_SEED), np.zeros(count)])
     )
-    gains = 0.5 * np.exp(-((inputs[:, 0] - 0.4) ** 2) / 0.05) * inputs[:, -1]
-    noise = torch.full((20,), 4e-4, dtype=torch.double)
-    return JointSurrogate(Observations(torch.tensor(inputs), torch.tensor(gains), noise), [0]).fit()
 
 
 def target_points(count: int = 30) -> torch.Tensor:
-    x = np.random.default_rng(1).random((count, 2))
-    return torch.tensor(np.column_stack([x, np.zeros(count), np.ones(count)]))
+    return at_target(np.random.default_rng(1).random((count, 2)))
+
+
+def candidates(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor([[*row, NEW_TRIAL, 0.0] for row in rows], dtype=torch.double)
 
 
 def test_nodes_have_the_moments_of_the_standard_normal() -> None:
@@ -66,41 +82,108 @@ def test_an_observation_that_moves_all_means_alike_is_worth_nothing() -> None:
 def test_the_acquisition_agrees_with_refitting_on_fantasies() -> None:
     """Simulate the observation, condition a fresh posterior on it, and average the rise of the best mean."""
     model, targets = surrogate(), target_points()
-    candidate = torch.tensor([[0.45, 0.5, -0.8, 1.0]], dtype=torch.double)
-    acquisition = TargetKnowledgeGradient(model, targets, 4e-4)
-    with torch.no_grad():
-        value = float(acquisition(candidate.unsqueeze(-2)))
-        moments = model.moments()
-        noise = acquisition.variance + model.kernel.seed_variance(candidate)
-        mean, deviation = moments.mean(candidate), (moments.variance(candidate) + noise).sqrt()
-        best = moments.mean(targets).max()
-        rises = []
-        for node in normal_nodes(64):
-            train, gains = model.train_inputs[0], model.train_targets
-            conditioned = Moments(
-                model.kernel,
-                model.mean_module,
-                torch.cat([train, candidate]),
-                torch.cat([gains, mean + node * deviation]),
-                torch.cat([model.noise_variances(), noise]),
-            )
-            rises.append(float(conditioned.mean(targets).max() - best))
+    candidate = candidates([0.45, 0.5, -0.8, 1.0])
+    acquisition = TargetKnowledgeGradient(model, targets, MEASUREMENT)
+    value = float(acquisition(candidate.unsqueeze(-2)))
+    data, variance = model.observations, MEASUREMENT / model.scale**2
+    believed = model.moments().at(candidate)
+    best = model.moments().at(targets).mean.max()
+    rises = []
+    for node in normal_nodes(64):
+        seen = believed.mean + node * (believed.variance + variance).sqrt()
+        conditioned = Moments(
+            model.structure,
+            model.parameter_draws,
+            torch.cat([data.inputs, candidate]),
+            torch.cat([(data.gains / model.scale).unsqueeze(0), seen], dim=1),
+            torch.cat([data.variances / model.scale**2, torch.full((1,), variance, dtype=torch.double)]),
+        )
+        rises.append(float(conditioned.at(targets).mean.max() - best))
     assert value == pytest.approx(sum(rises) / len(rises) * model.scale, rel=0.05, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_it_agrees_with_botorchs_stock_multi_fidelity_knowledge_gradient() -> None:
+    """One hyperparameter: our fine grid of target points against BoTorch's inner optimization over fantasies."""
+    model = surrogate(dimension=1)
+    grid = at_target(np.linspace(0, 1, 201)[:, None])
+    rows = candidates([0.2, 0.0, 1.0], [0.6, 0.0, 1.0], [0.3, -0.8, 1.0], [0.45, -0.8, 0.2], [0.9, 0.0, 0.6])
+    ours = TargetKnowledgeGradient(model, grid, MEASUREMENT)(rows.unsqueeze(-2)).numpy()
+
+    def project(points: torch.Tensor) -> torch.Tensor:
+        projected = points.clone()
+        projected[..., 1:] = grid[0, 1:]
+        return projected
+
+    with torch.no_grad():
+        current = model.posterior(grid).mean.max()
+    stock = qMultiFidelityKnowledgeGradient(
+        model,
+        num_fantasies=64,
+        sampler=SobolQMCNormalSampler(torch.Size([64]), seed=1),
+        current_value=current,
+        project=project,
+    )
+    bounds = torch.stack([grid[0], grid[-1]])
+    torch.manual_seed(0)
+    theirs = np.array(
+        [
+            float(stock.evaluate(row.view(1, 1, -1), bounds=bounds, num_restarts=4, raw_samples=64)) * model.scale
+            for row in rows
+        ]
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=0.15, atol=3e-5)
+    assert ours.argmax() == theirs.argmax()
+
+
+def test_an_ensemble_averages_its_members() -> None:
+    model, targets = surrogate(draws=4), target_points()
+    rows = candidates([0.45, 0.5, 0.0, 1.0], [0.2, 0.1, -0.8, 0.6])
+    together = TargetKnowledgeGradient(model, targets, MEASUREMENT)(rows.unsqueeze(-2))
+    single = [
+        TargetKnowledgeGradient(
+            JointSurrogate(model.observations, model.structure, member.unsqueeze(0), model.scale), targets, MEASUREMENT
+        )(rows.unsqueeze(-2))
+        for member in model.parameter_draws
+    ]
+    np.testing.assert_allclose(together.numpy(), torch.stack(single).mean(0).numpy(), rtol=1e-6)
+
+
+def test_a_target_that_cannot_be_trained_is_not_worth_learning_about() -> None:
+    model, targets = surrogate(), target_points()
+    row = candidates([0.45, 0.5, 0.0, 1.0]).unsqueeze(-2)
+    certain = TargetKnowledgeGradient(model, targets, MEASUREMENT)(row)
+    doomed = TargetKnowledgeGradient(model, targets, MEASUREMENT, torch.zeros(30, dtype=torch.double))(row)
+    assert float(certain) > 0
+    assert float(doomed) == 0
+
+
+def test_the_utility_divides_by_the_net_price() -> None:
+    model, targets = surrogate(), target_points()
+    rows = candidates([0.45, 0.5, 0.0, 1.0], [0.2, 0.1, -0.8, 0.6]).unsqueeze(-2)
+    plain = TargetKnowledgeGradient(model, targets, MEASUREMENT)(rows)
+    price = torch.tensor([50.0, 4.0], dtype=torch.double)
+    utility = NetCostUtility(lambda _: price)
+    weighed = TargetKnowledgeGradient(model, targets, MEASUREMENT, utility=utility)(rows)
+    np.testing.assert_allclose(weighed.numpy(), (plain / price).numpy())
 
 
 def test_a_pending_copy_makes_the_same_training_worth_less() -> None:
     model, targets = surrogate(), target_points()
-    candidate = torch.tensor([[0.45, 0.5, 0.0, 1.0]], dtype=torch.double)
-    alone = TargetKnowledgeGradient(model, targets, 4e-4)(candidate.unsqueeze(-2))
-    again = TargetKnowledgeGradient(model, targets, 4e-4, pending=candidate)(candidate.unsqueeze(-2))
+    candidate = candidates([0.45, 0.5, 0.0, 1.0])
+    running = candidate.clone()
+    running[0, 4] = NEW_TRIAL + 1
+    alone = TargetKnowledgeGradient(model, targets, MEASUREMENT)(candidate.unsqueeze(-2))
+    again = TargetKnowledgeGradient(model, targets, MEASUREMENT, pending=running)(candidate.unsqueeze(-2))
     assert float(again) < float(alone)
 
 
 def test_a_longer_training_tells_more_about_the_target() -> None:
     model, targets = surrogate(), target_points()
-    acquisition = TargetKnowledgeGradient(model, targets, 4e-4)
-    rows = [[0.42, 0.5, 0.0, 1.0], [0.42, 0.5, 0.0, 0.2]]
-    full, short = acquisition(torch.tensor(rows, dtype=torch.double).unsqueeze(-2)).tolist()
+    acquisition = TargetKnowledgeGradient(model, targets, MEASUREMENT)
+    rows = candidates([0.42, 0.5, 0.0, 1.0], [0.42, 0.5, 0.0, 0.2])
+    full, short = acquisition(rows.unsqueeze(-2)).tolist()
     assert full > short
 
 

@@ -10,22 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from jfhpo_core import optimizer
+from jfhpo_core import optimizer, surrogate
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.ledger import MemoryLedger
-from jfhpo_core.optimizer import Feasibility, JointFidelity, PaperStrategy, observe
+from jfhpo_core.optimizer import JointFidelity
+from jfhpo_core.paper import PaperStrategy
 from jfhpo_core.search import SearchResult, call_seed, run_search
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.strategies import load_strategy
 from jfhpo_core.study import Study, resolve
 from jfhpo_core.trainers.simulated import study_surface, true_score
 from jfhpo_core.trial import (
-    Evaluation,
-    FailureKind,
-    Outcome,
-    SegmentResult,
     Suggestion,
-    Trial,
     TrialState,
     committed_seconds,
 )
@@ -62,34 +58,6 @@ def true_final(result: SearchResult) -> float:
     assert result.recommended is not None
     study = result.study
     return true_score(study_surface(study.spec), study.complete(result.recommended.configuration), 1.0, 1.0)
-
-
-def finished(study: Study, configuration: dict[str, Any], model: str, scores: list[float], **changes: Any) -> Trial:
-    """A trial with evaluations at step 0 and the first rungs."""
-    trial = study.new_trial(0, configuration, model, 0)
-    levels = (0, *study.spec.fidelity.levels)
-    evaluations = tuple(
-        Evaluation(
-            step=level // trial.prompts_per_step,
-            prompts=level,
-            score=score,
-            standard_error=0.02,
-            samples=512,
-            seconds=1.0,
-        )
-        for level, score in zip(levels, scores, strict=False)
-    )
-    last = evaluations[-1] if evaluations else None
-    segment = study.next_segment(trial, levels[max(1, len(scores) - 1)], NO_REASON)
-    result = SegmentResult(
-        segment=segment,
-        outcome=Outcome.REACHED,
-        end_step=last.step if last else 0,
-        end_prompts=last.prompts if last else 0,
-        evaluations=evaluations,
-        seconds=20.0,
-    ).model_copy(update=changes)
-    return trial.model_copy(update={"segments": (result,)})
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +102,8 @@ def test_suggestions_are_a_pure_function_of_the_ledger(tmp_path: Path, name: str
     trials = [trial for trial in completed.trials if trial.number < 20]
     seed = call_seed(study, trials)
     first = load_strategy(study).suggest(study, trials, 300.0, seed)
-    optimizer._fitted.clear()
+    optimizer._formed.clear()
+    surrogate._remembered_parameters.cache_clear()
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002  the global state must not matter
     second = load_strategy(study).suggest(study, trials, 300.0, seed)
@@ -164,65 +133,6 @@ def test_nothing_is_suggested_that_does_not_fit_the_remaining_budget(tmp_path: P
     assert affordable is not None
     assert affordable.suggestion.expected_cost_seconds is not None
     assert affordable.suggestion.expected_cost_seconds <= 12.0
-
-
-def test_gains_are_measured_from_the_untrained_model_of_that_size(tmp_path: Path) -> None:
-    study = simulated(tmp_path)
-    configuration = study.space.decode([0.5] * study.space.dimension)
-    trials = [
-        finished(study, configuration, "small", [0.1, 0.3]),
-        finished(study, configuration, "large", [0.2, 0.5, 0.6]),
-    ]
-    data = observe(study, trials)
-    torch.testing.assert_close(data.gains, torch.tensor([0.2, 0.3, 0.4], dtype=torch.double))
-    assert data.inputs[:, -1].tolist() == pytest.approx([0.2, 0.2, 0.4])
-    assert data.inputs[0, -2].item() == pytest.approx(np.log10(1 / 6))
-    assert data.inputs[1, -2].item() == 0.0
-    torch.testing.assert_close(data.variances, torch.full((3,), 4e-4, dtype=torch.double))
-
-
-def test_a_stopped_trial_contributes_what_was_measured_and_nothing_else(tmp_path: Path) -> None:
-    study = simulated(tmp_path)
-    configuration = study.space.decode([0.5] * study.space.dimension)
-    trial = finished(study, configuration, "small", [0.1, 0.05], outcome=Outcome.STOPPED)
-    assert trial.state is TrialState.STOPPED
-    assert observe(study, [trial]).gains.tolist() == pytest.approx([-0.05])
-
-
-def test_thinning_keeps_the_last_evaluation_of_every_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = simulated(tmp_path)
-    monkeypatch.setattr(optimizer, "MAX_OBSERVATIONS", 25)
-    random = np.random.default_rng(0)
-    trials = [
-        finished(study, study.space.decode(random.random(study.space.dimension)), "small", [0.1, 0.2, 0.3, 0.9])
-        for _ in range(20)
-    ]
-    data = observe(study, trials)
-    assert len(data.gains) == 25
-    assert int((data.gains > 0.7).sum()) == 20
-
-
-def test_baselines_inside_the_space_are_learned_from_and_others_are_not(tmp_path: Path) -> None:
-    study = simulated(tmp_path)
-    inside = finished(study, {"learning_rate": 1e-4}, "large", [0.1, 0.4])
-    outside = finished(study, {"learning_rate": 1e-6}, "large", [0.1, 0.4])
-    assert len(observe(study, [inside]).gains) == 1
-    assert len(observe(study, [outside]).gains) == 0
-
-
-def test_infeasible_configurations_lower_the_probability_nearby_only(tmp_path: Path) -> None:
-    study = simulated(tmp_path)
-    low, high = [0.1] * study.space.dimension, [0.9] * study.space.dimension
-    good = finished(study, study.space.decode(low), "large", [0.1, 0.3])
-    bad = finished(
-        study, study.space.decode(high), "large", [], outcome=Outcome.INFEASIBLE, failure=FailureKind.OUT_OF_MEMORY
-    )
-    near = lambda point: torch.tensor([[*point, 0.0, 1.0]], dtype=torch.double)  # noqa: E731
-    both = Feasibility.fit(study, [good, bad])
-    coordinates = [study.space.encode(study.space.decode(point)).tolist() for point in (low, high)]
-    assert both.probability(near(coordinates[0])).item() > 0.9
-    assert both.probability(near(coordinates[1])).item() < 0.5
-    assert Feasibility.fit(study, [good]).probability(near(coordinates[1])).item() == 1.0
 
 
 def test_a_study_in_which_everything_fails_ends_without_a_recommendation(tmp_path: Path) -> None:

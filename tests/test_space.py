@@ -318,3 +318,21 @@ def test_configurations_outside_the_space_are_refused(changes: dict[str, Any], m
 def test_an_incomplete_configuration_is_refused() -> None:
     with pytest.raises(ValueError, match="the configuration lacks scheduler"):
         CONDITIONAL.encode({"loss": "grpo"})
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 10_000))
+def test_snapping_many_points_is_decoding_and_encoding_each(data: st.DataObject, seed: int) -> None:
+    space = Space.model_validate(
+        {
+            "method": {"type": "choice", "values": ["a", "b", "c"]},
+            "updates": {"type": "choice", "values": [1, 2, 4], "when": {"method": ["b", "c"]}},
+            "clip": {"type": "float", "low": 0.1, "high": 0.4, "when": {"updates": [2, 4]}},
+            "rate": {"type": "float", "low": 1e-6, "high": 1e-3, "log": True, "zero": True},
+            "count": {"type": "int", "low": 1, "high": 9, "log": data.draw(st.booleans())},
+            "kind": {"type": "choice", "values": ["x", "y"]},
+        }
+    )
+    points = np.random.default_rng(seed).random((20, space.dimension))
+    expected = [space.encode(space.decode(point)) for point in points]
+    np.testing.assert_allclose(space.snap(points), expected, atol=1e-5)

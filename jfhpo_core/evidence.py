@@ -1,0 +1,188 @@
+"""What a study's trials say to its models: observations for the surrogate, verdicts for the feasibility classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jfhpo_core.fidelity import progress
+from jfhpo_core.study import Study, base_scores
+from jfhpo_core.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations
+from jfhpo_core.trial import Configuration, Evaluation, Outcome, Trial, TrialState
+
+MAX_OBSERVATIONS = 400
+"""Beyond this, evaluations in the middle of curves are thinned out; the last one of each trial stays."""
+
+CURVE_POINTS = 4
+"""Evaluations of one curve that are used: the last one and others at about equal distances."""
+
+COIN_VARIANCE = 0.25
+"""Of a score of 0 or 1, before anything is measured."""
+
+ASSUMED_PROMPTS = 1000
+"""Held-out prompts where a study uses all of its own and none has been scored yet."""
+
+
+def point(
+    study: Study,
+    configuration: Configuration,
+    model: str,
+    prompts: int,
+    trial: float = ANY_SEED,
+    belongs_to: float = THIS_STUDY,
+) -> list[float]:
+    """Surrogate input (x, z, t, trial, study) of a searched configuration."""
+    return [
+        *(float(value) for value in study.space.encode(configuration)),
+        study.ladder.size_coordinate(model),
+        progress(study.spec, prompts),
+        float(trial),
+        belongs_to,
+    ]
+
+
+def searched_configuration(study: Study, trial: Trial) -> Configuration | None:
+    """The trial's configuration within the search space; None if it lies outside (a baseline may)."""
+    configuration = study.space.restrict(study.complete(trial.configuration))
+    try:
+        study.space.encode(configuration)
+    except ValueError:
+        return None
+    return configuration
+
+
+def _used(study: Study, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Configuration]]:
+    """Trials that are learned from: all but the random-search comparison and those outside the space."""
+    for trial in trials:
+        if trial.purpose != "random-search":
+            configuration = searched_configuration(study, trial)
+            if configuration is not None:
+                yield trial, configuration
+
+
+@dataclass(frozen=True)
+class _Row:
+    inputs: list[float]
+    gain: float
+    variance: float
+    order: tuple[int, int, int]
+    last: bool
+
+
+def observe(study: Study, trials: Sequence[Trial]) -> Observations:
+    """Evaluations as observations of the gain over the untrained model, in the order in which they were committed.
+
+    Of a training that a rule stopped, what was measured before the stop counts; the score at which it was stopped is
+    a verdict on its feasibility (`verdicts`) and no point of its curve.
+    """
+    bases = base_scores(trials)
+    rows: list[_Row] = []
+    for trial, configuration in _used(study, trials):
+        base = bases.get(trial.model, min(bases.values(), default=0.0))
+        healthy = healthy_evaluations(trial)
+        kept = _spread(healthy)
+        rows += [
+            _Row(
+                point(study, configuration, trial.model, evaluation.prompts, trial.number),
+                evaluation.score - base,
+                evaluation.standard_error**2,
+                (_rank(trial, evaluation), trial.number, evaluation.step),
+                evaluation is healthy[-1],
+            )
+            for evaluation in kept
+        ]
+    rows.sort(key=lambda row: row.order)
+    if len(rows) > MAX_OBSERVATIONS:
+        middle = [index for index, row in enumerate(rows) if not row.last]
+        room = max(0, MAX_OBSERVATIONS - (len(rows) - len(middle)))
+        chosen = {middle[int(i)] for i in np.linspace(0, len(middle) - 1, room)} if room else set()
+        rows = [row for index, row in enumerate(rows) if row.last or index in chosen]
+    width = study.space.dimension + FIDELITY_COLUMNS
+    return Observations(
+        torch.tensor([row.inputs for row in rows], dtype=torch.double).reshape(-1, width),
+        torch.tensor([row.gain for row in rows], dtype=torch.double),
+        torch.tensor([row.variance for row in rows], dtype=torch.double),
+    )
+
+
+def healthy_evaluations(trial: Trial) -> list[Evaluation]:
+    """Evaluations of the trained model, without the one taken when a rule stopped the training."""
+    trained = [evaluation for evaluation in trial.evaluations if evaluation.step > 0]
+    if trial.segments and trial.segments[-1].outcome is Outcome.STOPPED:
+        return [evaluation for evaluation in trained if evaluation.step < trial.segments[-1].end_step]
+    return trained
+
+
+def _spread(evaluations: list[Evaluation]) -> list[Evaluation]:
+    """At most `CURVE_POINTS` of a curve's evaluations, the last one among them."""
+    if len(evaluations) <= CURVE_POINTS:
+        return evaluations
+    places = np.linspace(len(evaluations) - 1, 0, CURVE_POINTS, endpoint=False)
+    return [evaluations[round(place)] for place in reversed(places)]
+
+
+def _rank(trial: Trial, evaluation: Evaluation) -> int:
+    """Rank of the commit that brought an evaluation."""
+    return next(result.committed for result in trial.segments if evaluation in result.evaluations)
+
+
+def as_of(trials: Sequence[Trial], commits: int) -> list[Trial]:
+    """The trials as they stood after the first so many commits of the study."""
+    known = []
+    for trial in trials:
+        segments = tuple(result for result in trial.segments if result.committed <= commits)
+        if segments:
+            known.append(trial.model_copy(update={"segments": segments, "open_segment": None}))
+    return known
+
+
+def verdicts(study: Study, trials: Sequence[Trial]) -> tuple[Tensor, Tensor]:
+    """Which trainings came to a good end so far.
+
+    Returns:
+        (x, z) of shape (n, d + 1), and 1 or 0 of shape (n,): 0 if the training failed or a rule stopped it. Trainings
+        that were lost to infrastructure say nothing.
+    """
+    rows, labels = [], []
+    for trial, configuration in _used(study, trials):
+        if trial.segments and trial.segments[-1].outcome is not Outcome.LOST:
+            rows.append(point(study, configuration, trial.model, 0)[: -FIDELITY_COLUMNS + 1])
+            labels.append(float(trial.segments[-1].outcome is Outcome.REACHED))
+    width = study.space.dimension + 1
+    return torch.tensor(rows, dtype=torch.double).reshape(-1, width), torch.tensor(labels, dtype=torch.double)
+
+
+def running_points(study: Study, trials: Sequence[Trial]) -> Tensor | None:
+    """Where the running segments will be evaluated at their end; None if nothing runs."""
+    rows = [
+        point(study, configuration, trial.model, trial.open_segment.stop_step * trial.prompts_per_step, trial.number)
+        for trial, configuration in _used(study, trials)
+        if trial.open_segment is not None
+    ]
+    return torch.tensor(rows, dtype=torch.double) if rows else None
+
+
+def target_base(study: Study, trials: Sequence[Trial]) -> float:
+    """Score of the untrained target; before it is measured, that of the largest model measured."""
+    bases = base_scores(trials)
+    names = [model.name for model in study.ladder.models if model.name in bases]
+    return bases[names[-1]] if names else 0.0
+
+
+def measurement_variance(study: Study, trials: Sequence[Trial]) -> float:
+    """Variance of an evaluation's score: the mean of those measured so far; a coin's before there is one."""
+    evaluations = [evaluation for trial in trials for evaluation in trial.evaluations if evaluation.step > 0]
+    if not evaluations:
+        return COIN_VARIANCE / (
+            (study.spec.evaluation.prompts or ASSUMED_PROMPTS) * study.spec.evaluation.samples_per_prompt
+        )
+    return sum(evaluation.standard_error**2 for evaluation in evaluations) / len(evaluations)
+
+
+def is_extendable(trial: Trial) -> bool:
+    """Whether the trial has a checkpoint to continue from, and nothing speaks against it."""
+    return trial.state is TrialState.PAUSED
