@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +293,9 @@ LANDSCAPES: dict[str, Callable[[int], Problem]] = {
     "table-arithmetic": partial(_table, "arithmetic"),
 }
 """Every landscape by name."""
+
+
+@lru_cache(maxsize=32)
+def load_problem(landscape: str, seed: int) -> Problem:
+    """A landscape's instance, remembered in this process: to find its best score takes a second."""
+    return LANDSCAPES[landscape](seed)

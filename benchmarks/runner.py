@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from benchmarks import store
-from benchmarks.landscapes import LANDSCAPES, Problem
+from benchmarks.landscapes import LANDSCAPES, Problem, load_problem
 from benchmarks.store import Result
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.ledger import MemoryLedger
@@ -36,6 +36,9 @@ SHARED = ("errors", "fidelity", "space", "spec", "strategies", "study", "trial")
 """Modules of jfhpo_core that say what a study is: a change to them does not make a strategy another one."""
 
 NICENESS = 10
+
+MEMORY = Path("/dev/shm")
+"""Where checkpoints go if the system has it: on a disk, flushing them takes longer than the simulated trainings."""
 
 Answer = TypeVar("Answer")
 
@@ -96,8 +99,8 @@ def run_one(strategy: str, settings: Mapping[str, Any], landscape: str, seed: in
         seed: Of the landscape's instance, the search and the trainings.
         label: Name under which the result is reported; None: the strategy's.
     """
-    problem = LANDSCAPES[landscape](seed)
-    with tempfile.TemporaryDirectory(prefix="jfhpo-benchmark-") as workspace:
+    problem = load_problem(landscape, seed)
+    with tempfile.TemporaryDirectory(prefix="jfhpo-benchmark-", dir=MEMORY if MEMORY.is_dir() else None) as workspace:
         study = problem.study(Path(workspace), strategy, settings)
         timed = Timed(load_strategy(study))
         result = run_search(study, MemoryLedger(), InlineDispatcher(1, trainer=problem.trainer), strategy=timed)
@@ -226,7 +229,7 @@ def stamp(strategy: str, settings: Mapping[str, Any], landscape: str, seed: int)
 @cache
 def _source_digest(strategy: str) -> str:
     """Hash of the class of a strategy and of the modules of jfhpo_core that it is built from, directly or not."""
-    problem = next(iter(LANDSCAPES.values()))(0)
+    problem = load_problem(next(iter(LANDSCAPES)), 0)
     kind = type(load_strategy(problem.study(Path("unused"), strategy)))
     found, queue = set[str](), [kind.__module__]
     while queue:
@@ -242,7 +245,7 @@ def _source_digest(strategy: str) -> str:
 @cache
 def _fingerprint(landscape: str, seed: int) -> str:
     """Hash of a landscape's study and of the true scores of a few configurations on every model."""
-    problem = LANDSCAPES[landscape](seed)
+    problem = load_problem(landscape, seed)
     study = problem.study(Path("unused"))
     scores = [
         round(problem.true_score(item, model.name), 9)
