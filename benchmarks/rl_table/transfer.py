@@ -211,9 +211,10 @@ def _page(tables: Mapping[str, Table]) -> str:
     return f"""# Transfer: what small models and short runs say
 
 Measured on the recorded table of real trainings (`benchmarks/rl_table/data`) by
-`python -m benchmarks.rl_table transfer`. Compared are {_counts(tables)}, each on all
-sizes; the target is `{target}` at full length. A score is a held-out accuracy; a training that collapsed keeps its last
-one. Intervals: 95 %, bootstrap over configurations.
+`python -m benchmarks.rl_table transfer`. Compared are
+{_counts(tables)}, each on all sizes; the target is `{target}` at full
+length. A score is a held-out accuracy; a training that collapsed keeps its last one. Intervals: 95 %, bootstrap over
+configurations.
 
 Each pair is compared over all configurations, over those that end above the base model on the dearer side, and over
 the top quarter of the dearer side. The first is flattered by trainings that collapse or stand still on either side; the
