@@ -202,7 +202,7 @@ class ChoiceParameter(_Parameter):
         """See `Space.snap`; shape (n, width)."""
         count = len(self.values)
         if self.ordered:
-            cells = np.clip(np.floor(coordinates * count), 0, count - 1)
+            cells: Vector = np.clip(np.floor(coordinates * count), 0, count - 1)
             return (cells + 0.5) / count
         return np.eye(count)[coordinates.argmax(-1)]
 
