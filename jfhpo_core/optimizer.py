@@ -62,6 +62,7 @@ class Candidate:
     Attributes:
         start_prompts: What the checkpoint to continue from has consumed; 0 for a new trial.
         trial: Number of the trial that it continues or would be.
+        seed: Training seed; None: the first of the study's.
     """
 
     configuration: Configuration
@@ -69,6 +70,7 @@ class Candidate:
     start_prompts: int
     stop_prompts: int
     trial: int
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,9 @@ class JointFidelity:
         local: Candidates picked from the neighbourhood of the best ones.
         known: Best known configurations that are candidates for models they have not seen.
         continued: Best known configurations whose paused trainings are candidates for continuation.
+        replicated: Of the best configurations, so many may get a further training seed on the target.
+        stop_gain: The search ends early when the best candidate, scaled to the cost of a full training on the target,
+            is expected to raise the final score by less than this. 0: it spends its budget.
         target_share: Of what the search has spent, at least this share goes to the target once the initial design is
             complete: a guard against a cheap proxy that the model trusts too much.
         patience_seconds: Wall-clock cap of a suggestion. Once it is exceeded the next cheaper way of choosing is
@@ -165,6 +170,8 @@ class JointFidelity:
     local: int = 24
     known: int = 8
     continued: int = 24
+    replicated: int = 4
+    stop_gain: float = 5e-4
     target_share: float = 0.3
     patience_seconds: float = 60.0
 
@@ -204,15 +211,19 @@ class JointFidelity:
         if gains is None:
             source, gains = "expected-improvement", self._expected_improvement(beliefs, candidates, targets)
         gains = gains * beliefs.probability(inputs)
-        best = int(NetCostUtility(lambda _: seconds)(inputs, gains).argmax())
+        worth = NetCostUtility(lambda _: seconds)(inputs, gains)
+        best = int(worth.argmax())
         chosen = candidates[best]
-        verb = "continue" if chosen.start_prompts else "train"
         gain, cost = float(gains[best]), float(seconds[best])
+        if self._is_converged(study, trials, costs, chosen.configuration, float(worth[best])):
+            return None
+        verb = "train another seed" if chosen.seed is not None else "continue" if chosen.start_prompts else "train"
         return Proposal(
             chosen.configuration,
             chosen.model,
             chosen.stop_prompts,
-            Suggestion(
+            seed=chosen.seed,
+            suggestion=Suggestion(
                 source=f"jfhpo/{source}",
                 explanation=f"{verb} on {chosen.model} to {progress(study.spec, chosen.stop_prompts):.0%}: "
                 f"should raise the best expected target score by {gain:.4f} for {cost:.1f} device-seconds, "
@@ -233,21 +244,47 @@ class JointFidelity:
             for configuration, gain, deviation in self._ranked(trials, beliefs)
         ]
 
+    def _is_converged(
+        self, study: Study, trials: Sequence[Trial], costs: CostModel, configuration: Configuration, worth: float
+    ) -> bool:
+        """Whether what a full training on the target costs is no longer expected to gain `stop_gain`.
+
+        Args:
+            study: The study.
+            trials: Its trials.
+            costs: Fitted to them.
+            configuration: Whose full training is the yardstick.
+            worth: Expected gain per device-second of the best candidate.
+        """
+        if not self._finished(study, trials):
+            return False
+        target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
+        return worth * costs.estimate(configuration, target, 0, horizon).seconds < self.stop_gain
+
+    @staticmethod
+    def _finished(study: Study, trials: Sequence[Trial]) -> list[Trial]:
+        """Trials of the search that reached the full horizon on the target."""
+        return [
+            trial
+            for trial in trials
+            if trial.purpose == "search" and trial.model == study.ladder.target.name and trial.final is not None
+        ]
+
     def _promotion(
         self, study: Study, trials: Sequence[Trial], beliefs: Beliefs, priced: Sequence[tuple[Candidate, float]]
     ) -> Proposal | None:
         """The full training on the target with the highest expected improvement; None if none is affordable."""
         target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
-        full = [(item, cost) for item, cost in priced if item.model == target and item.stop_prompts == horizon]
+        full = [
+            (item, cost)
+            for item, cost in priced
+            if item.model == target and item.stop_prompts == horizon and item.seed is None
+        ]
         if not full:
             return None
         inputs = beliefs.at_target(item.configuration for item, _ in full)
         means, deviations = beliefs.surrogate.gain_moments(inputs)
-        finished = [
-            trial.configuration
-            for trial in trials
-            if trial.purpose == "search" and trial.model == target and trial.final is not None
-        ]
+        finished = [trial.configuration for trial in self._finished(study, trials)]
         secured = float(beliefs.expected(beliefs.at_target(finished))[0].max()) if finished else 0.0
         gains = beliefs.probability(inputs) * expected_improvement(means, deviations, secured)
         best = int(gains.argmax())
@@ -418,6 +455,23 @@ class JointFidelity:
                 if (key, model) not in seen
                 for level in _spread(levels)
             ]
+        return candidates + self._replicates(study, trials, ranked)
+
+    def _replicates(
+        self, study: Study, trials: Sequence[Trial], ranked: Sequence[tuple[Configuration, float, float]]
+    ) -> list[Candidate]:
+        """Another seed, on the target at full length, of the best configurations that have finished there.
+
+        Their seeds begin above those of the final comparison, which must not be looked at before.
+        """
+        finished = self._finished(study, trials)
+        target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
+        candidates = []
+        for configuration, _, _ in ranked[: self.replicated]:
+            mine = [trial for trial in finished if trial.configuration == configuration]
+            if mine:
+                seed = max(*study.spec.seeds.training, *(trial.seed for trial in mine), -1) + 1
+                candidates.append(Candidate(configuration, target, 0, horizon, len(trials), seed))
         return candidates
 
     def _new(

@@ -274,7 +274,8 @@ def _full_length(
 
 
 def _step(study: Study, trials: Sequence[Trial], proposal: Proposal, phase: Phase, purpose: Purpose = "search") -> Step:
-    new = study.new_trial(len(trials), proposal.configuration, proposal.model, study.spec.seeds.training[0], purpose)
+    seed = study.spec.seeds.training[0] if proposal.seed is None else proposal.seed
+    new = study.new_trial(len(trials), proposal.configuration, proposal.model, seed, purpose)
     trial = next((trial for trial in trials if trial.key == new.key), new)
     return Step(phase, trial, study.next_segment(trial, proposal.stop_prompts, proposal.suggestion))
 

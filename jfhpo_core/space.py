@@ -202,8 +202,8 @@ class ChoiceParameter(_Parameter):
         """See `Space.snap`; shape (n, width)."""
         count = len(self.values)
         if self.ordered:
-            cells: Vector = np.clip(np.floor(coordinates * count), 0, count - 1)
-            return (cells + 0.5) / count
+            centres: Vector = (np.clip(np.floor(coordinates * count), 0, count - 1) + 0.5) / count
+            return centres
         return np.eye(count)[coordinates.argmax(-1)]
 
 

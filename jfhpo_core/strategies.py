@@ -18,12 +18,17 @@ from jfhpo_core.trial import Configuration, Suggestion, Trial, configuration_key
 
 @dataclass(frozen=True)
 class Proposal:
-    """Train this configuration on this model up to this rung; a known trial is continued."""
+    """Train this configuration on this model up to this rung; a known trial is continued.
+
+    Attributes:
+        seed: Training seed; None: the first of the study's.
+    """
 
     configuration: Configuration
     model: str
     stop_prompts: int
     suggestion: Suggestion
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
