@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks import analysis, runner
 from benchmarks.analysis import GRID, Interval, Results
@@ -192,9 +193,11 @@ def draw(evidence: Evidence, panels: dict[str, list[str]], columns: int) -> Figu
         axis.set_title(title, fontsize=9, loc="left")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.supxlabel("cost, in full trainings of the target", fontsize=8)
-    figure.supylabel("mean regret of the incumbent", fontsize=8)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, frameon=False)
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel("cost, in trainings of the target")
+    for axis in axes[::columns]:
+        axis.set_ylabel("mean regret")
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=7, frameon=False)
     return figure
 
 
@@ -214,6 +217,8 @@ def _panel(axis: Axes, evidence: Evidence, landscapes: Sequence[str]) -> dict[st
         if mine:
             axis.fill_between(costs, low[::EVERY], high[::EVERY], color=colour, alpha=0.15, linewidth=0)
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set_xlim(0, TRAININGS)
     return dict(reversed(lines.items()))
