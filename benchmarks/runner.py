@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from linear_operator.utils.warnings import NumericalWarning
 
 from benchmarks import store
 from benchmarks.landscapes import LANDSCAPES, Problem, load_problem
@@ -208,6 +210,7 @@ def run(
 
 
 def _prepare_worker() -> None:
+    warnings.simplefilter("ignore", NumericalWarning)  # of BoTorch's models: hundreds of lines between the results
     os.nice(NICENESS)
     torch.set_num_threads(1)
 
