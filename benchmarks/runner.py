@@ -25,12 +25,13 @@ from linear_operator.utils.warnings import NumericalWarning
 from benchmarks import store
 from benchmarks.landscapes import LANDSCAPES, Problem, load_problem
 from benchmarks.store import Result
+from jfhpo_core.cost import CostModel
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.search import run_search
 from jfhpo_core.strategies import Proposal, Recommendation, Strategy, fresh_configurations, load_strategy
 from jfhpo_core.study import Study
-from jfhpo_core.trial import Outcome, SegmentResult, Trial, canonical_json
+from jfhpo_core.trial import Configuration, Outcome, SegmentResult, Trial, canonical_json, spent_seconds
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,8 +61,20 @@ class Run:
     label: str
 
 
+@dataclass(frozen=True)
+class Delivery:
+    """What a search would deliver if it ended now: the configuration that its strategy ranks first.
+
+    Attributes:
+        seconds: Spent so far, and what is missing to a full training of it on the target.
+    """
+
+    seconds: float
+    configuration: Configuration
+
+
 class Timed:
-    """A strategy whose CPU seconds are counted, those of `rank` included: the search asks for it with every suggestion.
+    """A strategy that is watched: its CPU seconds (the search asks for `rank` with every suggestion) and deliveries.
 
     Args:
         inner: The strategy.
@@ -73,6 +86,7 @@ class Timed:
         self.inner = inner
         self.seconds = 0.0
         self.suggestions = 0
+        self.deliveries: list[Delivery] = []
 
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
@@ -81,7 +95,10 @@ class Timed:
 
     def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
         """See `Strategy.rank`."""
-        return self._time(lambda: self.inner.rank(study, trials))
+        ranked = self._time(lambda: self.inner.rank(study, trials))
+        if ranked:
+            self.deliveries.append(delivery(study, trials, ranked[0].configuration))
+        return ranked
 
     def _time(self, call: Callable[[], Answer]) -> Answer:
         began = time.process_time()
@@ -120,7 +137,7 @@ def run_one(strategy: str, settings: Mapping[str, Any], landscape: str, seed: in
         budget_seconds=study.spec.budget.device_seconds,
         training_seconds=problem.training_seconds,
         spent_seconds=round(result.spent_seconds, 1),
-        trace=trace(problem, study, done),
+        trace=trace(problem, timed.deliveries),
         recommended_score=round(
             problem.true_score(result.recommended.configuration) if result.recommended else default, 5
         ),
@@ -137,26 +154,34 @@ def in_order(trials: Sequence[Trial]) -> list[tuple[Trial, SegmentResult]]:
     return sorted(pairs, key=lambda pair: pair[1].committed)
 
 
-def trace(
-    problem: Problem, study: Study, done: Sequence[tuple[Trial, SegmentResult]]
-) -> tuple[tuple[float, float], ...]:
-    """The incumbent's true score against seconds spent; see `Result` for the rule.
+def delivery(study: Study, trials: Sequence[Trial], configuration: Configuration) -> Delivery:
+    """What it takes to deliver a configuration trained to full length on the target."""
+    target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
+    spent = spent_seconds(trials)
+    mine = [
+        trial
+        for trial in trials
+        if trial.purpose == "search" and trial.model == target and trial.configuration == configuration
+    ]
+    if any(trial.final is not None for trial in mine):
+        return Delivery(spent, configuration)
+    done = max((trial.step * trial.prompts_per_step for trial in mine if trial.checkpoint is not None), default=0)
+    missing = CostModel.fit(study, trials).estimate(configuration, target, done, horizon).seconds
+    return Delivery(spent + missing, configuration)
+
+
+def trace(problem: Problem, deliveries: Sequence[Delivery]) -> tuple[tuple[float, float], ...]:
+    """The incumbent's true score against seconds; see `Result` for the rule.
 
     Args:
         problem: Knows the true scores.
-        study: What was searched.
-        done: Segments in the order of commitment.
+        deliveries: In the order of the search.
     """
     points = [(0.0, round(problem.true_score(problem.default), 5))]
-    spent, best_observed = 0.0, float("-inf")
-    for trial, segment in done:
-        spent += segment.charge_seconds
-        final = trial.final
-        if trial.model != study.ladder.target.name or final is None or segment.end_step < trial.total_steps:
-            continue
-        if final.score > best_observed:
-            best_observed = final.score
-            points.append((round(spent, 1), round(problem.true_score(trial.configuration), 5)))
+    for item in sorted(deliveries, key=lambda item: item.seconds):
+        point = (round(item.seconds, 1), round(problem.true_score(item.configuration), 5))
+        if point[1] != points[-1][1]:
+            points.append(point)
     return tuple(points)
 
 

@@ -20,6 +20,12 @@ MAX_OBSERVATIONS = 400
 CURVE_POINTS = 4
 """Evaluations of one curve that are used: the last one and others at about equal distances."""
 
+EXACT_REFITS = 12
+"""Up to this many commits the parameters are fitted anew at every one."""
+
+REFIT_GROWTH = 0.1
+"""Beyond, they are fitted anew whenever the number of commits has grown by this share."""
+
 COIN_VARIANCE = 0.25
 """Of a score of 0 or 1, before anything is measured."""
 
@@ -84,7 +90,7 @@ def observe(study: Study, trials: Sequence[Trial]) -> Observations:
     for trial, configuration in _used(study, trials):
         base = bases.get(trial.model, min(bases.values(), default=0.0))
         healthy = healthy_evaluations(trial)
-        kept = _spread(healthy)
+        kept = thinned(healthy)
         rows += [
             _Row(
                 point(study, configuration, trial.model, evaluation.prompts, trial.number),
@@ -117,7 +123,7 @@ def healthy_evaluations(trial: Trial) -> list[Evaluation]:
     return trained
 
 
-def _spread(evaluations: list[Evaluation]) -> list[Evaluation]:
+def thinned(evaluations: list[Evaluation]) -> list[Evaluation]:
     """At most `CURVE_POINTS` of a curve's evaluations, the last one among them."""
     if len(evaluations) <= CURVE_POINTS:
         return evaluations
@@ -138,6 +144,17 @@ def as_of(trials: Sequence[Trial], commits: int) -> list[Trial]:
         if segments:
             known.append(trial.model_copy(update={"segments": segments, "open_segment": None}))
     return known
+
+
+def milestone(commits: int) -> int:
+    """The number of commits, at most the given one, whose observations the parameters are fitted to.
+
+    Between milestones new observations only condition the model: a pure function of the ledger that saves most fits.
+    """
+    reached = min(commits, EXACT_REFITS)
+    while (following := reached + max(1, round(REFIT_GROWTH * reached))) <= commits:
+        reached = following
+    return reached
 
 
 def verdicts(study: Study, trials: Sequence[Trial]) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from jfhpo_core.evidence import (
     as_of,
     is_extendable,
     measurement_variance,
+    milestone,
     observe,
     point,
     running_points,
@@ -42,12 +43,6 @@ from jfhpo_core.surrogate import FIDELITY_COLUMNS, THIS_STUDY, JointSurrogate, f
 from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, committed_seconds, configuration_key
 
 logger = logging.getLogger(__name__)
-
-EXACT_REFITS = 12
-"""Up to this many commits the parameters are fitted anew at every one."""
-
-REFIT_GROWTH = 0.1
-"""Beyond, they are fitted anew whenever the number of commits has grown by this share."""
 
 CANDIDATE_LEVELS = 4
 """Rungs at which each candidate is considered: its next ones thinned to this many, the full horizon among them."""
@@ -130,23 +125,15 @@ _formed: list[tuple[Study, list[Trial], Beliefs | None]] = []
 """What was last believed in this process, and from which trials: the search asks twice. Saves time, changes nothing."""
 
 
-def milestone(commits: int) -> int:
-    """The number of commits, at most the given one, whose observations the parameters are fitted to.
-
-    Between milestones new observations only condition the model: a pure function of the ledger that saves most fits.
-    """
-    reached = min(commits, EXACT_REFITS)
-    while (following := reached + max(1, round(REFIT_GROWTH * reached))) <= commits:
-        reached = following
-    return reached
-
-
 @dataclass(frozen=True)
 class JointFidelity:
     """The strategy `jfhpo`.
 
     Attributes:
         initial_trials: Sobol configurations in the initial design; None: one more than the space has coordinates.
+        choice: Sobol points of which the initial design takes the one nearest to the user's expectations, if there are
+            any.
+        expectation_trials: Trials after which the user's expectations begin to fade.
         anchors: Configurations of the initial design that are also trained on each larger model.
         pool: New Sobol configurations from which candidates are picked by what the model expects of them.
         fresh: Candidates picked from the pool.
@@ -157,13 +144,16 @@ class JointFidelity:
         stop_gain: The search ends early when the best candidate, scaled to the cost of a full training on the target,
             is expected to raise the final score by less than this. 0: it spends its budget.
         target_share: Of what the search has spent, at least this share goes to the target once the initial design is
-            complete: a guard against a cheap proxy that the model trusts too much.
+            complete: a guard against a cheap proxy that the model trusts too much. It grows to the share of the
+            target's variance that the largest proxy does not explain.
         patience_seconds: Wall-clock cap of a suggestion. Once it is exceeded the next cheaper way of choosing is
             taken; which one chose is in the suggestion's source.
     """
 
     name: ClassVar[str] = "jfhpo"
     initial_trials: int | None = None
+    choice: int = 8
+    expectation_trials: int = 10
     anchors: int = 1
     pool: int = 512
     fresh: int = 24
@@ -195,8 +185,9 @@ class JointFidelity:
         priced = [(item, cost) for item, cost in priced if cost <= remaining_seconds]
         if not priced:
             return None
-        if self._target_is_due(study, trials):
-            promotion = self._promotion(study, trials, beliefs, priced)
+        share = self._wanted_share(beliefs)
+        if self._target_is_due(study, trials, share):
+            promotion = self._promotion(study, trials, beliefs, priced, share)
             if promotion is not None:
                 return promotion
         candidates = [item for item, _ in priced]
@@ -210,7 +201,7 @@ class JointFidelity:
             gains = self._knowledge_gradient(study, trials, beliefs, inputs, targets)
         if gains is None:
             source, gains = "expected-improvement", self._expected_improvement(beliefs, candidates, targets)
-        gains = gains * beliefs.probability(inputs)
+        gains = gains * beliefs.probability(inputs) * self._expectation(study, trials, inputs)
         worth = NetCostUtility(lambda _: seconds)(inputs, gains)
         best = int(worth.argmax())
         chosen = candidates[best]
@@ -244,6 +235,24 @@ class JointFidelity:
             for configuration, gain, deviation in self._ranked(trials, beliefs)
         ]
 
+    def _expectation(self, study: Study, trials: Sequence[Trial], inputs: Tensor) -> Tensor:
+        """Weights in (0, 1] of candidates by the user's expectations, which fade as trials accumulate; shape (n,).
+
+        References:
+            Hvarfner et al. (2022), piBO: Augmenting acquisition functions with user beliefs.
+        """
+        count = max(1, sum(trial.purpose == "search" for trial in trials))
+        far = study.space.log_expectation(inputs[:, : study.space.dimension].numpy())
+        return torch.from_numpy(np.exp(far * min(1.0, self.expectation_trials / count)))
+
+    @staticmethod
+    def _expected_first(study: Study, configurations: Sequence[Configuration]) -> list[Configuration]:
+        """The configurations by how near they are to the user's expectations, nearest first (a stable order)."""
+        if not configurations:
+            return []
+        near = study.space.log_expectation(np.array([study.space.encode(item) for item in configurations]))
+        return [configurations[index] for index in np.argsort(-near, kind="stable")]
+
     def _is_converged(
         self, study: Study, trials: Sequence[Trial], costs: CostModel, configuration: Configuration, worth: float
     ) -> bool:
@@ -271,7 +280,12 @@ class JointFidelity:
         ]
 
     def _promotion(
-        self, study: Study, trials: Sequence[Trial], beliefs: Beliefs, priced: Sequence[tuple[Candidate, float]]
+        self,
+        study: Study,
+        trials: Sequence[Trial],
+        beliefs: Beliefs,
+        priced: Sequence[tuple[Candidate, float]],
+        share: float,
     ) -> Proposal | None:
         """The full training on the target with the highest expected improvement; None if none is affordable."""
         target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
@@ -295,7 +309,8 @@ class JointFidelity:
             chosen.stop_prompts,
             Suggestion(
                 source="jfhpo/promotion",
-                explanation=f"the target has had less than {self.target_share:.0%} of what was spent: this "
+                explanation=f"the target has had less than {share:.0%} of what was spent"
+                f"{' (proxies were found to tell too little about it)' if share > self.target_share else ''}: this "
                 f"configuration is expected to improve on the best finished one by {float(gains[best]):.4f}",
                 expected_gain=float(gains[best]),
                 expected_cost_seconds=cost,
@@ -337,7 +352,7 @@ class JointFidelity:
         smallest = study.ladder.models[0].name
         designed = [trial for trial in mine if trial.model == smallest]
         if len(designed) < wanted:
-            first = fresh_configurations(study, trials, spec.seeds.search, 1)
+            first = self._expected_first(study, fresh_configurations(study, trials, spec.seeds.search, self.choice))
             if not first:
                 return None
             # Every other one runs to half the horizon: the length of the curves has to be learned, too.
@@ -376,11 +391,20 @@ class JointFidelity:
             )  # fmt: skip
         return None
 
-    def _target_is_due(self, study: Study, trials: Sequence[Trial]) -> bool:
-        """Whether the target has had less than its share of what the search has spent, running segments included."""
+    def _wanted_share(self, beliefs: Beliefs) -> float:
+        """Share of the spending that the target gets: more than `target_share` if no proxy tells much about it."""
+        proxies = beliefs.study.ladder.proxies
+        if not proxies:
+            return 1.0
+        nearest = beliefs.study.ladder.size_coordinate(proxies[-1].name)
+        return max(self.target_share, 1 - beliefs.surrogate.shared_share(nearest))
+
+    @staticmethod
+    def _target_is_due(study: Study, trials: Sequence[Trial], share: float) -> bool:
+        """Whether the target has had less than a share of what the search has spent, running segments included."""
         mine = [trial for trial in trials if trial.purpose == "search"]
         on_target = [trial for trial in mine if trial.model == study.ladder.target.name]
-        return committed_seconds(on_target) < self.target_share * committed_seconds(mine)
+        return committed_seconds(on_target) < share * committed_seconds(mine)
 
     def _sobol(
         self, study: Study, trials: Sequence[Trial], costs: CostModel, remaining_seconds: float, why: str

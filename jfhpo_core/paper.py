@@ -10,10 +10,10 @@ import torch
 
 from jfhpo_core.acquisition import expected_improvement
 from jfhpo_core.cost import CostModel
-from jfhpo_core.evidence import is_extendable, point
+from jfhpo_core.evidence import as_of, is_extendable, milestone, point, thinned
 from jfhpo_core.strategies import Proposal, Recommendation, fresh_configurations
 from jfhpo_core.study import Study
-from jfhpo_core.surrogate import JointSurrogate, Observations, fitted_surrogate
+from jfhpo_core.surrogate import FIDELITY_COLUMNS, JointSurrogate, Observations, fitted_surrogate
 from jfhpo_core.trial import Configuration, Outcome, Suggestion, Trial
 
 
@@ -104,18 +104,9 @@ class PaperStrategy:
 
         The joint surrogate does for it: with a single size its size terms vanish, and without draws it is one GP.
         """
-        rows = [
-            (point(study, trial.configuration, trial.model, evaluation.prompts, trial.number), evaluation)
-            for trial in trials
-            for evaluation in trial.evaluations
-            if evaluation.step > 0
-        ]
-        data = Observations(
-            torch.tensor([inputs for inputs, _ in rows], dtype=torch.double),
-            torch.tensor([evaluation.score for _, evaluation in rows], dtype=torch.double),
-            torch.tensor([evaluation.standard_error**2 for _, evaluation in rows], dtype=torch.double),
-        )
-        return fitted_surrogate(data, data, study.space.dimension, (), draws=1)
+        commits = max(result.committed for trial in trials for result in trial.segments)
+        data, basis = _scores(study, trials), _scores(study, as_of(trials, milestone(commits)))
+        return fitted_surrogate(data, basis if len(basis) else data, study.space.dimension, (), draws=1)
 
     def _at_horizon(
         self, study: Study, trials: Sequence[Trial], model: JointSurrogate
@@ -132,3 +123,18 @@ class PaperStrategy:
         )
         means, deviations = (values.tolist() for values in model.gain_moments(inputs))
         return [(trial.configuration, mean, sd) for trial, mean, sd in zip(pool, means, deviations, strict=True)]
+
+
+def _scores(study: Study, trials: Sequence[Trial]) -> Observations:
+    """The scores themselves, of stopped trainings too; long curves are thinned."""
+    rows = [
+        (point(study, trial.configuration, trial.model, evaluation.prompts, trial.number), evaluation)
+        for trial in trials
+        for evaluation in thinned([evaluation for evaluation in trial.evaluations if evaluation.step > 0])
+    ]
+    width = study.space.dimension + FIDELITY_COLUMNS
+    return Observations(
+        torch.tensor([inputs for inputs, _ in rows], dtype=torch.double).reshape(-1, width),
+        torch.tensor([evaluation.score for _, evaluation in rows], dtype=torch.double),
+        torch.tensor([evaluation.standard_error**2 for _, evaluation in rows], dtype=torch.double),
+    )

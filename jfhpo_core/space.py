@@ -43,6 +43,15 @@ class _Parameter(BaseModel):
         default_factory=dict,
         description="Active only if each named choice has one of the listed values. Empty: always active.",
     )
+    expected: Value | None = Field(
+        default=None,
+        description="Where you expect the best value. The search begins there and trusts it less with every trial.",
+    )
+    spread: float = Field(
+        default=0.2,
+        gt=0,
+        description="Standard deviation of that expectation, as a share of the (logarithmic) range.",
+    )
     shifts_with_size: bool = Field(
         default=False,
         description="Whether the best value is expected to move with model size (learning rate, clip range).",
@@ -204,7 +213,8 @@ class ChoiceParameter(_Parameter):
         if self.ordered:
             centres: Vector = (np.clip(np.floor(coordinates * count), 0, count - 1) + 0.5) / count
             return centres
-        return np.eye(count)[coordinates.argmax(-1)]
+        chosen: Vector = np.eye(count)[coordinates.argmax(-1)]
+        return chosen
 
 
 Parameter = Annotated[FloatParameter | IntParameter | ChoiceParameter, Field(discriminator="type")]
@@ -221,6 +231,11 @@ class Space(RootModel[dict[str, Parameter]]):
             raise ValueError("the space is empty: name at least one hyperparameter to search")
         seen: dict[str, FloatParameter | IntParameter | ChoiceParameter] = {}
         for name, parameter in self.root.items():
+            if parameter.expected is not None:
+                try:
+                    parameter.encode(parameter.expected)
+                except ValueError as error:
+                    raise ValueError(f"{name}.expected: {error}") from None
             for parent, values in parameter.when.items():
                 above = seen.get(parent)
                 if not isinstance(above, ChoiceParameter):
@@ -313,6 +328,23 @@ class Space(RootModel[dict[str, Parameter]]):
                 active[name] &= active[parent] & holds
             snapped[:, columns] = np.where(active[name][:, None], parameter.snap(points[:, columns]), INACTIVE)
         return snapped
+
+    def log_expectation(self, points: Vector) -> Vector:
+        """How far points lie from where the user expects the best, as the log of an unnormalized density, <= 0.
+
+        Args:
+            points: Snapped, shape (n, dimension).
+
+        Returns:
+            Shape (n,); 0 where no hyperparameter has an `expected` value.
+        """
+        total = np.zeros(len(points))
+        for name, columns in self.slices().items():
+            parameter = self.root[name]
+            if parameter.expected is not None:
+                distance = points[:, columns] - np.array(parameter.encode(parameter.expected))
+                total -= (distance**2).sum(-1) / (2 * parameter.spread**2)
+        return total
 
     def restrict(self, configuration: Mapping[str, Value]) -> Configuration:
         """The part of a complete configuration that this space searches."""

@@ -84,7 +84,7 @@ class Prior:
 
 
 SHARED_VARIANCE = Prior(math.log(1.0), 1.0)
-RESIDUAL_VARIANCE = Prior(math.log(0.15), 1.0)
+RESIDUAL_VARIANCE = Prior(math.log(0.4), 1.0)
 SIZE_VARIANCE = Prior(math.log(0.05), 1.0)
 LENGTHSCALE = Prior(math.log(0.8), 0.9)
 RESIDUAL_STRETCH = Prior(math.log(1.5), 0.5)
@@ -411,6 +411,17 @@ class JointSurrogate(SingleTaskGP):  # type: ignore[misc]
             torch.cat([targets, moments.at(pending).mean], dim=-1),
             torch.cat([noise, torch.full((len(pending),), pending_variance / scale**2, dtype=noise.dtype)]),
         )
+
+    def shared_share(self, size: float) -> float:
+        """Share of a model's variance, in [0, 1], that it has in common with the target: how far it can be trusted.
+
+        Args:
+            size: z of the model, <= 0.
+        """
+        shared, residual, constant = (
+            self.structure.value(self.parameter_draws, name).exp() for name in ("shared", "residual", "size")
+        )
+        return float((shared / (shared - size * (residual + constant))).mean())
 
     def gain_moments(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation of the noise-free gain in score units, each of shape (n,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from jfhpo_core.evidence import (
     CURVE_POINTS,
     as_of,
     measurement_variance,
+    milestone,
     observe,
     running_points,
     target_base,
@@ -142,3 +144,11 @@ def test_the_base_is_the_targets_or_the_largest_measured(study: Study) -> None:
 def test_an_unmeasured_evaluation_is_as_noisy_as_a_coin(study: Study) -> None:
     assert measurement_variance(study, []) == pytest.approx(0.25 / 512)
     assert measurement_variance(study, [trained(study, middle(study), "small", [0.1, 0.3])]) == pytest.approx(4e-4)
+
+
+def test_parameters_are_fitted_anew_at_milestones() -> None:
+    reached = [milestone(commits) for commits in range(200)]
+    assert reached[:13] == list(range(13))
+    assert all(later >= earlier for earlier, later in pairwise(reached))
+    assert all(commits - at <= max(1, 0.1 * commits) for commits, at in enumerate(reached))
+    assert len(set(reached)) < 50

@@ -12,6 +12,7 @@ import torch
 
 from jfhpo_core import optimizer, surrogate
 from jfhpo_core.dispatch import InlineDispatcher
+from jfhpo_core.hyperparameters import default_spaces
 from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.optimizer import JointFidelity
 from jfhpo_core.paper import PaperStrategy
@@ -22,6 +23,7 @@ from jfhpo_core.study import Study, resolve
 from jfhpo_core.trainers.simulated import study_surface, true_score
 from jfhpo_core.trial import (
     Suggestion,
+    Trial,
     TrialState,
     committed_seconds,
 )
@@ -189,3 +191,37 @@ def test_it_beats_random_search_at_equal_cost(tmp_path: Path) -> None:
         ]
         scores[name] = mean(true_final(result) for result in results)
     assert scores["jfhpo"] > scores["random"]
+
+
+def test_the_search_begins_where_the_user_expects_the_best(tmp_path: Path) -> None:
+    space = {name: dict(parameter) for name, parameter in default_spaces()["tiny"].items()}
+    plain = simulated(tmp_path, space=space)
+    space["learning_rate"] |= {"expected": 1e-3, "spread": 0.1}
+    informed = simulated(tmp_path, space=space)
+
+    def distance(study: Study) -> float:
+        trials: list[Trial] = []
+        for _ in range(6):
+            proposal = JointFidelity().suggest(study, trials, 1e6, 0)
+            assert proposal is not None
+            trials.append(study.new_trial(len(trials), proposal.configuration, proposal.model, 0))
+        return mean(abs(np.log10(float(trial.configuration["learning_rate"]) / 1e-3)) for trial in trials)
+
+    assert distance(informed) < 0.5 * distance(plain)
+
+
+def test_expectations_fade_with_the_number_of_trials(tmp_path: Path, completed: SearchResult) -> None:
+    space = {name: dict(parameter) for name, parameter in default_spaces()["tiny"].items()}
+    space["learning_rate"] |= {"expected": 1e-5, "spread": 0.2}
+    study, strategy = simulated(tmp_path, space=space), JointFidelity()
+    points = torch.full((1, study.space.dimension + 4), 0.5, dtype=torch.double)
+    few, many = (float(strategy._expectation(study, completed.trials[:count], points)) for count in (8, 30))
+    assert few < many < 1
+
+
+def test_a_search_ends_when_nothing_more_is_to_be_gained(tmp_path: Path) -> None:
+    study = simulated(tmp_path, strategy={"name": "jfhpo", "settings": {"stop_gain": 0.5}})
+    result, _ = search(study)
+    assert result.complete
+    assert result.recommended is not None
+    assert result.spent_seconds < 0.75 * 400

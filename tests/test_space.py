@@ -336,3 +336,19 @@ def test_snapping_many_points_is_decoding_and_encoding_each(data: st.DataObject,
     points = np.random.default_rng(seed).random((20, space.dimension))
     expected = [space.encode(space.decode(point)) for point in points]
     np.testing.assert_allclose(space.snap(points), expected, atol=1e-5)
+
+
+def test_expectations_fall_off_around_the_expected_values() -> None:
+    space = Space.model_validate(
+        {
+            "rate": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True, "expected": 1e-4, "spread": 0.1},
+            "kind": {"type": "choice", "values": ["x", "y"]},
+        }
+    )
+    points = np.array([[0.5, 0.25], [0.6, 0.25], [0.5, 0.75]])
+    np.testing.assert_allclose(space.log_expectation(points), [0.0, -0.5, 0.0], atol=1e-9)
+
+
+def test_an_expectation_outside_the_range_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"rate.expected: 0.5 lies outside"):
+        Space.model_validate({"rate": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True, "expected": 0.5}})

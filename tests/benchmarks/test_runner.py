@@ -6,10 +6,10 @@ import pytest
 
 from benchmarks import runner, store
 from benchmarks.landscapes import LANDSCAPES
-from benchmarks.runner import Run, run_one, trace
+from benchmarks.runner import Delivery, Run, run_one, trace
 from jfhpo_core.study import Study
-from jfhpo_core.trial import Segment, SegmentResult, Trial
-from tests.studies import BECAUSE, evaluation, result
+from jfhpo_core.trial import Checkpoint, SegmentResult, Trial
+from tests.studies import evaluation, result
 
 RUNS = [Run("random", "aligned", seed, {}, "random") for seed in (1, 0)]
 
@@ -86,38 +86,28 @@ def trained(study: Study, number: int, rate: float, model: str, *segments: Segme
     return trial.model_copy(update={"segments": segments})
 
 
-def test_the_incumbent_is_the_best_observed_at_full_length_on_the_target(study: Study) -> None:
-    problem = LANDSCAPES["aligned"](0)
-    rates = [1e-7, 5e-7, 1e-6, 2e-6, 5e-6]
+def test_delivering_what_has_finished_on_the_target_costs_nothing_more(study: Study) -> None:
+    configuration = {"learning_rate": 1e-6}
+    full = result(0, 0, 64, evaluations=(evaluation(64, 0.5),), seconds=300.0)
+    finished, proxy = trained(study, 0, 1e-6, "7b", full), trained(study, 1, 1e-6, "0.5b", full)
+    assert runner.delivery(study, [finished, proxy], configuration) == Delivery(600.0, configuration)
+    assert runner.delivery(study, [proxy], configuration).seconds > 300.0 + 1000.0
 
-    def done(committed: int, score: float, end: int = 64) -> SegmentResult:
-        return result(0, 0, end, evaluations=(evaluation(end, score),), seconds=100.0, committed=committed)
 
-    trials = [
-        trained(study, 0, rates[0], "7b", done(4, 0.5)),
-        trained(study, 1, rates[1], "0.5b", done(1, 0.9)),  # a proxy
-        trained(study, 2, rates[2], "7b", done(2, 0.8, end=56)),  # not yet at full length
-        trained(study, 3, rates[3], "7b", done(3, 0.4)),
-        trained(study, 4, rates[4], "7b", done(5, 0.45)),  # worse than what was observed before
+def test_delivering_a_paused_training_costs_what_is_missing(study: Study) -> None:
+    checkpoint = Checkpoint(step=32, prompts=512, path="x", digest="0", size_bytes=1)
+    half = result(0, 0, 32, evaluations=(evaluation(32, 0.5),), seconds=2000.0, checkpoint=checkpoint)
+    paused = trained(study, 0, 1e-6, "7b", half)
+    missing = [
+        runner.delivery(study, trials, {"learning_rate": 1e-6}).seconds - 2000.0
+        for trials in ([paused], [paused.model_copy(update={"configuration": {"learning_rate": 2e-6}})])
     ]
-    true = {rate: round(problem.true_score({**problem.default, "learning_rate": rate}), 5) for rate in rates}
-    assert trace(problem, study, runner.in_order(trials)) == (
-        (0.0, round(problem.true_score(problem.default), 5)),
-        (300.0, true[rates[3]]),
-        (400.0, true[rates[0]]),
-    )
+    assert 0.4 * missing[1] < missing[0] < 0.7 * missing[1]
 
 
-def test_a_trial_that_is_continued_counts_when_it_reaches_the_end(study: Study) -> None:
+def test_the_trace_has_the_true_score_of_what_would_be_delivered() -> None:
     problem = LANDSCAPES["aligned"](0)
-    halves = [
-        result(0, 0, 32, evaluations=(evaluation(32, 0.6),), seconds=50.0, committed=1),
-        SegmentResult(
-            segment=Segment(index=1, start_step=32, stop_step=64, suggestion=BECAUSE), outcome="reached", end_step=64,
-            end_prompts=1024, evaluations=(evaluation(64, 0.7),), seconds=60.0, committed=3,
-        ),
-    ]  # fmt: skip
-    other = result(0, 0, 64, evaluations=(evaluation(64, 0.65),), seconds=100.0, committed=2)
-    trials = [trained(study, 0, 1e-6, "7b", *halves), trained(study, 1, 3e-7, "7b", other)]
-    points = trace(problem, study, runner.in_order(trials))
-    assert [seconds for seconds, _ in points] == [0.0, 150.0, 210.0]
+    first, second = ({**problem.default, "learning_rate": rate} for rate in (1e-7, 5e-7))
+    true = [round(problem.true_score(item), 5) for item in (problem.default, first, second)]
+    points = trace(problem, [Delivery(300.0, first), Delivery(350.0, first), Delivery(400.0, second)])
+    assert points == ((0.0, true[0]), (300.0, true[1]), (400.0, true[2]))
