@@ -115,23 +115,38 @@ def search(
 
 
 @app.command()
-def plan(study: StudyFile, overrides: Overrides = None) -> None:
-    """Check a study and forecast its bill. Spends and writes nothing."""
+def plan(
+    study: StudyFile,
+    overrides: Overrides = None,
+    more: Annotated[
+        str | None,
+        typer.Option("--more", metavar="BUDGET", help="Also forecast with a larger budget: 2.5 GPU-hours, or 600s."),
+    ] = None,
+) -> None:
+    """Check a study and forecast its bill and its final score. Spends and writes nothing."""
     from flows.overrides import read_study
 
     spec = read_study(study, overrides or ())
     with _quiet_libraries():
         from flows.display import plan_view
-        from flows.forecast import forecast
-        from flows.runtime import recorded
+        from flows.forecast import forecast, forecast_quality, parse_more, with_more
+        from flows.runtime import informed, recorded
         from jfhpo_core.strategies import load_strategy
         from jfhpo_core.study import resolve
 
-        resolved = resolve(spec)
-        load_strategy(resolved)
+        resolved = informed(resolve(spec))
+        larger = with_more(resolved, parse_more(more)) if more is not None else None
+        strategy = load_strategy(resolved)
         ledger = recorded(resolved)
         trials = ledger.trials() if ledger is not None else []
-        view = plan_view(resolved, trials, forecast(resolved, trials))
+        ranked = strategy.rank(resolved, trials)
+        view = plan_view(
+            resolved,
+            trials,
+            forecast(resolved, trials),
+            forecast_quality(resolved, ranked, trials),
+            None if larger is None else (larger, forecast(larger, trials), forecast_quality(larger, ranked, trials)),
+        )
     _console().print(view)
 
 
@@ -142,13 +157,20 @@ def show(study: StudyFile, overrides: Overrides = None) -> None:
 
     spec = read_study(study, overrides or ())
     with _quiet_libraries():
-        from flows.display import result_view, trial_table
+        from flows.display import outlook_view, result_view, trial_table
+        from flows.forecast import forecast, forecast_quality
         from flows.runtime import look
+        from jfhpo_core.strategies import load_strategy
 
         result = look(spec)
-    console = _console()
-    console.print(trial_table(result.trials))
-    console.print(result_view(result))
+        resolved = result.study
+        console = _console()
+        console.print(trial_table(result.trials))
+        console.print(result_view(result))
+        if not result.complete:
+            ranked = load_strategy(resolved).rank(resolved, result.trials)
+            bills = forecast(resolved, result.trials)
+            console.print(outlook_view(resolved, bills, forecast_quality(resolved, ranked, result.trials)))
 
 
 @app.command()

@@ -19,12 +19,13 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from flows.forecast import Forecast, forecast
+from flows.forecast import FEWEST_CONFIGURATIONS, Forecast, Quality, forecast, forecast_quality, scaled
 from flows.summary import counts
 from jfhpo_core.cost import CostEstimate
 from jfhpo_core.report.summary import Z_95, caveats, contrasts, interval, search_trial_ratio, verdict
 from jfhpo_core.search import Progress, SearchResult
 from jfhpo_core.stopping import build_rules
+from jfhpo_core.strategies import Strategy, load_strategy
 from jfhpo_core.study import Study
 from jfhpo_core.trial import Configuration, Evaluation, Outcome, SegmentResult, Trial, TrialState
 
@@ -62,6 +63,13 @@ def bill(cost: CostEstimate) -> str:
     if cost.high - cost.low < 0.01 * cost.seconds or cost.high == 0:
         return duration(cost.seconds)
     return f"{duration(cost.seconds)} ({duration(cost.low)} to {duration(cost.high)})"
+
+
+def show_quality(quality: Quality | None) -> str:
+    """A forecast of the final score for people: '0.712 (0.671 to 0.745)'."""
+    if quality is None:
+        return f"cannot be forecast before {FEWEST_CONFIGURATIONS} configurations have been evaluated"
+    return f"{quality.score:.3f} ({quality.low:.3f} to {quality.high:.3f})"
 
 
 def show_value(value: bool | float | str) -> str:
@@ -141,6 +149,9 @@ class Watch:
         self._charged_before = 0.0
         self._charged = 0.0
         self._forecast: Forecast | None = None
+        self._strategy: Strategy | None = None
+        self.quality: Quality | None = None
+        """The score that the study should end with, as of the last segment that has ended."""
 
     def news(self, progress: Progress) -> list[str]:
         """A sentence for every segment that has ended since the last snapshot; none for the first snapshot."""
@@ -155,7 +166,10 @@ class Watch:
                 for result in trial.segments[self._committed.get(trial.key, 0) :]
             ]
         if ended or self._forecast is None:
-            self._forecast = forecast(progress.study, progress.trials)
+            study, trials = progress.study, progress.trials
+            self._strategy = self._strategy or load_strategy(study)
+            self._forecast = forecast(study, trials)
+            self.quality = forecast_quality(study, self._strategy.rank(study, trials), trials)
         self._charged = charged
         self._committed = {trial.key: len(trial.segments) for trial in progress.trials}
         return ended
@@ -165,8 +179,8 @@ class Watch:
         """Wall-clock seconds since the first snapshot."""
         return time.monotonic() - self._began
 
-    def left_seconds(self, slots: int) -> float | None:
-        """Wall-clock seconds that the rest should take; None before the first snapshot.
+    def left(self, slots: int) -> CostEstimate | None:
+        """Wall-clock seconds that the rest should take, with the cost law's interval; None before the first snapshot.
 
         The forecast in device-seconds times the wall-clock seconds that each has taken in this call. Until something
         has ended, all slots are assumed busy.
@@ -175,7 +189,7 @@ class Watch:
             return None
         charged = self._charged - self._charged_before
         pace = self.elapsed_seconds / charged if charged > 0 else 1 / slots
-        return self._forecast.total.seconds * pace
+        return scaled(self._forecast.total, pace)
 
     def share_done(self) -> float:
         """Share of the whole bill that has been spent, in [0, 1]."""
@@ -228,11 +242,13 @@ class PlainDisplay:
         """See `Display.progress`."""
         news = self.watch.news(progress)
         budget = progress.study.spec.budget
-        left = self.watch.left_seconds(budget.max_parallel)
+        left = self.watch.left(budget.max_parallel)
+        assert left is not None
+        quality = f", final score {show_quality(self.watch.quality)}" if self.watch.quality is not None else ""
         for line in news:
             self._emit(
                 f"{duration(progress.spent_seconds)} of {duration(budget.device_seconds)} spent, "
-                f"about {duration(left or 0.0)} left | {line}"
+                f"about {duration(left.seconds)} left{quality} | {line}"
             )
 
 
@@ -305,9 +321,8 @@ class LiveDisplay:
             self._spinner.update(text=Text(f" {self._status} ... {elapsed}"))
             return self._spinner
         spec = progress.study.spec
-        left = self.watch.left_seconds(spec.budget.max_parallel)
         parts: list[RenderableType] = [
-            _facts_grid(progress, elapsed, left),
+            _facts_grid(progress, elapsed, self.watch.left(spec.budget.max_parallel), self.watch.quality),
             Text(),
             *_running(progress, self._trends),
             *[Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._events],
@@ -315,7 +330,7 @@ class LiveDisplay:
         return Panel(Group(*parts), title=f"jfhpo: {self._name}", subtitle=f"{progress.phase}", padding=(0, 1))
 
 
-def _facts_grid(progress: Progress, elapsed: str, left: float | None) -> Table:
+def _facts_grid(progress: Progress, elapsed: str, left: CostEstimate | None, quality: Quality | None) -> Table:
     spec = progress.study.spec
     spent, budget = progress.spent_seconds, spec.budget.device_seconds
     states = Counter(trial.state for trial in progress.trials)
@@ -328,7 +343,8 @@ def _facts_grid(progress: Progress, elapsed: str, left: float | None) -> Table:
         f"{duration(spent)} of {duration(budget)} of trial time spent",
     )
     grid.add_row("budget", bar)
-    grid.add_row("time", f"{elapsed} elapsed" + (f", about {duration(left)} left" if left is not None else ""))
+    grid.add_row("time", f"{elapsed} elapsed" + (f", about {bill(left)} left" if left is not None else ""))
+    grid.add_row("final score", show_quality(quality))
     tally = ", ".join(f"{states[state]} {state}" for state in SHOWN_STATES if states[state])
     grid.add_row("trials", f"{len(progress.trials)}: {tally}")
     for name, item in standings(progress.study, progress.trials):
@@ -461,13 +477,46 @@ def next_steps(outcome: StudyOutcome) -> dict[str, str]:
     }
 
 
-def plan_view(study: Study, trials: Sequence[Trial], bills: Forecast) -> Group:
-    """A checked study: its models, how trials are cut, and the bill.
+def outlook_view(study: Study, bills: Forecast, quality: Quality | None) -> Table:
+    """What is left to spend, how long it takes, and what score it should end with."""
+    slots = study.spec.budget.max_parallel
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_row("cost left", f"{bill(bills.total)} of device time")
+    grid.add_row(
+        "time left",
+        f"{bill(bills.wall(slots))} of wall-clock time with {slots} trial(s) in parallel, start-up and the optimizer's "
+        "own time not included",
+    )
+    grid.add_row("final score", show_quality(quality))
+    if quality is not None:
+        grid.add_row(
+            "",
+            Text(
+                f"80 % interval, measurement noise not included. It rests on what strategy {study.spec.strategy.name} "
+                f"believes of {quality.configurations} configurations (the best: {quality.now:.3f}); the rest of the "
+                f"budget is taken to buy {quality.further:.0f} more like them",
+                style="dim",
+            ),
+        )
+    return grid
+
+
+def plan_view(
+    study: Study,
+    trials: Sequence[Trial],
+    bills: Forecast,
+    quality: Quality | None = None,
+    more: tuple[Study, Forecast, Quality | None] | None = None,
+) -> Group:
+    """A checked study: its models, how trials are cut, the bill, and what should come of it.
 
     Args:
         study: The study.
         trials: What the ledger already holds of it.
         bills: Its forecast.
+        quality: The forecast of its final score; None if there is none yet.
+        more: The study with a larger budget, and its forecasts.
     """
     spec = study.spec
     smallest = study.ladder.models[0]
@@ -490,13 +539,15 @@ def plan_view(study: Study, trials: Sequence[Trial], bills: Forecast) -> Group:
     grid.add_row("in parallel", f"{spec.budget.max_parallel} trial(s)")
     grid.add_row("full target trial", bill(bills.full_trial))
     parts: list[RenderableType] = [Text(f"Study {spec.study} is usable."), models, grid, _forecast_table(bills)]
-    slots = spec.budget.max_parallel
-    parts.append(
-        Text(
-            f"With {slots} trial(s) in parallel: about {duration(bills.total.seconds / slots)} of wall-clock time, "
-            "start-up and the optimizer's own time not included."
-        )
-    )
+    parts.append(outlook_view(study, bills, quality))
+    if more is not None:
+        larger, larger_bills, larger_quality = more
+        added = larger.spec.budget.device_seconds - spec.budget.device_seconds
+        parts += [
+            Text(f"\nWith {duration(added)} more of budget", style="bold"),
+            outlook_view(larger, larger_bills, larger_quality),
+            Text(),
+        ]
     if bills.measured:
         parts.append(Text(f"The forecast rests on {len(trials)} trial(s) of this study; what they cost is deducted."))
     else:

@@ -1,21 +1,46 @@
-"""The bill: what a study will cost from where it stands, with an interval.
+"""What a study will cost from where it stands, how long that takes, and what score it should end with.
 
 The search proper is capped by its budget, so its cost is known; what the cost law has to forecast is the comparison
 around it, whose trainings run at full length on the target.
+
+The score's forecast takes the strategy's own ranking at its word: the best configuration scores as believed, and the
+rest of the budget buys further configurations at the rate and of the quality seen so far. What the study ends with is
+the better of the two.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import norm
+from scipy.stats import t as student_t
+from scipy.stats.distributions import rv_frozen
 
 from jfhpo_core.cost import CostEstimate, CostModel
-from jfhpo_core.strategies import fresh_configurations
+from jfhpo_core.errors import SpecError
+from jfhpo_core.strategies import Recommendation, fresh_configurations
 from jfhpo_core.study import Study
 from jfhpo_core.trial import Configuration, Trial, TrialState, configuration_key, spent_seconds
 
 TYPICAL_CONFIGURATIONS = 16
 """Configurations of the space that stand in for the recommendation while it is unknown (batch sizes move its cost)."""
+
+FEWEST_CONFIGURATIONS = 4
+"""Of fewer ranked configurations it cannot be told how far good ones differ."""
+
+SCORE_QUANTILES = (0.1, 0.5, 0.9)
+"""Of the final score: the ends of a central 80 % interval, and its middle."""
+
+SMALLEST_DEVIATION = 1e-3
+"""No score is known better than this."""
+
+SECONDS_PER_UNIT = {"": 3600.0, "h": 3600.0, "min": 60.0, "s": 1.0}
+"""Units of an added budget; a bare number is GPU-hours, as in the study file."""
 
 ENDED = (TrialState.COMPLETED, TrialState.STOPPED, TrialState.INFEASIBLE, TrialState.LOST)
 
@@ -47,6 +72,32 @@ class Forecast:
     def total(self) -> CostEstimate:
         """The whole bill."""
         return _sum(item.cost for item in self.items)
+
+    def wall(self, slots: int) -> CostEstimate:
+        """Wall-clock seconds of the whole bill if all slots are busy; start-up and suggestions not included."""
+        return scaled(self.total, 1 / slots)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the configuration that the study will recommend should score on the target at full length.
+
+    The noise of its measurement is not included.
+
+    Attributes:
+        score: Median of the forecast.
+        low, high: Central 80 % interval.
+        now: What the best configuration so far is believed to score.
+        configurations: How many configurations the forecast rests on.
+        further: How many more the rest of the budget should buy.
+    """
+
+    score: float
+    low: float
+    high: float
+    now: float
+    configurations: int
+    further: float
 
 
 def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
@@ -83,6 +134,72 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     return Forecast(tuple(items), full, any(trial.segments for trial in trials))
 
 
+def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Sequence[Trial]) -> Quality | None:
+    """Forecast the score that the study ends with; None as long as too few configurations have been evaluated.
+
+    With A the best configuration's score, normal as the strategy believes it, and B the best of K further ones, drawn
+    like those ranked so far, the final score is max(A, B):
+
+        P(score <= x) = P(A <= x) P(B <= x) = Phi((x - a) / s) T((x - m) / t)^K
+
+    m is the median of the n scores ranked, t their upper spread (the uncertainty of the beliefs included), and T
+    Student's distribution with n - 1 degrees of freedom: few configurations give a wide forecast. K is the budget left
+    over what a configuration has cost so far; it grows with the budget, and every quantile with it, by less and less.
+
+    Args:
+        study: The study; its budget is what is left to spend.
+        ranked: The strategy's ranking of the configurations tried, best first.
+        trials: The study's trials.
+    """
+    spent = spent_seconds(trials)
+    if len(ranked) < FEWEST_CONFIGURATIONS or spent <= 0:
+        return None
+    best, count = ranked[0], len(ranked)
+    further = count * max(0.0, study.spec.budget.device_seconds - spent) / spent
+    means = np.array([item.mean for item in ranked])
+    doubts = np.array([item.standard_deviation for item in ranked])
+    middle = float(np.median(means))
+    # The upper half only: configurations that ruin a training say nothing about how good the good ones are.
+    upper = means[means >= middle] - middle
+    spread = math.sqrt((np.mean(upper**2) + np.mean(doubts**2)) * (1 + 1 / count))
+    known = norm(best.mean, max(best.standard_deviation, SMALLEST_DEVIATION))
+    another = student_t(count - 1, middle, max(spread, SMALLEST_DEVIATION))
+    low, score, high = (_quantile_of_maximum(share, known, another, further) for share in SCORE_QUANTILES)
+    return Quality(score, low, high, best.mean, count, further)
+
+
+def _quantile_of_maximum(share: float, known: rv_frozen, another: rv_frozen, count: float) -> float:
+    """Quantile of the larger one of a draw of `known` and the best of `count` draws of `another`, all independent."""
+    if count == 0:
+        return float(known.ppf(share))
+    target = math.log(share)
+    # Below the first bound one of the two alone is too improbable; at the second their product is probable enough.
+    lowest = max(known.ppf(share), another.ppf(math.exp(target / count)))
+    highest = max(known.ppf(math.sqrt(share)), another.ppf(math.exp(target / (2 * count))))
+    bounds = lowest - SMALLEST_DEVIATION, highest + SMALLEST_DEVIATION  # rounding may not move the root out of them
+    return float(brentq(lambda x: known.logcdf(x) + count * another.logcdf(x) - target, *bounds))
+
+
+def with_more(study: Study, seconds: float) -> Study:
+    """The study with a larger search budget, in device-seconds."""
+    budget = study.spec.budget
+    larger = budget.model_copy(update={"trial_seconds": budget.device_seconds + seconds, "gpu_hours": None})
+    return replace(study, spec=study.spec.model_copy(update={"budget": larger}))
+
+
+def parse_more(text: str) -> float:
+    """Device-seconds of an added budget such as '2.5' or '2.5h' (GPU-hours), '30min' or '600s'.
+
+    Raises:
+        SpecError: It is none, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(h|min|s)?", text.strip())
+    seconds = float(match[1]) * SECONDS_PER_UNIT[match[2] or ""] if match else 0.0
+    if not 0 < seconds < math.inf:
+        raise SpecError(f"--more {text!r}: give a budget to add, in GPU-hours (2.5) or with a unit (30min, 600s)")
+    return seconds
+
+
 def _find(study: Study, trials: Sequence[Trial], configuration: Configuration, seed: int) -> Trial | None:
     """The baseline or confirmation trial of a configuration on the target."""
     wanted = (study.ladder.target.name, seed, configuration_key(configuration))
@@ -105,6 +222,11 @@ def _left(study: Study, costs: CostModel, configuration: Configuration, trial: T
     return costs.estimate(configuration, study.ladder.target.name, done, study.spec.fidelity.horizon_prompts)
 
 
+def scaled(cost: CostEstimate, factor: float) -> CostEstimate:
+    """A multiple of a cost; its interval scales with it."""
+    return CostEstimate(cost.seconds * factor, cost.low * factor, cost.high * factor)
+
+
 def _sum(costs: Iterable[CostEstimate]) -> CostEstimate:
     """Sum with the ends added up as well: the errors share one law, so they do not average out."""
     parts = list(costs)
@@ -112,5 +234,4 @@ def _sum(costs: Iterable[CostEstimate]) -> CostEstimate:
 
 
 def _mean(costs: Sequence[CostEstimate]) -> CostEstimate:
-    total, count = _sum(costs), len(costs)
-    return CostEstimate(total.seconds / count, total.low / count, total.high / count)
+    return scaled(_sum(costs), 1 / len(costs))

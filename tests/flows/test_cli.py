@@ -114,6 +114,18 @@ def test_a_plan_checks_forecasts_and_leaves_no_trace(tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_answers_what_more_budget_would_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["plan", str(SIMULATED), "--more", "600s"])
+    assert result.exit_code == 0
+    assert "With 10 min 00 s more of budget" in result.stdout
+    for line in ("cost left", "time left", "final score +cannot be forecast before"):
+        assert len(re.findall(line, result.stdout)) == 2
+    refused = CliRunner().invoke(app, ["plan", str(SIMULATED), "--more", "much"])
+    assert refused.exit_code == REFUSED
+    assert "--more 'much'" in refused.stderr
+
+
 def test_nothing_to_show_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for command in ("show", "report"):
@@ -174,6 +186,13 @@ def test_show_plan_and_report_read_the_ledger(finished: tuple[Path, str]) -> Non
     assert shown.stdout.count("not clearly") == printed.count("not clearly")
     planned = run("plan", SIMULATED, cwd=folder)
     assert f"rests on {len(trials)} trial(s)" in planned.stdout
+    more = run("plan", SIMULATED, "--more", "600s", cwd=folder)
+    scores = [float(found) for found in re.findall(r"final score +(0\.\d+) \(", more.stdout)]
+    assert len(scores) == 2
+    assert scores[0] < scores[1]
+    assert "strategy random believes" in re.sub(r"\s+", " ", more.stdout)
+    assert "final score" not in shown.stdout
+    assert "final score" in run("show", SIMULATED, "--set", "budget.trial_seconds=900", cwd=folder).stdout
     report = folder / ".jfhpo" / "simulated" / "report.html"
     report.unlink()
     assert run("report", SIMULATED, cwd=folder).stdout.strip() == str(report)
