@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,12 @@ from filelock import FileLock, Timeout
 from flows.summary import facts
 from jfhpo_core.dispatch import Dispatcher, InlineDispatcher
 from jfhpo_core.errors import LedgerError
+from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.report.page import REPORT, write_report
 from jfhpo_core.search import Phase, Progress, SearchResult, conclude, plan_next, run_search
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.strategies import Strategy, load_strategy
-from jfhpo_core.study import Study, resolve
+from jfhpo_core.study import EarlierStudy, Study, resolve
 from jfhpo_core.trial import canonical_json
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def run_study(
         SpecError: The study is not usable; nothing has been started then.
         LedgerError: Another process runs the study, or the ledger holds a different one of its name.
     """
-    study = resolve(spec)
+    study = informed(resolve(spec))
     with _exclusive(study):
         # A study with a report has most likely been finished: look into its ledger before starting workers for nothing.
         reported = (study.folder / REPORT).exists()
@@ -91,6 +92,25 @@ def run_study(
         return _publish(study, ledger, result)
 
 
+def informed(study: Study) -> Study:
+    """The study with the earlier ones that it names in `warm_start`.
+
+    Raises:
+        LedgerError: The ledger does not hold one of them.
+        SpecError: The models of one of them cannot be found any more.
+    """
+    if not study.spec.warm_start:
+        return study
+    from mlflow_plugin.ledger import MlflowLedger
+
+    earlier = []
+    for name in study.spec.warm_start:
+        ledger = MlflowLedger()
+        spec = ledger.recall(study.spec, name)
+        earlier.append(EarlierStudy(spec, build_ladder(spec), tuple(ledger.trials())))
+    return replace(study, earlier=tuple(earlier))
+
+
 def recorded(study: Study) -> MlflowLedger | None:
     """The study's ledger for reading only, also while the study is being run; None if nothing is recorded."""
     from mlflow_plugin.ledger import MlflowLedger
@@ -105,7 +125,7 @@ def look(spec: StudySpec) -> SearchResult:
     Raises:
         LedgerError: The ledger holds no such study.
     """
-    return _look(resolve(spec))[1]
+    return _look(informed(resolve(spec)))[1]
 
 
 def rebuild_report(spec: StudySpec) -> Path:
@@ -114,7 +134,7 @@ def rebuild_report(spec: StudySpec) -> Path:
     Raises:
         LedgerError: The ledger holds no such study.
     """
-    study = resolve(spec)
+    study = informed(resolve(spec))
     ledger, result = _look(study)
     return _write_report(study, ledger, result)
 

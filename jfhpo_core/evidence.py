@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from jfhpo_core.errors import SpecError
 from jfhpo_core.fidelity import progress
-from jfhpo_core.study import Study, base_scores
+from jfhpo_core.study import EarlierStudy, Study, base_scores
 from jfhpo_core.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations
 from jfhpo_core.trial import Configuration, Evaluation, Outcome, Trial, TrialState
 
@@ -101,6 +103,7 @@ def observe(study: Study, trials: Sequence[Trial]) -> Observations:
             )
             for evaluation in kept
         ]
+    rows += _earlier_rows(study)
     rows.sort(key=lambda row: row.order)
     if len(rows) > MAX_OBSERVATIONS:
         middle = [index for index, row in enumerate(rows) if not row.last]
@@ -113,6 +116,50 @@ def observe(study: Study, trials: Sequence[Trial]) -> Observations:
         torch.tensor([row.gain for row in rows], dtype=torch.double),
         torch.tensor([row.variance for row in rows], dtype=torch.double),
     )
+
+
+def _earlier_rows(study: Study) -> list[_Row]:
+    """What earlier studies observed on this study's space and scales; they stand before everything else.
+
+    Hyperparameters that they held fixed count with that value; trials outside this study's space are left out.
+    """
+    rows: list[_Row] = []
+    for index, earlier in enumerate(study.earlier, start=1):
+        bases = base_scores(earlier.trials)
+        for trial in earlier.trials:
+            configuration = _translated(study, earlier, trial)
+            if configuration is None or trial.model not in bases:
+                continue
+            size = math.log10(earlier.ladder[trial.model].parameters / study.ladder.target.parameters)
+            healthy = healthy_evaluations(trial)
+            rows += [
+                _Row(
+                    [
+                        *(float(value) for value in study.space.encode(configuration)),
+                        size,
+                        progress(study.spec, evaluation.prompts),
+                        float(trial.number),
+                        float(index),
+                    ],
+                    evaluation.score - bases[trial.model],
+                    evaluation.standard_error**2,
+                    (-index, trial.number, evaluation.step),
+                    evaluation is healthy[-1],
+                )
+                for evaluation in thinned(healthy)
+            ]
+    return rows
+
+
+def _translated(study: Study, earlier: EarlierStudy, trial: Trial) -> Configuration | None:
+    """An earlier trial's configuration in this study's space; None if it lies outside."""
+    fixed = earlier.spec.trainer.fixed
+    try:
+        configuration = study.space.restrict(study.complete({**fixed, **trial.configuration}))
+        study.space.encode(configuration)
+    except (SpecError, ValueError):
+        return None
+    return configuration
 
 
 def healthy_evaluations(trial: Trial) -> list[Evaluation]:

@@ -285,6 +285,10 @@ class StudySpec(_Section):
     )
     stopping: StoppingSpec = StoppingSpec()
     strategy: Annotated[StrategySpec, BeforeValidator(_strategy)] = StrategySpec()
+    warm_start: list[Name] = Field(
+        default_factory=list,
+        description="Earlier studies in the same ledger that the strategy `jfhpo` learns from, as far as they agree.",
+    )
     seeds: SeedSpec = SeedSpec()
     cluster: ClusterSpec = ClusterSpec()
     tracking: TrackingSpec = TrackingSpec()
@@ -297,6 +301,8 @@ class StudySpec(_Section):
                 for name in wanted:
                     if name not in names:
                         raise _fault(field, f"{name!r} is not in the family ({', '.join(names)})")
+        if self.study in self.warm_start:
+            raise _fault("warm_start", f"{self.study!r} is this study itself; name earlier ones")
         baselines = [baseline.name for baseline in self.baselines]
         if len(set(baselines)) < len(baselines):
             raise _fault("baselines", f"baseline names must differ from each other, got {baselines}")
@@ -341,6 +347,9 @@ class StudySpec(_Section):
             mode="json",
             include={"study", "family", "target", "task", "trainer", "space", "fidelity", "evaluation", "stopping"},
         )
+        for parameter in meaning["space"].values():
+            # Where the user expects good values changes what is tried, not what a trial is.
+            del parameter["expected"], parameter["spread"]
         for part in (*meaning["family"]["models"], meaning["task"]):
             for field in ("path", "prompts", "heldout", "reward"):
                 if part.get(field) is not None:

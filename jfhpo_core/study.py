@@ -19,6 +19,21 @@ from jfhpo_core.trial import Configuration, Purpose, Segment, StepRecord, Sugges
 
 
 @dataclass(frozen=True)
+class EarlierStudy:
+    """A study that another one learns from.
+
+    Attributes:
+        spec: Its study file.
+        ladder: Its models.
+        trials: Its trials.
+    """
+
+    spec: StudySpec
+    ladder: Ladder
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
 class Study:
     """What search, strategies and report work with.
 
@@ -26,11 +41,13 @@ class Study:
         spec: The study file.
         ladder: Its models, small to large.
         trainer: Its trainer.
+        earlier: Studies to learn from (`warm_start`).
     """
 
     spec: StudySpec
     ladder: Ladder
     trainer: Trainer
+    earlier: tuple[EarlierStudy, ...] = ()
 
     @property
     def space(self) -> Space:

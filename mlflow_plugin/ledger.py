@@ -34,7 +34,7 @@ from pydantic import BaseModel, ValidationError
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.ledger import check_begin, check_commit, mismatch_message
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.spec import StudySpec, parse_study
 from jfhpo_core.trial import Segment, SegmentResult, StepRecord, Trial
 from mlflow_plugin import checkpoints
 from mlflow_plugin.presentation import (
@@ -164,6 +164,28 @@ class MlflowLedger:
         self._parent, self._facts = parent, _read_facts(parent)
         self._children = self._read_children()
         return True
+
+    def recall(self, study: StudySpec, name: str) -> StudySpec:
+        """Open an earlier study in the store of `study` for reading only, and return its study file.
+
+        Raises:
+            LedgerError: The store holds no study of this name, or its study file is lost.
+        """
+        client = self._given or (connect(study) if _exists(_uri(study)) else None)
+        named = _experiment_name(study.model_copy(update={"study": name}))
+        experiment = client.get_experiment_by_name(named) if client is not None else None
+        wanted = f"tags.`{STUDY}` = '{name}'"
+        runs = _search(client, experiment.experiment_id, wanted) if client is not None and experiment else []
+        if not runs:
+            raise LedgerError(
+                f"warm_start: the ledger holds no study {name!r} (MLflow experiment {named!r}); correct the name, or "
+                "remove it"
+            )
+        self._opened = client
+        spec = parse_study(self._read_text(runs[0].info.run_id, "study.yaml"), f"study {name!r} in the ledger")
+        spec = spec.model_copy(update={"tracking": study.tracking})
+        self.look(spec)
+        return spec
 
     def trials(self) -> list[Trial]:
         """See `Ledger.trials`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from jfhpo_core.evidence import (
     target_base,
     verdicts,
 )
-from jfhpo_core.study import Study
+from jfhpo_core.study import EarlierStudy, Study
 from jfhpo_core.surrogate import ANY_SEED
 from jfhpo_core.trial import Configuration, FailureKind, Outcome, TrialState
 from tests.studies import BECAUSE, evaluation, result, simulated_study, trained
@@ -152,3 +153,27 @@ def test_parameters_are_fitted_anew_at_milestones() -> None:
     assert all(later >= earlier for earlier, later in pairwise(reached))
     assert all(commits - at <= max(1, 0.1 * commits) for commits, at in enumerate(reached))
     assert len(set(reached)) < 50
+
+
+def test_an_earlier_study_is_observed_on_this_studys_scales(study: Study, tmp_path: Path) -> None:
+    other = simulated_study(
+        tmp_path,
+        study="before",
+        space={"learning_rate": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True}},
+        trainer={"name": "simulated", "fixed": {"n_samples": 16, "mini_batches": 2}},
+        target="medium",
+        fidelity={"horizon_prompts": 960, "rungs": 2},
+    )
+    inside = trained(other, {"learning_rate": 1e-3}, "medium", [0.2, 0.5], 0)
+    outside = trained(other, {"learning_rate": 1e-1}, "medium", [0.2, 0.3], 1)
+    warm = replace(study, earlier=(EarlierStudy(other.spec, other.ladder, (inside, outside)),))
+    mine = trained(study, middle(study), "large", [0.1, 0.4], 0)
+    data = observe(warm, [mine])
+    assert data.gains.tolist() == pytest.approx([0.3, 0.3])
+    size, share, trial, belongs_to = data.inputs[0, -4:].tolist()
+    assert (share, trial, belongs_to) == (1.0, 0.0, 1.0)
+    assert size == pytest.approx(np.log10(0.3))
+    configuration = study.space.decode(data.inputs[0, :-4].numpy())
+    assert configuration["learning_rate"] == pytest.approx(1e-3, rel=1e-4)
+    assert configuration["n_samples"] == 16
+    assert len(verdicts(warm, [mine])[1]) == 1
