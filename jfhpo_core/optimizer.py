@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from linear_operator.utils.errors import NanError, NotPSDError
 from scipy.stats import qmc
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from jfhpo_core.acquisition import NetCostUtility, TargetKnowledgeGradient, expected_improvement
@@ -165,6 +166,7 @@ class JointFidelity:
     target_share: float = 0.3
     patience_seconds: float = 60.0
 
+    @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]  # on small matrices threads wait for each other
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
         began = time.monotonic()
@@ -224,6 +226,7 @@ class JointFidelity:
             ),
         )
 
+    @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
     def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
         """See `Strategy.rank`: by the expected score at the target."""
         beliefs = Beliefs.form(study, trials)
