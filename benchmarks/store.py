@@ -37,7 +37,8 @@ class Result(BaseModel):
     training_seconds: float = Field(description="Those of one full training of the target.")
     spent_seconds: float = Field(description="Those that it did spend, validation included.")
     trace: tuple[tuple[float, float], ...] = Field(
-        description="(seconds spent, true score of the incumbent) at the start and whenever the incumbent changes."
+        description="(seconds, true score) of what would be delivered if the search ended: the configuration that the "
+        "strategy ranks first, with the seconds that a full training of it on the target still lacks."
     )
     recommended_score: float = Field(description="True score of the final recommendation, or of the defaults.")
     segments: dict[str, int] = Field(description="Segments trained per model.")
