@@ -143,7 +143,8 @@ class JointFidelity:
         continued: Best known configurations whose paused trainings are candidates for continuation.
         replicated: Of the best configurations, so many may get a further training seed on the target.
         stop_gain: The search ends early when the best candidate, scaled to the cost of a full training on the target,
-            is expected to raise the final score by less than this. 0: it spends its budget.
+            is expected to raise the final score by less than this. 0: it spends its budget. The knowledge gradient sees
+            one step ahead and is an underestimate: at 0.0005 half of the searches of a benchmark ended too early.
         target_share: Of what the search has spent, at least this share goes to the target once the initial design is
             complete: a guard against a cheap proxy that the model trusts too much. It grows to the share of the
             target's variance that the largest proxy does not explain.
@@ -162,7 +163,7 @@ class JointFidelity:
     known: int = 8
     continued: int = 24
     replicated: int = 4
-    stop_gain: float = 5e-4
+    stop_gain: float = 0.0
     target_share: float = 0.3
     patience_seconds: float = 60.0
 
