@@ -372,9 +372,8 @@ def write(fits: Mapping[Key, Fit], folder: Path) -> None:
     kept = [fit for fit in published if fit.key[1:] in shared]
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
-        draw(kept, [name for name in names if name in COLOURS]).savefig(
-            folder / RELIABILITY, format="svg", metadata={"Date": None, "Creator": None}
-        )
+        figure = draw(kept, [name for name in names if name in COLOURS])
+        figure.savefig(folder / RELIABILITY, format="svg", metadata={"Date": None, "Creator": None})
     (folder / PAGE).write_text(page(kept, names), encoding="utf-8")
 
 
