@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -85,7 +86,12 @@ class Beliefs:
     @classmethod
     def form(cls, study: Study, trials: Sequence[Trial]) -> Beliefs | None:
         """From the trials alone; None if nothing has been evaluated. The last ones formed are remembered."""
-        known = list(trials)
+        # What is running says nothing yet, and beginning a segment must not cost a new model.
+        known = [
+            trial if trial.open_segment is None else trial.model_copy(update={"open_segment": None})
+            for trial in trials
+            if trial.segments
+        ]
         if not _formed or _formed[0][0] is not study or _formed[0][1] != known:
             _formed[:] = [(study, known, cls._form(study, known))]
         return _formed[0][2]
@@ -116,9 +122,18 @@ class Beliefs:
         rows = [point(self.study, configuration, name, horizon) for configuration in configurations]
         return torch.tensor(rows, dtype=torch.double).reshape(-1, self.study.space.dimension + FIDELITY_COLUMNS)
 
+    @cached_property
+    def _inflation(self) -> float:
+        return self.surrogate.moments().inflation()
+
+    def gains(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and calibrated deviation of the gain at the target, if feasible; each of shape (m,)."""
+        means, deviations = self.surrogate.gain_moments(inputs)
+        return means, deviations * self._inflation
+
     def expected(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Expected gain (a failed training gains nothing) and the gain's deviation if feasible; each of shape (m,)."""
-        means, deviations = self.surrogate.gain_moments(inputs)
+        means, deviations = self.gains(inputs)
         return self.probability(inputs) * means, deviations
 
 
@@ -301,7 +316,7 @@ class JointFidelity:
         if not full:
             return None
         inputs = beliefs.at_target(item.configuration for item, _ in full)
-        means, deviations = beliefs.surrogate.gain_moments(inputs)
+        means, deviations = beliefs.gains(inputs)
         finished = [trial.configuration for trial in self._finished(study, trials)]
         secured = float(beliefs.expected(beliefs.at_target(finished))[0].max()) if finished else 0.0
         gains = beliefs.probability(inputs) * expected_improvement(means, deviations, secured)
@@ -343,7 +358,7 @@ class JointFidelity:
     @staticmethod
     def _expected_improvement(beliefs: Beliefs, candidates: Sequence[Candidate], targets: Tensor) -> Tensor:
         """Expected improvement at (target, full horizon) of each candidate's configuration, whatever it is run on."""
-        means, deviations = beliefs.surrogate.gain_moments(beliefs.at_target(item.configuration for item in candidates))
+        means, deviations = beliefs.gains(beliefs.at_target(item.configuration for item in candidates))
         incumbent = float(beliefs.expected(targets)[0].max())
         return expected_improvement(means, deviations, incumbent)
 
@@ -546,7 +561,7 @@ class JointFidelity:
         """
         fidelity = np.tile([0.0, 1.0, -1.0, 0.0], (len(points), 1))
         inputs = torch.from_numpy(np.concatenate([points, fidelity], axis=1))
-        means, deviations = (values.numpy() for values in beliefs.surrogate.gain_moments(inputs))
+        means, deviations = (values.numpy() for values in beliefs.gains(inputs))
         feasible = beliefs.probability(inputs).numpy()
         chosen: list[int] = []
         for weight in (np.zeros(len(points)), np.ones(len(points)), random.normal(size=len(points))):

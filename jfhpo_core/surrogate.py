@@ -44,6 +44,8 @@ from scipy.optimize import minimize
 from scipy.stats import norm, qmc
 from torch import Tensor
 
+from jfhpo_core.calibration import inflation
+
 FIDELITY_COLUMNS = 4
 """Columns of an input after the hyperparameters: size, progress, trial, study."""
 
@@ -499,7 +501,12 @@ class Moments:
         with torch.no_grad():
             self._factor = torch.linalg.cholesky(self._covariance(inputs, inputs) + torch.diag(noise + JITTER))
             residual = (targets - self._mean(inputs)).unsqueeze(-1)
+            self._residual = residual
             self._weights = torch.linalg.solve_triangular(self._factor, residual, upper=False)
+
+    def inflation(self) -> float:
+        """Factor on posterior deviations at the target that trainings left out ask for; see `calibration.inflation`."""
+        return inflation(self._factor, self._residual.squeeze(-1), self._inputs[:, -FIDELITY_COLUMNS:])
 
     @torch.no_grad()
     def at(self, inputs: Tensor) -> Predicted:
