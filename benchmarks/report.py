@@ -30,6 +30,9 @@ GROUPS = "optimizer-groups.svg"
 FIRST_SEED = 1000
 """Seeds below it may have been used for tuning, and are not published."""
 
+SEEN = (1000, 1001, 1002)
+"""Seeds whose results led to a change of `jfhpo` afterwards; they are not published either."""
+
 SINGLE_FIDELITY = "gp"
 """Bayesian optimization on the target alone."""
 
@@ -170,7 +173,7 @@ class Evidence:
 def write(results: Results, own: str, folder: Path = EVIDENCE, timing: str | None = None) -> None:
     """Write the figures and the page of the published seeds; see `Evidence`."""
     published = {
-        name: {key: result for key, result in by_key.items() if key[1] >= FIRST_SEED}
+        name: {key: result for key, result in by_key.items() if key[1] >= FIRST_SEED and key[1] not in SEEN}
         for name, by_key in results.items()
     }
     evidence = Evidence({name: by_key for name, by_key in published.items() if by_key}, own, timing)

@@ -84,22 +84,22 @@ class _Row:
 def observe(study: Study, trials: Sequence[Trial]) -> Observations:
     """Evaluations as observations of the gain over the untrained model, in the order in which they were committed.
 
-    Of a training that a rule stopped, what was measured before the stop counts; the score at which it was stopped is
-    a verdict on its feasibility (`verdicts`) and no point of its curve.
+    Of a training that a rule stopped, what was measured counts, the score at which it was stopped included, and nothing
+    is said about what it would have come to.
     """
     bases = base_scores(trials)
     rows: list[_Row] = []
     for trial, configuration in _used(study, trials):
         base = bases.get(trial.model, min(bases.values(), default=0.0))
-        healthy = healthy_evaluations(trial)
-        kept = thinned(healthy)
+        curve = trained_evaluations(trial)
+        kept = thinned(curve)
         rows += [
             _Row(
                 point(study, configuration, trial.model, evaluation.prompts, trial.number),
                 evaluation.score - base,
                 evaluation.standard_error**2,
                 (_rank(trial, evaluation), trial.number, evaluation.step),
-                evaluation is healthy[-1],
+                evaluation is curve[-1],
             )
             for evaluation in kept
         ]
@@ -131,7 +131,7 @@ def _earlier_rows(study: Study) -> list[_Row]:
             if configuration is None or trial.model not in bases:
                 continue
             size = math.log10(earlier.ladder[trial.model].parameters / study.ladder.target.parameters)
-            healthy = healthy_evaluations(trial)
+            curve = trained_evaluations(trial)
             rows += [
                 _Row(
                     [
@@ -144,9 +144,9 @@ def _earlier_rows(study: Study) -> list[_Row]:
                     evaluation.score - bases[trial.model],
                     evaluation.standard_error**2,
                     (-index, trial.number, evaluation.step),
-                    evaluation is healthy[-1],
+                    evaluation is curve[-1],
                 )
-                for evaluation in thinned(healthy)
+                for evaluation in thinned(curve)
             ]
     return rows
 
@@ -162,12 +162,9 @@ def _translated(study: Study, earlier: EarlierStudy, trial: Trial) -> Configurat
     return configuration
 
 
-def healthy_evaluations(trial: Trial) -> list[Evaluation]:
-    """Evaluations of the trained model, without the one taken when a rule stopped the training."""
-    trained = [evaluation for evaluation in trial.evaluations if evaluation.step > 0]
-    if trial.segments and trial.segments[-1].outcome is Outcome.STOPPED:
-        return [evaluation for evaluation in trained if evaluation.step < trial.segments[-1].end_step]
-    return trained
+def trained_evaluations(trial: Trial) -> list[Evaluation]:
+    """Evaluations of the trained model, the one taken when a rule stopped the training included."""
+    return [evaluation for evaluation in trial.evaluations if evaluation.step > 0]
 
 
 def thinned(evaluations: list[Evaluation]) -> list[Evaluation]:
@@ -205,17 +202,17 @@ def milestone(commits: int) -> int:
 
 
 def verdicts(study: Study, trials: Sequence[Trial]) -> tuple[Tensor, Tensor]:
-    """Which trainings came to a good end so far.
+    """Which trainings could be trained at all.
 
     Returns:
-        (x, z) of shape (n, d + 1), and 1 or 0 of shape (n,): 0 if the training failed or a rule stopped it. Trainings
-        that were lost to infrastructure say nothing.
+        (x, z) of shape (n, d + 1), and 1 or 0 of shape (n,): 0 if the training failed (out of memory, not finite,
+        rejected). Trainings that were lost to infrastructure say nothing.
     """
     rows, labels = [], []
     for trial, configuration in _used(study, trials):
         if trial.segments and trial.segments[-1].outcome is not Outcome.LOST:
             rows.append(point(study, configuration, trial.model, 0)[: -FIDELITY_COLUMNS + 1])
-            labels.append(float(trial.segments[-1].outcome is Outcome.REACHED))
+            labels.append(float(trial.segments[-1].outcome is not Outcome.INFEASIBLE))
     width = study.space.dimension + 1
     return torch.tensor(rows, dtype=torch.double).reshape(-1, width), torch.tensor(labels, dtype=torch.double)
 

@@ -1,12 +1,12 @@
-r"""The probability that a training comes to a good end: that it neither fails nor has to be stopped.
+r"""The probability that a configuration can be trained at all.
 
 Trainings that ran out of memory, became non-finite, were rejected, or were stopped by a rule have no final score, and
 none is invented for them. They are labels of a Gaussian process classifier over hyperparameters and log size:
 
     P(feasible | x, z) = Phi(h(x, z)),    h ~ GP(offset, bias + linear(x, z) + Matern-5/2(x, z))
 
-The linear part is what makes a few labels go far: collapse lies on one side of a boundary (a learning rate too high),
-and the boundary moves with size. The posterior is Laplace's approximation.
+The linear part is what makes a few labels go far: failure lies on one side of a boundary (a batch too large, a learning
+rate too high), and the boundary moves with size. The posterior is Laplace's approximation.
 
 References:
     Rasmussen and Williams (2006), sections 3.4 and 3.9.
@@ -23,7 +23,7 @@ from torch import Tensor
 from jfhpo_core.surrogate import distances, matern52
 
 OFFSET = 1.3
-"""Prior mean of h: nine trainings in ten are expected to come to a good end, before the prior variance is counted."""
+"""Prior mean of h: nine trainings in ten are expected to be feasible, before the prior variance is counted."""
 
 BIAS_VARIANCE = 1.0
 LINEAR_VARIANCE = 9.0

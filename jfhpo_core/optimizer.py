@@ -204,10 +204,10 @@ class JointFidelity:
         if not priced:
             return None
         share = self._wanted_share(beliefs)
-        if self._target_is_due(study, trials, share):
-            promotion = self._promotion(study, trials, beliefs, priced, share)
-            if promotion is not None:
-                return promotion
+        on_target = [(item, cost) for item, cost in priced if item.model == study.ladder.target.name]
+        due = bool(on_target) and self._target_is_due(study, trials, share)
+        if due:
+            priced = on_target
         candidates = [item for item, _ in priced]
         seconds = torch.tensor([cost for _, cost in priced], dtype=torch.double)
         inputs = _inputs(study, candidates)
@@ -224,7 +224,7 @@ class JointFidelity:
         best = int(worth.argmax())
         chosen = candidates[best]
         gain, cost = float(gains[best]), float(seconds[best])
-        if self._is_converged(study, trials, costs, chosen.configuration, float(worth[best])):
+        if self._is_converged(study, costs, chosen.configuration, float(worth[best])):
             return None
         verb = "train another seed" if chosen.seed is not None else "continue" if chosen.start_prompts else "train"
         return Proposal(
@@ -236,7 +236,8 @@ class JointFidelity:
                 source=f"jfhpo/{source}",
                 explanation=f"{verb} on {chosen.model} to {progress(study.spec, chosen.stop_prompts):.0%}: "
                 f"should raise the best expected target score by {gain:.4f} for {cost:.1f} device-seconds, "
-                f"the most per second of {len(candidates)} candidates",
+                f"the most per second of {len(candidates)} candidates"
+                f"{f' on the target, which had less than {share:.0%} of what was spent' if due else ''}",
                 expected_gain=gain,
                 expected_cost_seconds=cost,
             ),
@@ -272,20 +273,15 @@ class JointFidelity:
         near = study.space.log_expectation(np.array([study.space.encode(item) for item in configurations]))
         return [configurations[index] for index in np.argsort(-near, kind="stable")]
 
-    def _is_converged(
-        self, study: Study, trials: Sequence[Trial], costs: CostModel, configuration: Configuration, worth: float
-    ) -> bool:
+    def _is_converged(self, study: Study, costs: CostModel, configuration: Configuration, worth: float) -> bool:
         """Whether what a full training on the target costs is no longer expected to gain `stop_gain`.
 
         Args:
             study: The study.
-            trials: Its trials.
-            costs: Fitted to them.
+            costs: Fitted to its trials.
             configuration: Whose full training is the yardstick.
             worth: Expected gain per device-second of the best candidate.
         """
-        if not self._finished(study, trials):
-            return False
         target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
         return worth * costs.estimate(configuration, target, 0, horizon).seconds < self.stop_gain
 
@@ -297,44 +293,6 @@ class JointFidelity:
             for trial in trials
             if trial.purpose == "search" and trial.model == study.ladder.target.name and trial.final is not None
         ]
-
-    def _promotion(
-        self,
-        study: Study,
-        trials: Sequence[Trial],
-        beliefs: Beliefs,
-        priced: Sequence[tuple[Candidate, float]],
-        share: float,
-    ) -> Proposal | None:
-        """The full training on the target with the highest expected improvement; None if none is affordable."""
-        target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
-        full = [
-            (item, cost)
-            for item, cost in priced
-            if item.model == target and item.stop_prompts == horizon and item.seed is None
-        ]
-        if not full:
-            return None
-        inputs = beliefs.at_target(item.configuration for item, _ in full)
-        means, deviations = beliefs.gains(inputs)
-        finished = [trial.configuration for trial in self._finished(study, trials)]
-        secured = float(beliefs.expected(beliefs.at_target(finished))[0].max()) if finished else 0.0
-        gains = beliefs.probability(inputs) * expected_improvement(means, deviations, secured)
-        best = int(gains.argmax())
-        chosen, cost = full[best]
-        return Proposal(
-            chosen.configuration,
-            chosen.model,
-            chosen.stop_prompts,
-            Suggestion(
-                source="jfhpo/promotion",
-                explanation=f"the target has had less than {share:.0%} of what was spent"
-                f"{' (proxies were found to tell too little about it)' if share > self.target_share else ''}: this "
-                f"configuration is expected to improve on the best finished one by {float(gains[best]):.4f}",
-                expected_gain=float(gains[best]),
-                expected_cost_seconds=cost,
-            ),
-        )
 
     @staticmethod
     def _knowledge_gradient(

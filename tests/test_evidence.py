@@ -51,13 +51,10 @@ def test_gains_are_measured_from_the_untrained_model_of_that_size(study: Study) 
     torch.testing.assert_close(data.variances, torch.full((3,), 4e-4, dtype=torch.double))
 
 
-def test_the_score_at_which_a_rule_stopped_is_a_verdict_and_no_observation(study: Study) -> None:
+def test_a_stopped_trial_contributes_what_was_measured_and_nothing_else(study: Study) -> None:
     trial = trained(study, middle(study), "small", [0.1, 0.3, 0.05], outcome=Outcome.STOPPED)
     assert trial.state is TrialState.STOPPED
-    assert observe(study, [trial]).gains.tolist() == pytest.approx([0.2])
-    inputs, feasible = verdicts(study, [trial])
-    assert feasible.tolist() == [0.0]
-    assert inputs[0, -1].item() == -1.0
+    assert observe(study, [trial]).gains.tolist() == pytest.approx([0.2, -0.05])
 
 
 def test_verdicts_leave_out_what_infrastructure_lost(study: Study) -> None:
@@ -75,7 +72,9 @@ def test_verdicts_leave_out_what_infrastructure_lost(study: Study) -> None:
         )
         for number, outcome in enumerate(outcomes)
     ]
-    assert verdicts(study, trials)[1].tolist() == [1.0, 0.0, 0.0]
+    inputs, feasible = verdicts(study, trials)
+    assert feasible.tolist() == [1.0, 1.0, 0.0]
+    assert inputs[:, -1].tolist() == [-1.0, -1.0, -1.0]
 
 
 def test_baselines_inside_the_space_are_learned_from_and_others_are_not(study: Study) -> None:

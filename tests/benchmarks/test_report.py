@@ -41,15 +41,15 @@ def results(*runs: Result) -> dict[str, dict[Key, Result]]:
 
 
 TWO = results(
-    run("jfhpo", 1000, (2.0, 0.1)),
-    run("jfhpo", 1001, (4.0, 0.1), (30.0, 0.0)),
-    run("gp", 1000, (5.0, 0.3), (16.0, 0.2)),
-    run("gp", 1001, (10.0, 0.2)),
-    run("random", 1000, (1.0, 0.1)),
-    run("random", 1001, (10.0, 0.4)),
-    run("random", 1002, (10.0, 0.0)),
+    run("jfhpo", 1003, (2.0, 0.1)),
+    run("jfhpo", 1004, (4.0, 0.1), (30.0, 0.0)),
+    run("gp", 1003, (5.0, 0.3), (16.0, 0.2)),
+    run("gp", 1004, (10.0, 0.2)),
+    run("random", 1003, (1.0, 0.1)),
+    run("random", 1004, (10.0, 0.4)),
+    run("random", 1005, (10.0, 0.0)),
 )
-KEYS = [("aligned", 1000), ("aligned", 1001)]
+KEYS = [("aligned", 1003), ("aligned", 1004)]
 
 
 def test_a_curve_steps_down_when_the_incumbent_changes() -> None:
@@ -60,12 +60,12 @@ def test_a_curve_steps_down_when_the_incumbent_changes() -> None:
 
 
 def test_what_ends_after_the_budget_does_not_count() -> None:
-    assert TWO["jfhpo"]["aligned", 1001].final_regret == pytest.approx(0.1)
+    assert TWO["jfhpo"]["aligned", 1004].final_regret == pytest.approx(0.1)
 
 
 def test_only_common_seeds_are_compared() -> None:
     assert common_keys(TWO, list(TWO), ["aligned"]) == KEYS
-    assert common_keys(TWO, ["random"], ["aligned"]) == [*KEYS, ("aligned", 1002)]
+    assert common_keys(TWO, ["random"], ["aligned"]) == [*KEYS, ("aligned", 1005)]
     assert common_keys(TWO, list(TWO), ["noisy"]) == []
 
 
@@ -85,7 +85,7 @@ def test_a_level_that_is_never_reached_costs_infinitely_much() -> None:
 
 
 def test_ranks_share_ties_and_wins_are_counted_by_run() -> None:
-    # On 1000: jfhpo and random 0.1, gp 0.2; on 1001: jfhpo 0.1, gp 0.2, random 0.4.
+    # On 1003: jfhpo and random 0.1, gp 0.2; on 1004: jfhpo 0.1, gp 0.2, random 0.4.
     assert ranks(TWO, ["jfhpo", "gp", "random"], KEYS) == {"jfhpo": 1.25, "gp": 2.5, "random": 2.25}
     assert wins(TWO, "jfhpo", "random", KEYS) == (1, 1, 0)
     assert wins(TWO, "gp", "jfhpo", KEYS) == (0, 0, 2)
@@ -136,6 +136,6 @@ def test_the_page_and_its_figures_are_the_same_again(tmp_path: Path) -> None:
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     page = (tmp_path / "one" / report.PAGE).read_text()
-    assert "1000-1001 (2)" in page  # the tuning seed 3 is not published
+    assert "1003-1004 (2)" in page  # the tuning seed 3 is not published
     assert "| aligned | 2 | 0.1000 [0.1000, 0.1000] | gp | 0.2000 [0.2000, 0.2000] | 0.25" in page
     assert "| random | 1 / 1 / 0 | 1 / 1 / 0 |" in page

@@ -33,7 +33,7 @@ space:
   scheduler: {type: choice, values: [constant, cosine]}
 fidelity: {horizon_prompts: 32, rungs: 2}
 evaluation: {prompts: 16, samples_per_prompt: 2}
-budget: {trial_seconds: 4, max_parallel: 1}
+budget: {trial_seconds: 8, max_parallel: 1}
 baselines:
   - {name: recipe, configuration: {learning_rate: 1e-5}}
 strategy: {name: jfhpo, settings: {initial_trials: 2}}
