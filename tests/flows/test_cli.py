@@ -216,7 +216,7 @@ def wait_for_segments(process: subprocess.Popen[str], count: int) -> None:
     assert process.stdout is not None
     deadline = time.monotonic() + START_SECONDS
     for line in process.stdout:
-        count -= " left | #" in line
+        count -= " left" in line and " | #" in line
         if count == 0:
             return
         assert time.monotonic() < deadline
