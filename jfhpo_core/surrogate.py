@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -400,12 +400,10 @@ class JointSurrogate(SingleTaskGP):  # type: ignore[misc]
             pending: Inputs of the running trainings, shape (p, d + 4).
             pending_variance: Measurement variance of their evaluations in score units.
         """
-        data, scale = self.observations, self.scale
-        targets = (data.gains / scale).expand(len(self.parameter_draws), -1)
-        noise = data.variances / scale**2
-        moments = Moments(self.structure, self.parameter_draws, data.inputs, targets, noise)
+        data, scale, moments = self.observations, self.scale, self._moments
         if pending is None or len(pending) == 0:
             return moments
+        targets, noise = self._standardized
         return Moments(
             self.structure,
             self.parameter_draws,
@@ -413,6 +411,17 @@ class JointSurrogate(SingleTaskGP):  # type: ignore[misc]
             torch.cat([targets, moments.at(pending).mean], dim=-1),
             torch.cat([noise, torch.full((len(pending),), pending_variance / scale**2, dtype=noise.dtype)]),
         )
+
+    @property
+    def _standardized(self) -> tuple[Tensor, Tensor]:
+        """Targets of every member, shape (members, n), and noise, shape (n,)."""
+        data, scale = self.observations, self.scale
+        return (data.gains / scale).expand(len(self.parameter_draws), -1), data.variances / scale**2
+
+    @cached_property
+    def _moments(self) -> Moments:
+        """Without pending trainings: asked for several times in a suggestion, factored once."""
+        return Moments(self.structure, self.parameter_draws, self.observations.inputs, *self._standardized)
 
     def shared_share(self, size: float) -> float:
         """Share of a model's variance, in [0, 1], that it has in common with the target: how far it can be trusted.

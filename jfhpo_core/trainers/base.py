@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from jfhpo_core.errors import SpecError
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.trial import Checkpoint, Configuration, Decision, Evaluation, Record, Segment, StepRecord
 
@@ -111,3 +112,27 @@ class Trainer(Protocol):
 def model_dump_hyperparameters(kind: type[BaseModel], configuration: dict[str, Any]) -> dict[str, Any]:
     """Fill a configuration with a trainer's defaults, validated."""
     return kind.model_validate(configuration).model_dump()
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def read_settings(kind: type[Settings], study: StudySpec, trainer: str) -> Settings:
+    """The study's trainer settings.
+
+    Args:
+        kind: What they are validated as.
+        study: The study.
+        trainer: Name of the trainer, for the message.
+
+    Raises:
+        SpecError: A setting is unknown, missing or out of bounds.
+    """
+    try:
+        return kind.model_validate(study.trainer.settings)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise SpecError(
+            f"trainer.settings.{'.'.join(map(str, fault['loc']))}: {fault['msg']}; trainer {trainer!r} knows "
+            f"{', '.join(kind.model_fields)}"
+        ) from None

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.hyperparameters import Hyperparameters
 from jfhpo_core.spec import StudySpec
-from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
 from jfhpo_core.trial import Evaluation, Value, configuration_key
 
@@ -124,14 +124,7 @@ def settings(study: StudySpec) -> ReplaySettings:
     Raises:
         SpecError: A setting is unknown, missing or wrong.
     """
-    try:
-        return ReplaySettings.model_validate(study.trainer.settings)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        known = ", ".join(ReplaySettings.model_fields)
-        raise SpecError(
-            f"trainer.settings.{'.'.join(map(str, fault['loc']))}: {fault['msg']}; trainer 'replay' knows {known}"
-        ) from None
+    return read_settings(ReplaySettings, study, "replay")
 
 
 def _table(study: StudySpec) -> Table:

@@ -10,14 +10,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.hyperparameters import Hyperparameters
 from jfhpo_core.space import ChoiceParameter, IntParameter
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.tasks import load_task
-from jfhpo_core.trainers.base import Job, Observer, TrainingResult, model_dump_hyperparameters
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult, model_dump_hyperparameters, read_settings
 
 
 class LoraSettings(BaseModel):
@@ -109,14 +109,7 @@ def settings(study: StudySpec) -> TrlSettings:
     Raises:
         SpecError: A setting is unknown or out of bounds.
     """
-    try:
-        return TrlSettings.model_validate(study.trainer.settings)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        known = ", ".join(TrlSettings.model_fields)
-        raise SpecError(
-            f"trainer.settings.{'.'.join(map(str, fault['loc']))}: {fault['msg']}; trainer 'trl' knows {known}"
-        ) from None
+    return read_settings(TrlSettings, study, "trl")
 
 
 _FEWEST_HELDOUT = 2
