@@ -182,7 +182,7 @@ def report(study: StudyFile, overrides: Overrides = None) -> None:
     with _quiet_libraries():
         from flows.runtime import rebuild_report
 
-        path = rebuild_report(spec)
+        path = rebuild_report(spec).report
     _console().print(str(path), markup=False, soft_wrap=True)
 
 

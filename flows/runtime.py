@@ -15,7 +15,7 @@ from flows.summary import facts
 from jfhpo_core.dispatch import Dispatcher, InlineDispatcher
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.fidelity import build_ladder
-from jfhpo_core.report.page import REPORT, write_report
+from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
 from jfhpo_core.search import Phase, Progress, SearchResult, conclude, plan_next, run_search
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.strategies import Strategy, load_strategy
@@ -30,6 +30,7 @@ LOCK = "run.lock"
 PUBLISHED = "published"
 MODEL_URI = "model_uri"
 MODEL_NOTE = "model_note"
+UNFINISHED = "the study is not finished"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def run_study(
     spec: StudySpec,
     on_progress: Callable[[Progress], None] | None = None,
     on_status: Callable[[str], None] = lambda _: None,
+    on_open: Callable[[MlflowLedger], None] = lambda _: None,
+    around: Callable[[Dispatcher], Dispatcher] = lambda dispatcher: dispatcher,
 ) -> StudyOutcome:
     """Run or continue a study until it is done; a study that is done gives the same outcome again without training.
 
@@ -65,6 +68,8 @@ def run_study(
         spec: The study.
         on_progress: Called after every event of the search.
         on_status: Called with a few words when something begins that takes seconds.
+        on_open: Called with the ledger as soon as it is open, before anything is trained.
+        around: Called after `on_open` with the dispatcher; returns the one to be used, which closes the other.
 
     Raises:
         SpecError: The study is not usable; nothing has been started then.
@@ -78,18 +83,21 @@ def run_study(
         dispatcher = None if reported else _start_dispatcher(spec)
         try:
             ledger, strategy = _open(study)
-            trials = ledger.trials()
-            if reported and plan_next(study, strategy, trials).phase is Phase.DONE:
-                result = conclude(study, trials, strategy, complete=True)
-            else:
-                dispatcher = dispatcher or _start_dispatcher(spec)
-                result = run_search(study, ledger, dispatcher, on_progress, strategy)
+            with _shown(ledger):
+                on_open(ledger)
+                trials = ledger.trials()
+                if reported and plan_next(study, strategy, trials).phase is Phase.DONE:
+                    result = conclude(study, trials, strategy, complete=True)
+                else:
+                    dispatcher = around(dispatcher or _start_dispatcher(spec))
+                    result = run_search(study, ledger, dispatcher, on_progress, strategy)
         finally:
             if dispatcher is not None:
                 on_status("releasing the workers")
                 dispatcher.close()
         on_status("writing the report and registering the model")
-        return _publish(study, ledger, result)
+        with _shown(ledger):
+            return _publish(study, ledger, result)
 
 
 def informed(study: Study) -> Study:
@@ -128,15 +136,23 @@ def look(spec: StudySpec) -> SearchResult:
     return _look(informed(resolve(spec)))[1]
 
 
-def rebuild_report(spec: StudySpec) -> Path:
-    """Write the report of a study again from its ledger, whatever state the study is in.
+def rebuild_report(spec: StudySpec) -> StudyOutcome:
+    """Write the report of a study again from its ledger, whatever state the study is in. Registers nothing.
 
     Raises:
         LedgerError: The ledger holds no such study.
     """
     study = informed(resolve(spec))
     ledger, result = _look(study)
-    return _write_report(study, ledger, result)
+    known = ledger.facts()
+    return StudyOutcome(
+        result=result,
+        tracking_uri=ledger.tracking_uri,
+        url=ledger.url(),
+        report=_write_report(study, ledger, result),
+        model_uri=str(known.get(MODEL_URI, "")) or None,
+        model_note=str(known.get(MODEL_NOTE, UNFINISHED)),
+    )
 
 
 def _look(study: Study) -> tuple[MlflowLedger, SearchResult]:
@@ -180,6 +196,21 @@ def _open(study: Study) -> tuple[MlflowLedger, Strategy]:
     return ledger, strategy
 
 
+@contextmanager
+def _shown(ledger: MlflowLedger) -> Iterator[None]:
+    """Let MLflow show it if what is done inside fails or is interrupted."""
+    from mlflow_plugin.presentation import StudyState
+
+    try:
+        yield
+    except Exception:
+        ledger.end(StudyState.FAILED)
+        raise
+    except BaseException:
+        ledger.end(StudyState.INTERRUPTED)
+        raise
+
+
 def _start_dispatcher(spec: StudySpec) -> Dispatcher:
     """The study's dispatcher. Ray comes up in the background, while this process imports what it needs itself."""
     slots = spec.budget.max_parallel
@@ -197,19 +228,22 @@ def _write_report(study: Study, ledger: MlflowLedger, result: SearchResult) -> P
 
 def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyOutcome:
     """Registered model, figures and report, once per state of the study."""
+    from mlflow_plugin.presentation import StudyState
     from mlflow_plugin.registry import register_target
 
     report = study.folder / REPORT
     state = canonical_json([trial.model_dump(mode="json") for trial in result.trials])
     digest = hashlib.sha256(state.encode()).hexdigest()[:16]
     if ledger.facts().get(PUBLISHED) != digest or not report.exists():
-        uri, note = "", "the study is not finished"
+        uri, note = "", UNFINISHED
         if result.complete:
             registration = register_target(study, result, ledger)
             note = registration.reason
             uri = f"models:/{registration.name}@{registration.alias}" if registration.name else ""
         ledger.summarize({**facts(result), MODEL_URI: uri, MODEL_NOTE: note})
+        ledger.present(result, write_plots(result, study.folder / PLOTS))
         ledger.summarize({PUBLISHED: digest}, [_write_report(study, ledger, result)])
+    ledger.end(StudyState.FINISHED if result.complete else StudyState.INTERRUPTED)
     known = ledger.facts()
     return StudyOutcome(
         result, ledger.tracking_uri, ledger.url(), report, str(known[MODEL_URI]) or None, str(known[MODEL_NOTE])

@@ -13,7 +13,7 @@ from scipy.stats import qmc
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, Suggestion, Trial, configuration_key
+from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, configuration_key
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ STRATEGIES = {
     "jfhpo": "jfhpo_core.optimizer:JointFidelity",
     "paper": "jfhpo_core.paper:PaperStrategy",
     "random": "jfhpo_core.strategies:RandomSearch",
+    "given": "jfhpo_core.strategies:Given",
     "gp": "jfhpo_core.peers.gp:Gp",
     "tpe": "jfhpo_core.peers.optuna:Tpe",
     "asha": "jfhpo_core.peers.optuna:Asha",
@@ -145,6 +146,36 @@ class RandomSearch:
             if trial.model == study.ladder.target.name and trial.final is not None and trial.purpose == "search"
         ]
         return sorted(finals, key=lambda item: -item.mean)
+
+
+@dataclass(frozen=True)
+class Given:
+    """No search: one configuration, trained on the target over the full horizon.
+
+    Attributes:
+        configuration: Hyperparameters; those not named keep the study's fixed values and the trainer's defaults.
+    """
+
+    name: ClassVar[str] = "given"
+
+    configuration: Configuration
+
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
+        """The configuration, until a training of it has come to an end other than by an infrastructure failure."""
+        mine = [trial for trial in trials if trial.purpose == "search"]
+        if any(trial.state not in (TrialState.LOST, TrialState.PAUSED) for trial in mine):
+            return None
+        explanation = "the configuration that was given, at full length on the target"
+        return Proposal(
+            self.configuration,
+            study.ladder.target.name,
+            study.spec.fidelity.horizon_prompts,
+            Suggestion(source="given", explanation=explanation),
+        )
+
+    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
+        """The configuration, once it is trained."""
+        return RandomSearch().rank(study, trials)
 
 
 def fresh_configurations(study: Study, trials: Sequence[Trial], seed: int, count: int) -> list[Configuration]:

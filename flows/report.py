@@ -1,0 +1,32 @@
+"""The flow `jfhpo/report`: a study's report and figures again, from its ledger."""
+
+from __future__ import annotations
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed
+
+from flows.board import Board
+from flows.display import Watch
+from flows.runtime import rebuild_report
+from flows.watched import DEFAULT_STUDY, read, run_name
+from jfhpo_core.report.summary import verdict
+from jfhpo_core.spec import StudySpec
+
+
+def _name() -> str:
+    return f"report {run_name(flow_run.parameters)}"
+
+
+@flow(name="jfhpo", flow_run_name=_name)
+def report(study: StudySpec | str = DEFAULT_STUDY) -> State[None]:
+    """Write a study's report again and show its result; trains nothing, and works while the study is being run.
+
+    Args:
+        study: Path of a study file, relative to the folder that the deployment was made from; or a whole study.
+    """
+    spec = read(study)
+    outcome = rebuild_report(spec)
+    Board(spec.study, Watch()).close(outcome)
+    return Completed(message=verdict(outcome.result))
