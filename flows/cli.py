@@ -187,6 +187,19 @@ def report(study: StudyFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def notify(
+    webhook: Annotated[
+        str, typer.Argument(envvar="JFHPO_WEBHOOK", help="URL that takes JSON by POST, e.g. of a chat room.")
+    ],
+) -> None:
+    """Let Prefect tell a webhook how flow runs end, and notice those that have died."""
+    from flows.notify import set_up
+
+    for name in set_up(webhook):
+        _console().print(name, markup=False)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of study files."""
     import json

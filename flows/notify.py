@@ -1,0 +1,89 @@
+"""Automations of Prefect that tell people how flow runs end, and that notice when one has died."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from prefect.automations import EventTrigger
+from prefect.blocks.webhook import Webhook
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import CallWebhook, ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, Posture
+from prefect.types import SecretDict
+from pydantic import SecretStr
+
+BLOCK = "jfhpo-notifications"
+NOTIFICATIONS = "jfhpo: tell how flow runs end"
+DEAD_RUNS = "jfhpo: mark dead flow runs as crashed"
+
+TOLD = ("Completed", "Unfinished", "Declined", "Suspended", "Failed", "Crashed", "TimedOut", "Cancelled")
+"""States of flow runs that people are told of."""
+
+SILENCE_SECONDS = 600
+"""A flow run is dead when nothing is heard of it for so long. It gives a sign of life every 180 s by default."""
+
+FLOW = {"prefect.resource.role": "flow", "prefect.resource.name": "jfhpo"}
+
+PAYLOAD = (
+    '{"text": {{ (flow_run.name ~ ": " ~ flow_run.state.name ~ ". " ~ (flow_run.state.message or "") ~ " "'
+    ' ~ (flow_run|ui_url)) | tojson }}, "flow_run": {{ flow_run.name | tojson }}, "state": {{ flow_run.state.name'
+    ' | tojson }}, "message": {{ (flow_run.state.message or "") | tojson }}, "url": {{ (flow_run|ui_url) | tojson }}}'
+)
+"""`text` is what Slack, Mattermost and the like show."""
+
+
+def set_up(url: str) -> list[str]:
+    """Create the webhook block and the automations on the server that PREFECT_API_URL names, or replace them.
+
+    Args:
+        url: Webhook that takes a JSON object by POST. Prefect keeps it as a secret.
+
+    Returns:
+        Names of the automations.
+    """
+    block = Webhook(method="POST", url=SecretStr(url), headers=SecretDict({"Content-Type": "application/json"}))
+    identity = block.save(BLOCK, overwrite=True, _sync=True)  # type: ignore[call-arg]  # Prefect's dispatch adds it
+    automations = [_notifications(str(identity)), _dead_runs()]
+    with get_client(sync_client=True) as client:
+        for automation in automations:
+            for known in client.read_automations_by_name(automation.name):
+                client.delete_automation(known.id)
+            client.create_automation(automation)
+    return [automation.name for automation in automations]
+
+
+def _notifications(block: str) -> AutomationCore:
+    return AutomationCore(
+        name=NOTIFICATIONS,
+        description="Made by `jfhpo notify`.",
+        trigger=EventTrigger(
+            expect={f"prefect.flow-run.{state}" for state in TOLD},
+            match_related=FLOW,
+            posture=Posture.Reactive,
+            threshold=1,
+            within=timedelta(0),
+        ),
+        actions=[CallWebhook(block_document_id=block, payload=PAYLOAD)],
+    )
+
+
+def _dead_runs() -> AutomationCore:
+    return AutomationCore(
+        name=DEAD_RUNS,
+        description="Made by `jfhpo notify`. The next run of the study continues it.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.*"},
+            match_related=FLOW,
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=SILENCE_SECONDS),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED, message=f"No sign of life for {SILENCE_SECONDS} s: its process is gone."
+            )
+        ],
+    )
