@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -31,15 +32,21 @@ from mlflow.entities import Experiment, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ValidationError
 
-from jfhpo_core.errors import LedgerError
-from jfhpo_core.fidelity import build_ladder
+from jfhpo_core.errors import LedgerError, SpecError
+from jfhpo_core.fidelity import Ladder, build_ladder
 from jfhpo_core.ledger import check_begin, check_commit, mismatch_message
+from jfhpo_core.search import SearchResult
 from jfhpo_core.spec import StudySpec, parse_study
-from jfhpo_core.trial import Segment, SegmentResult, StepRecord, Trial
+from jfhpo_core.trainers import load_trainer
+from jfhpo_core.trial import Configuration, Segment, SegmentResult, StepRecord, Trial, canonical_json
 from mlflow_plugin import checkpoints
 from mlflow_plugin.presentation import (
     NOTE,
+    STATE,
     STATUS,
+    STUDY_STATUS,
+    StudyState,
+    outcome_metrics,
     result_metrics,
     run_name,
     step_metrics,
@@ -49,6 +56,8 @@ from mlflow_plugin.presentation import (
     trial_labels,
     trial_parameters,
 )
+from mlflow_plugin.provenance import TaskData, environment, source_tags, task_data
+from mlflow_plugin.views import saved_views
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 
@@ -58,7 +67,7 @@ DESCRIBED = "jfhpo.study_sha256"
 HEADER = "jfhpo.trial"
 OPEN = "jfhpo.open"
 SEGMENT = "jfhpo.segment.{:04d}"
-FACT = "jfhpo.fact."
+FACTS = "jfhpo.facts"
 PARENT = "mlflow.parentRunId"
 
 TAG_LIMIT = 5000
@@ -68,9 +77,9 @@ METRICS_PER_CALL = 800
 PARAMETERS_PER_CALL = 100
 STREAM_SECONDS = 2.0
 """Shortest time between two writes of a running trial's metrics: a write costs about 20 ms of CPU."""
-FACT_NAME = re.compile(r"(?=.{1,200}$)[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
-PIECE = re.compile(r":\d+$")
 CONNECT_SECONDS = 10
+
+logger = logging.getLogger(__name__)
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
@@ -117,7 +126,11 @@ class MlflowLedger:
         self._study: StudySpec
         self._experiment_id: str
         self._parent: Run
-        self._sizes: dict[str, int] = {}
+        self._state: StudyState
+        self._ladder: Ladder
+        self._data: TaskData
+        self._source: dict[str, str]
+        self._defaults: Configuration
         self._children: dict[str, _Child] = {}
         self._facts: dict[str, str | float] = {}
 
@@ -132,15 +145,19 @@ class MlflowLedger:
         parent = _study_run(client, experiment.experiment_id, study)
         if parent is not None and parent.data.tags.get(IDENTITY) != study.identity():
             raise LedgerError(mismatch_message(study.study))
-        self._sizes = {model.name: model.parameters for model in build_ladder(study).models}
+        self._ladder, self._data, self._source = build_ladder(study), task_data(study.task), source_tags()
+        self._defaults = _defaults(study)
         self._opened, self._study, self._experiment_id = client, study, experiment.experiment_id
         self._parent = parent if parent is not None else self._create_study()
-        self._describe_study()
-        self._facts = _read_facts(self._parent)
+        self._facts = read_facts(self._parent)
+        self._state = StudyState(self._parent.data.tags.get(STATE, StudyState.RUNNING))
         self._children = self._read_children()
+        self._describe_study()
         for child in self._children.values():
             self._settle(child)
             self._index(child, child.trial)
+        if any(trial.open_segment is not None for trial in self.trials()):
+            self._show(StudyState.RUNNING)
 
     def look(self, study: StudySpec) -> bool:
         """Open for reading only, also while another process runs the study. Nothing is created or changed.
@@ -161,7 +178,7 @@ class MlflowLedger:
         if parent.data.tags.get(IDENTITY) != study.identity():
             raise LedgerError(mismatch_message(study.study))
         self._opened, self._study, self._experiment_id = client, study, experiment.experiment_id
-        self._parent, self._facts = parent, _read_facts(parent)
+        self._parent, self._facts = parent, read_facts(parent)
         self._children = self._read_children()
         return True
 
@@ -199,13 +216,14 @@ class MlflowLedger:
         check_begin(known, segment)
         if known.open_segment is not None:
             return
+        self._show(StudyState.RUNNING)
         begun = known.model_copy(update={"open_segment": segment})
         tags = {**_pack(OPEN, segment.model_dump_json()), **trial_labels(begun)}
         if child is None:
             header = trial.model_copy(update={"segments": (), "open_segment": None}).model_dump_json()
             run = client.create_run(
                 self._experiment_id,
-                tags={PARENT: self.study_run_id, **_pack(HEADER, header), **tags},
+                tags={**self._source, PARENT: self.study_run_id, **_pack(HEADER, header), **tags},
                 run_name=run_name(begun),
             )
             child = _Child(run.info.run_id, begun, False, run.info.status, run.info.run_name, records={})
@@ -237,13 +255,16 @@ class MlflowLedger:
         model_id = child.checkpoint.model_id if child.checkpoint is not None else None
         self._log(
             child.run_id,
-            [*self._unseen(child, records), *result_metrics(trial, result, _now(), model_id)],
+            [*self._unseen(child, records), *result_metrics(trial, result, _now(), model_id, self._data)],
             tags={**_pack(SEGMENT.format(result.segment.index), result.model_dump_json()), **trial_labels(trial)},
         )
         child.trial, child.waiting, child.shown = trial, [], {}
         known.update({record.step: record for record in records})
         self._settle(child)
-        self._log(self.study_run_id, study_metrics(self._study, self.trials(), _now()))
+        trials = self.trials()
+        self._log(
+            self.study_run_id, study_metrics(self._study, trials, _now()), tags={NOTE: study_note(self._study, trials)}
+        )
 
     def step_records(self, key: str) -> list[StepRecord]:
         """See `Ledger.step_records`."""
@@ -253,29 +274,34 @@ class MlflowLedger:
         return [records[step] for step in sorted(records)]
 
     def summarize(self, facts: Mapping[str, str | float], artifacts: Sequence[Path] = ()) -> None:
-        """See `Ledger.summarize`. The study's run counts as finished unless a segment is open.
-
-        Raises:
-            LedgerError: A fact's name is not one that MLflow takes.
-        """
-        tags: dict[str, str] = {}
-        for name, value in facts.items():
-            if not FACT_NAME.fullmatch(name):
-                raise LedgerError(
-                    f"fact {name!r}: names are made of letters, digits, '_', '-' and '.', with '/' between parts"
-                )
-            tags |= _pack(FACT + name, json.dumps(value, ensure_ascii=False))
-        metrics = [
-            Metric(f"fact/{name}", float(value), _now(), 0)
-            for name, value in facts.items()
-            if not isinstance(value, str) and math.isfinite(value)
-        ]
+        """See `Ledger.summarize`."""
         for path in artifacts:
             self._client.log_artifact(self.study_run_id, str(path))
-        self._log(self.study_run_id, metrics, tags=tags)
-        self._facts |= facts
-        if all(child.trial.open_segment is None for child in self._children.values()):
-            self._client.set_terminated(self.study_run_id)
+        known = {**self._facts, **facts}
+        self._log(self.study_run_id, tags=_pack(FACTS, json.dumps(known, ensure_ascii=False)))
+        self._facts = known
+
+    def present(self, result: SearchResult, plots: Sequence[Path] = ()) -> None:
+        """Show an outcome on the study's run: as its description, as metrics, and as plots among its artifacts."""
+        for path in plots:
+            self._client.log_artifact(self.study_run_id, str(path), "plots")
+        note = study_note(self._study, result.trials, result)
+        self._log(self.study_run_id, outcome_metrics(result, _now()), tags={NOTE: note})
+
+    def end(self, state: StudyState) -> None:
+        """Show that this process works on the study no longer; segments that are open wait for the next one.
+
+        Nothing depends on it, so a store that does not take it is no error.
+        """
+        try:
+            for child in self._children.values():
+                if child.trial.open_segment is not None and child.status != "KILLED":
+                    self._log(child.run_id, tags={STATE: StudyState.INTERRUPTED.value})
+                    self._client.set_terminated(child.run_id, "KILLED")
+                    child.status = "KILLED"
+            self._show(state)
+        except MlflowException as error:
+            logger.warning("MLflow still shows study %r as running: %s", self._study.study, error.message)
 
     def facts(self) -> dict[str, str | float]:
         """See `Ledger.facts`."""
@@ -333,20 +359,43 @@ class MlflowLedger:
         return self._children[key]
 
     def _create_study(self) -> Run:
-        tags = {STUDY: self._study.study, IDENTITY: self._study.identity(), "jfhpo.version": version("jfhpo")}
-        return self._client.create_run(self._experiment_id, tags=tags, run_name=self._study.study)
+        tags = {STUDY: self._study.study, IDENTITY: self._study.identity(), STATE: StudyState.RUNNING.value}
+        return self._client.create_run(self._experiment_id, tags={**self._source, **tags}, run_name=self._study.study)
+
+    def _show(self, state: StudyState) -> None:
+        """Bring state and status of the study's run up to date."""
+        if state is self._state:
+            return
+        self._client.set_tag(self.study_run_id, STATE, state.value)
+        if state is StudyState.RUNNING:
+            self._client.update_run(self.study_run_id, STUDY_STATUS[state])
+        else:
+            self._client.set_terminated(self.study_run_id, STUDY_STATUS[state])
+        self._state = state
 
     def _describe_study(self) -> None:
-        """Log the study file with what can be derived from it, unless this very file is logged already."""
+        """Log study file, versions and source with what can be derived from them, unless they are logged already."""
         tracking = self._study.tracking
         if tracking.uri is not None:
             tracking = tracking.model_copy(update={"uri": _without_password(tracking.uri)})
         text = self._study.model_copy(update={"tracking": tracking}).to_yaml()
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        if self._parent.data.tags.get(DESCRIBED) != digest:
-            self._client.log_text(self.study_run_id, text, "study.yaml")
-            tags = {DESCRIBED: digest, "jfhpo.strategy": self._study.strategy.name, NOTE: study_note(self._study)}
-            self._log(self.study_run_id, params=study_parameters(self._study), tags=tags)
+        versions = environment()
+        digest = hashlib.sha256(canonical_json([text, versions, self._source]).encode()).hexdigest()
+        if self._parent.data.tags.get(DESCRIBED) == digest:
+            return
+        self._client.log_text(self.study_run_id, text, "study.yaml")
+        self._client.log_text(self.study_run_id, json.dumps(versions, indent=1), "environment.json")
+        self._client.log_inputs(self.study_run_id, self._data.inputs())
+        for name, view in saved_views(self._study, self._ladder, _now()).items():
+            self._client.set_experiment_tag(self._experiment_id, name, view)
+        tags = {
+            **self._source,
+            "jfhpo.version": version("jfhpo"),
+            "jfhpo.strategy": self._study.strategy.name,
+            NOTE: study_note(self._study, self.trials()),
+            DESCRIBED: digest,
+        }
+        self._log(self.study_run_id, params=study_parameters(self._study), tags=tags)
 
     def _read_children(self) -> dict[str, _Child]:
         entries = checkpoints.read_index(self._client, self._experiment_id)
@@ -360,14 +409,18 @@ class MlflowLedger:
         return by_key
 
     def _settle(self, child: _Child) -> None:
-        """Bring parameters, status and name of a trial's run up to date."""
+        """Bring inputs, parameters, status and name of a trial's run up to date."""
         trial = child.trial
         if not child.described:
-            self._log(child.run_id, params=trial_parameters(trial, self._sizes[trial.model]))
+            self._client.log_inputs(child.run_id, self._data.inputs())
+            size = self._ladder[trial.model].parameters
+            params = trial_parameters(trial, size, self._study.space, self._defaults)
+            self._log(child.run_id, params=params)
             child.described = True
         status, name = STATUS[trial.state], run_name(trial)
         if status != child.status:
             if status == "RUNNING":
+                self._log(child.run_id, tags={STATE: trial.state.value})
                 self._client.update_run(child.run_id, status)
             else:
                 self._client.set_terminated(child.run_id, status)
@@ -538,14 +591,27 @@ def _read_child(run: Run, entries: Mapping[str, checkpoints.Entry]) -> _Child | 
     )
 
 
-def _read_facts(parent: Run) -> dict[str, str | float]:
-    tags = parent.data.tags
-    names = [name for name in tags if name.startswith(FACT) and not PIECE.search(name)]
+def _defaults(study: StudySpec) -> Configuration:
+    """Hyperparameters of trials that do not name them; none where the trainer is not installed."""
     try:
-        return {name.removeprefix(FACT): json.loads(_unpack(tags, name) or "") for name in names}
-    except json.JSONDecodeError as error:
+        trainer = load_trainer(study.trainer.name)
+    except SpecError:
+        return {}
+    return {**trainer.hyperparameters().model_dump(), **study.trainer.fixed}
+
+
+def read_facts(parent: Run) -> dict[str, str | float]:
+    """The facts of the study that a run holds.
+
+    Raises:
+        LedgerError: They were edited.
+    """
+    text = _unpack(parent.data.tags, FACTS)
+    try:
+        return dict(json.loads(text)) if text is not None else {}
+    except ValueError as error:
         raise LedgerError(
-            f"MLflow run {parent.info.run_id} has a tag {FACT}... that is not JSON ({error}); it was edited: delete it"
+            f"MLflow run {parent.info.run_id} has a tag {FACTS} that is not JSON ({error}); it was edited: delete it"
         ) from None
 
 

@@ -8,14 +8,31 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 from mlflow.entities import Metric
 
+from jfhpo_core.report.summary import caveats, interval, verdict
+from jfhpo_core.report.text import duration, number, setting
+from jfhpo_core.search import SearchResult
+from jfhpo_core.space import FloatParameter, IntParameter, Space
 from jfhpo_core.spec import StudySpec
-from jfhpo_core.trial import Evaluation, SegmentResult, StepRecord, Trial, TrialState, Value
+from jfhpo_core.trial import (
+    Configuration,
+    Evaluation,
+    Segment,
+    SegmentResult,
+    StepRecord,
+    Trial,
+    TrialState,
+    Value,
+    spent_seconds,
+)
+from mlflow_plugin.provenance import TaskData
 
 NOTE = "mlflow.note.content"
+STATE = "jfhpo.state"
 NOTE_LIMIT = 5000
 """Characters of a description; MLflow servers before 2.15 refuse longer tags."""
 
@@ -49,6 +66,24 @@ STATUS = {
 """Trial state to MLflow run status. MLflow has fewer of them, so the tag `jfhpo.state` holds the exact one."""
 
 
+class StudyState(StrEnum):
+    """What became of a call that ran a study."""
+
+    RUNNING = "running"
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+STUDY_STATUS = {
+    StudyState.RUNNING: "RUNNING",
+    StudyState.FINISHED: "FINISHED",
+    StudyState.INTERRUPTED: "KILLED",
+    StudyState.FAILED: "FAILED",
+}
+"""The same for the study's run."""
+
+
 def run_name(trial: Trial) -> str:
     """Name of a trial's run: its number, its model, what sets it apart, and how far it got.
 
@@ -65,7 +100,12 @@ def run_name(trial: Trial) -> str:
     if trial.purpose in ("confirmation", "random-search"):
         parts.append(f"seed {trial.seed}" if trial.purpose == "confirmation" else "random")
     if trial.segments:
-        parts.append(f"· {trial.step}/{trial.total_steps} steps")
+        ended = {
+            TrialState.STOPPED: "stopped at ",
+            TrialState.INFEASIBLE: "infeasible at ",
+            TrialState.LOST: "lost at ",
+        }
+        parts.append(f"· {ended.get(trial.state, '')}{trial.step}/{trial.total_steps} steps")
     return " ".join(parts)
 
 
@@ -73,8 +113,19 @@ def _short(value: Value) -> str:
     return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
-def trial_parameters(trial: Trial, model_parameters: int) -> dict[str, str]:
-    """Parameters of a trial's run, numbers in a form that the UI's charts can plot."""
+def trial_parameters(
+    trial: Trial, model_parameters: int, space: Space, defaults: Mapping[str, Value]
+) -> dict[str, str]:
+    """Parameters of a trial's run, numbers in a form that the UI's charts can plot.
+
+    MLflow's charts have linear axes only, so what is searched on a logarithmic scale comes as a logarithm, too.
+
+    Args:
+        trial: The trial.
+        model_parameters: Parameter count of its model.
+        space: The search space.
+        defaults: Hyperparameters that the trial's configuration does not name.
+    """
     fixed = {
         "model": trial.model,
         "model_parameters": model_parameters,
@@ -83,7 +134,23 @@ def trial_parameters(trial: Trial, model_parameters: int) -> dict[str, str]:
         "total_steps": trial.total_steps,
         "prompts_per_step": trial.prompts_per_step,
     }
-    return {name: str(value) for name, value in {**trial.configuration, **fixed}.items()}
+    configuration = {**defaults, **trial.configuration}
+    logarithms = {
+        log_name(name): f"{math.log10(value):.6g}"
+        for name in logarithmic(space)
+        if isinstance(value := configuration.get(name), int | float) and 0 < value < math.inf
+    }
+    return {name: str(value) for name, value in {**configuration, **logarithms, **fixed}.items()}
+
+
+def logarithmic(space: Space) -> list[str]:
+    """Hyperparameters that are searched on a logarithmic scale."""
+    return [name for name in space if isinstance(one := space[name], FloatParameter | IntParameter) and one.log]
+
+
+def log_name(name: str) -> str:
+    """Name of the parameter that holds a hyperparameter's decimal logarithm."""
+    return f"log10_{name}"
 
 
 def study_parameters(study: StudySpec) -> dict[str, str]:
@@ -110,12 +177,15 @@ def step_metrics(records: Sequence[StepRecord], timestamp: int) -> list[Metric]:
     ]
 
 
-def result_metrics(trial: Trial, result: SegmentResult, timestamp: int, model_id: str | None) -> list[Metric]:
-    """Metrics of a committed segment of `trial`: its evaluations, and the trial's charge so far.
+def result_metrics(
+    trial: Trial, result: SegmentResult, timestamp: int, model_id: str | None, data: TaskData
+) -> list[Metric]:
+    """Metrics of a committed segment of `trial`: its evaluations, and the trial's charge and time so far.
 
     The evaluation of the segment's checkpoint also goes to the logged model `model_id` that indexes it.
     """
     saved = result.checkpoint.step if result.checkpoint is not None else None
+    heldout = data.heldout
     metrics = [
         Metric(
             name,
@@ -123,11 +193,18 @@ def result_metrics(trial: Trial, result: SegmentResult, timestamp: int, model_id
             timestamp,
             evaluation.step,
             model_id=model_id if evaluation.step == saved else None,
+            dataset_name=heldout.name if heldout is not None else None,
+            dataset_digest=heldout.digest if heldout is not None else None,
         )
         for evaluation in result.evaluations
         for name, value in _scores(evaluation)
     ]
-    return [*metrics, Metric("cost/seconds", trial.charge_seconds, timestamp, result.end_step)]
+    wall = sum(one.seconds for one in trial.segments)
+    return [
+        *metrics,
+        Metric("cost/device_seconds", trial.charge_seconds, timestamp, result.end_step),
+        Metric("time/wall_seconds", wall, timestamp, result.end_step),
+    ]
 
 
 def _scores(evaluation: Evaluation) -> list[tuple[str, float]]:
@@ -162,11 +239,24 @@ def _plottable(value: float) -> float:
     return value if math.isfinite(value) else math.nan
 
 
+def outcome_metrics(result: SearchResult, timestamp: int) -> list[Metric]:
+    """What a study came to, so that studies can be compared: score and error of the recommended configuration."""
+    if result.recommended is None or not result.rows:
+        return []
+    mine, step = result.rows[0], sum(len(trial.segments) for trial in result.trials)
+    values = {
+        "study/recommended_score": mine.score,
+        "study/recommended_standard_error": mine.standard_error,
+        "study/expected_score": result.recommended.mean,
+    }
+    return [Metric(name, _plottable(value), timestamp, step) for name, value in values.items()]
+
+
 def trial_labels(trial: Trial) -> dict[str, str]:
     """Tags of a trial's run for people and for the UI's filters; values are cut to what MLflow takes."""
     suggestion = trial.open_segment.suggestion if trial.open_segment else trial.segments[-1].segment.suggestion
     labels = {
-        "jfhpo.state": trial.state.value,
+        STATE: trial.state.value,
         "jfhpo.why": suggestion.explanation,
         "jfhpo.source": suggestion.source,
         NOTE: _trial_note(trial),
@@ -180,47 +270,101 @@ def trial_labels(trial: Trial) -> dict[str, str]:
 
 
 def _trial_note(trial: Trial) -> str:
-    lines = [f"**{trial.state.value.capitalize()}** at step {trial.step} of {trial.total_steps}.", ""]
+    """Description of a trial's run: where it stands, how sure its score is, why it was trained and why it ended."""
+    lines = [f"**{trial.state.value.capitalize()}** at step {trial.step} of {trial.total_steps}."]
     if trial.decision is not None:
-        lines += [f"**Why it was stopped:** {trial.decision.explain()}.", ""]
+        lines += ["", f"**Why it was stopped:** {trial.decision.explain()}."]
     if trial.segments and trial.segments[-1].message is not None:
-        lines += [f"**What happened:** {trial.segments[-1].message}", ""]
-    lines += ["| Steps | Chosen by | Why | Outcome | Score | Seconds |", "|---|---|---|---|---|---|"]
+        lines += ["", f"**What happened:** {trial.segments[-1].message}"]
+    if trial.evaluations:
+        last = trial.evaluations[-1]
+        low, high = interval(last.score, last.standard_error)
+        lines += [
+            "",
+            (
+                f"**How sure:** held-out score {number(last.score)} at step {last.step}, 95 % interval {number(low)} "
+                f"to {number(high)} from {last.samples} completions. The spread between training seeds comes on top."
+            ),
+        ]
+    lines += ["", "**Why this trial:**", ""]
+    lines += ["| Steps | Chosen by | Why | Expected | Outcome | Score | Cost |", "|---|---|---|---|---|---|---|"]
     for result in trial.segments:
-        score = f"{result.evaluations[-1].score:.3f}" if result.evaluations else ""
+        score = number(result.evaluations[-1].score) if result.evaluations else ""
         lines.append(
-            f"| {result.segment.start_step} to {result.end_step} | {result.segment.suggestion.source} "
-            f"| {_cell(result.segment.suggestion.explanation)} | {result.outcome.value} | {score} "
-            f"| {result.charge_seconds:.1f} |"
+            f"| {result.segment.start_step} to {result.end_step} | {_chosen(result.segment)} | {result.outcome.value} "
+            f"| {score} | {duration(result.charge_seconds)} |"
         )
     if trial.open_segment is not None:
         segment = trial.open_segment
-        lines.append(
-            f"| {segment.start_step} to {segment.stop_step} | {segment.suggestion.source} "
-            f"| {_cell(segment.suggestion.explanation)} | running | | |"
-        )
+        lines.append(f"| {segment.start_step} to {segment.stop_step} | {_chosen(segment)} | running | | |")
     return "\n".join(lines)
+
+
+def _chosen(segment: Segment) -> str:
+    """Cells of a table: who chose a segment, why, and what was expected of it."""
+    suggestion = segment.suggestion
+    expected = []
+    if suggestion.expected_gain is not None:
+        expected.append(f"gain {suggestion.expected_gain:.2g}")
+    if suggestion.expected_cost_seconds is not None:
+        expected.append(f"cost {duration(suggestion.expected_cost_seconds)}")
+    return f"{suggestion.source} | {_cell(suggestion.explanation)} | {', '.join(expected)}"
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def study_note(study: StudySpec) -> str:
-    """Description of the study's run."""
+def study_note(study: StudySpec, trials: Sequence[Trial], result: SearchResult | None = None) -> str:
+    """Description of the study's run: the outcome, or how far it is."""
     task = study.task.embedded or study.task.prompts
-    summary = (
-        f"Hyperparameter search by jfhpo for **{study.target}** on **{task}** "
-        f"({study.trainer.name}, {study.fidelity.horizon_prompts} prompts per full trial, "
-        f"{study.budget.device_seconds:g} device-seconds of search)."
-    )
-    lines = [
+    lines = [] if result is None else _outcome(result)
+    if result is None or not result.complete:
+        spent, budget = spent_seconds(trials), study.budget.device_seconds
+        lines += [
+            (
+                f"{len(trials)} trials so far, {duration(spent)} of {duration(budget)} device-time spent. "
+                "`jfhpo search` continues the study if nothing is running."
+            ),
+            "",
+        ]
+    lines += [
         study.description,
         "",
-        summary,
+        (
+            f"Hyperparameter search by jfhpo for **{study.target}** on **{task}** ({study.trainer.name}, "
+            f"{study.fidelity.horizon_prompts} prompts a full trial, {duration(study.budget.device_seconds)} to spend)."
+        ),
         "",
-        "- The nested runs are its trials; `study.yaml` among the artifacts repeats the study.",
-        "- `study/best_target_score` against `study/spent_seconds` shows what the search found for which cost.",
-        "- `jfhpo.why` and `jfhpo.stopped_by` on a trial say why it was trained and why it was stopped.",
+        (
+            "- **Views**, above the table of runs: *Trials* has the columns and charts to begin with, "
+            "*Best on the target* the full-length trials of the target by score."
+        ),
+        "- Artifacts: `report.html`, `plots/`, the exact `study.yaml`, `environment.json`.",
+        "- On each trial: why it was trained, why it ended, how sure its score is; its checkpoint is under *Models*.",
+        "- Metrics: `study/best_target_score` against `study/spent_seconds` is what the search found for which cost.",
     ]
     return "\n".join(lines).strip()[:NOTE_LIMIT]
+
+
+def _outcome(result: SearchResult) -> list[str]:
+    lines = [f"**{verdict(result)}**", ""]
+    if result.rows:
+        lines += ["| Configuration | Score | 95 % interval | Seeds |", "|---|---|---|---|"]
+        for row in result.rows:
+            low, high = interval(row.score, row.standard_error)
+            lines.append(f"| {row.label} | {number(row.score)} | {number(low)} to {number(high)} | {row.seeds} |")
+        lines.append("")
+    if result.recommended is not None:
+        lines += ["**Recommended:** " + configuration_text(result.recommended.configuration), ""]
+        lines += [
+            f"**How sure:** the model expects {number(result.recommended.mean)} ± "
+            f"{number(result.recommended.standard_deviation)}. " + " ".join(caveats(result)),
+            "",
+        ]
+    return lines
+
+
+def configuration_text(configuration: Configuration) -> str:
+    """A configuration in one line of Markdown."""
+    return ", ".join(f"`{name}` {setting(value)}" for name, value in configuration.items())

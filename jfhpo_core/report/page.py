@@ -26,6 +26,7 @@ from jfhpo_core.study import Study
 from jfhpo_core.trial import Configuration, StepRecord, Trial, TrialState, Value
 
 REPORT = "report.html"
+PLOTS = "plots"
 
 LISTED_TRIALS = 2000
 """Rows of the table of all trials; the newest are left out beyond it, and the page says so."""
@@ -67,6 +68,29 @@ def write_report(
     draft = path.with_suffix(".part")
     draft.write_text(page, encoding="utf-8")
     return draft.replace(path)
+
+
+def write_plots(result: SearchResult, folder: Path) -> list[Path]:
+    """Write the report's main figures as single pictures (SVG), those of them that there are data for.
+
+    Returns:
+        The paths of the files.
+    """
+    from jfhpo_core.report import figures
+
+    measured = any(trial.evaluations for trial in result.trials)
+    drawn: dict[str, Callable[[SearchResult], Any]] = {}
+    if result.rows and summary.incumbents(result):
+        drawn["outcome"] = figures.headline_figure
+    if measured:
+        drawn["learning-curves"] = figures.learning_figure
+    if result.trials:
+        drawn["bill"] = figures.bill_figure
+    folder.mkdir(parents=True, exist_ok=True)
+    return [
+        figures.save_figure(draw(result), folder / f"{name}.svg", f"{name}. {summary.verdict(result)}")
+        for name, draw in drawn.items()
+    ]
 
 
 def write_headline(result: SearchResult, path: Path) -> Path:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import math
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from mlflow.entities import Run
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.ledger import Ledger, MemoryLedger
+from jfhpo_core.report.page import write_plots
 from jfhpo_core.search import run_search
 from jfhpo_core.spec import StudySpec, TrackingSpec
 from jfhpo_core.study import resolve
 from jfhpo_core.trial import Decision, FailureKind, Outcome, Trial
 from mlflow_plugin.ledger import TAG_LIMIT, MlflowLedger
+from mlflow_plugin.presentation import StudyState
 from tests.ledger.conformance import (
     TOTAL_STEPS,
     LedgerConformance,
@@ -67,6 +71,13 @@ def test_what_people_see_of_a_trial(ledger: MlflowLedger) -> None:
     assert run.data.tags["mlflow.parentRunId"] == ledger.study_run_id
     assert run.data.params["learning_rate"] == "0.00032"
     assert run.data.params["model_parameters"] == "100000"
+    assert float(run.data.params["log10_learning_rate"]) == pytest.approx(math.log10(3.2e-4), abs=1e-4)
+    # What the trial leaves to the trainer is shown as well, so that no column of the comparison has holes.
+    assert float(run.data.params["weight_decay"]) == 0.0
+    assert run.data.tags["mlflow.user"]
+    heldout, train = sorted(run.inputs.dataset_inputs, key=lambda one: one.dataset.name)
+    assert (heldout.dataset.name, heldout.tags[0].value) == ("instruct-heldout", "evaluation")
+    assert (train.dataset.name, train.tags[0].value) == ("instruct-train", "training")
 
     ledger.commit(trial.key, make_result(first), make_records(0, 4))
     run = run_of(ledger, trial)
@@ -88,11 +99,11 @@ def test_what_people_see_of_a_trial(ledger: MlflowLedger) -> None:
     )
     ledger.commit(trial.key, stopped, make_records(4, 6))
     run = run_of(ledger, trial)
-    assert (run.info.run_name, run.info.status) == ("007 small lr=0.00032 · 6/12 steps", "KILLED")
+    assert (run.info.run_name, run.info.status) == ("007 small lr=0.00032 · stopped at 6/12 steps", "KILLED")
     assert run.data.tags["jfhpo.stopped_by"] == "kl-growth: kl = 0.9 against 0.15 at step 6"
     assert run.data.tags["jfhpo.why"] == "it went on well"
-    assert run.data.metrics["cost/seconds"] == pytest.approx(5.0)
-    for words in ("Stopped", "it looked good", "it went on well", "kl-growth"):
+    assert run.data.metrics["cost/device_seconds"] == pytest.approx(5.0)
+    for words in ("Stopped", "it looked good", "it went on well", "kl-growth", "95 % interval", "gain 0.01"):
         assert words in run.data.tags["mlflow.note.content"]
 
 
@@ -116,16 +127,78 @@ def test_what_people_see_of_a_study(ledger: MlflowLedger, tmp_path: Path) -> Non
         ledger.commit(trial.key, make_result(segment), make_records(0, 2))
     (tmp_path / "report.html").write_text("<p>fine</p>")
     ledger.summarize({"score": 0.75, "recommended": "lr=3e-4"}, [tmp_path / "report.html"])
+    assert "3 trials so far" in ledger.client.get_run(ledger.study_run_id).data.tags["mlflow.note.content"]
+    ledger.end(StudyState.FINISHED)
     run = ledger.client.get_run(ledger.study_run_id)
     assert (run.info.run_name, run.info.status) == ("conformance", "FINISHED")
+    assert run.data.tags["jfhpo.state"] == "finished"
+    assert len(run.inputs.dataset_inputs) == 2
     assert run.data.params["target"] == "large"
     assert run.data.params["fidelity.horizon_prompts"] == "960"
-    assert run.data.metrics["fact/score"] == 0.75
     assert run.data.metrics["study/best_target_score"] == pytest.approx(1.2)
     spent = ledger.client.get_metric_history(run.info.run_id, "study/spent_seconds")
     assert [(metric.step, metric.value) for metric in spent] == [(1, 2.5), (2, 5.0), (3, 7.5)]
     files = {file.path for file in ledger.client.list_artifacts(run.info.run_id)}
-    assert files == {"study.yaml", "report.html"}
+    assert files == {"study.yaml", "environment.json", "report.html"}
+
+
+def test_an_outcome_is_shown(ledger: MlflowLedger, client: MlflowClient, tmp_path: Path) -> None:
+    study = resolve(search_study(tmp_path))
+    result = run_search(study, MlflowLedger(client), InlineDispatcher(2))
+    mine = MlflowLedger(client)
+    mine.open(study.spec)
+    mine.present(result, write_plots(result, tmp_path / "plots"))
+    run = client.get_run(mine.study_run_id)
+    assert result.rows
+    assert run.data.metrics["study/recommended_score"] == result.rows[0].score
+    assert "How sure" in run.data.tags["mlflow.note.content"]
+    plots = client.list_artifacts(mine.study_run_id, "plots")
+    assert {plot.path for plot in plots} == {f"plots/{name}.svg" for name in ("bill", "learning-curves", "outcome")}
+
+
+def test_an_interrupted_study_is_shown_as_killed_and_goes_on(ledger: MlflowLedger, client: MlflowClient) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    ledger.end(StudyState.INTERRUPTED)
+    for run_id in (ledger.study_run_id, ledger.run_id(trial.key)):
+        run = client.get_run(run_id)
+        assert (run.info.status, run.data.tags["jfhpo.state"]) == ("KILLED", "interrupted")
+    again = MlflowLedger(client)
+    again.open(make_study())
+    for run_id in (ledger.study_run_id, ledger.run_id(trial.key)):
+        run = client.get_run(run_id)
+        assert (run.info.status, run.data.tags["jfhpo.state"]) == ("RUNNING", "running")
+    again.commit(trial.key, make_result(segment), make_records(0, 4))
+    again.end(StudyState.FINISHED)
+    assert client.get_run(ledger.study_run_id).info.status == "FINISHED"
+    # Looking at a finished study again, by a process that trains nothing, changes nothing.
+    MlflowLedger(client).open(make_study())
+    assert client.get_run(ledger.study_run_id).info.status == "FINISHED"
+
+
+def test_saved_views_name_what_the_runs_have(ledger: MlflowLedger, client: MlflowClient) -> None:
+    trial, segment = make_trial(0, "large"), make_segment(0, 0, TOTAL_STEPS)
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, make_result(segment), make_records(0, 4))
+    tags = client.get_experiment(ledger.experiment_id).tags
+    views = {json.loads(text)["name"]: json.loads(text) for name, text in tags.items() if "sharedViewState" in name}
+    assert set(views) == {"Trials", "Best on the target"}
+    data = run_of(ledger, trial).data
+    known = {
+        *(f"params.`{name}`" for name in data.params),
+        *(f"metrics.`{name}`" for name in data.metrics),
+        *(f"tags.`{name}`" for name in data.tags),
+    }
+    for view in views.values():
+        state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+        # These two are set once a trial was stopped or failed.
+        assert set(state["selectedColumns"]) - {"tags.`jfhpo.stopped_by`", "tags.`jfhpo.failure`"} <= known
+        found = client.search_runs(
+            [ledger.experiment_id], state["searchFilter"], order_by=[f"{state['orderByKey']} DESC"]
+        )
+        assert [run.info.run_id for run in found] == [ledger.run_id(trial.key)]
+        parallel = next(chart for chart in state["compareRunCharts"] if chart["type"] == "PARALLEL")
+        assert set(parallel["selectedParams"]) <= set(data.params)
 
 
 def test_a_changed_budget_renews_the_study_file(ledger: MlflowLedger, client: MlflowClient, tmp_path: Path) -> None:
@@ -209,10 +282,10 @@ def test_unreadable_content_is_explained(ledger: MlflowLedger, client: MlflowCli
     shutil.rmtree(Path(run_of(ledger, trial).info.artifact_uri.removeprefix("file://")))
     with pytest.raises(LedgerError, match=r"lost its artifact records/segment-0000\.jsonl"):
         again.step_records(trial.key)
-    client.set_tag(ledger.study_run_id, "jfhpo.fact.best", "edited by hand")
+    client.set_tag(ledger.study_run_id, "jfhpo.facts", "edited by hand")
     with pytest.raises(LedgerError, match="not JSON"):
         MlflowLedger(client).open(make_study())
-    client.delete_tag(ledger.study_run_id, "jfhpo.fact.best")
+    client.delete_tag(ledger.study_run_id, "jfhpo.facts")
     client.set_tag(ledger.run_id(trial.key), "jfhpo.segment.0000", json.dumps({"segment": 3}))
     with pytest.raises(LedgerError, match="SegmentResult that cannot be read"):
         MlflowLedger(client).open(make_study())

@@ -1,0 +1,121 @@
+"""Saved views of a study's experiment: the columns and charts that people of this field look for first.
+
+MLflow's UI keeps its saved views (button "Views" above the runs) in tags of the experiment: a name, times, and the
+page's state as JSON, deflated. A page opened with `viewStateShareKey=ID` comes up in that state.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jfhpo_core.fidelity import Ladder
+from jfhpo_core.spec import StudySpec
+from mlflow_plugin.presentation import log_name, logarithmic
+
+TAG = "mlflow.sharedViewState."
+"""Followed by the view's id."""
+TRIALS = "jfhpo-trials"
+BEST = "jfhpo-best-on-target"
+
+STANDING = ("tags.`jfhpo.state`", "params.`model`", "metrics.`eval/score`", "metrics.`cost/device_seconds`")
+"""Columns before the hyperparameters: where a trial stands."""
+REASONS = ("tags.`jfhpo.source`", "tags.`jfhpo.why`", "tags.`jfhpo.stopped_by`", "tags.`jfhpo.failure`")
+"""Columns after them: why it was trained, and why it ended."""
+SECTIONS = {"eval": True, "train": False, "cost": False, "time": False, "progress": False, "study": True}
+"""Sections that MLflow makes of metric names, and whether they come up unfolded."""
+AT_A_GLANCE = "At a glance"
+
+
+def saved_views(study: StudySpec, ladder: Ladder, created: int) -> dict[str, str]:
+    """Tags of the experiment that make the saved views.
+
+    Args:
+        study: The study file.
+        ladder: Its models.
+        created: Time that the views bear, in milliseconds since the epoch.
+    """
+    columns = [*STANDING, *(f"params.`{name}`" for name in study.space), *REASONS]
+    charts = _charts(study)
+    trials = {"orderByKey": "tags.`mlflow.runName`", "searchFilter": "tags.`jfhpo.source` != ''"}
+    best = {
+        "orderByKey": "metrics.`eval/score`",
+        "searchFilter": f"tags.`jfhpo.state` = 'completed' and params.model = '{ladder.target.name}'",
+    }
+    return {
+        f"{TAG}{TRIALS}": _envelope("Trials", {**trials, **_state(columns, charts)}, created),
+        f"{TAG}{BEST}": _envelope("Best on the target", {**best, **_state(columns, charts)}, created),
+    }
+
+
+def _charts(study: StudySpec) -> list[dict[str, Any]]:
+    """What the UI draws first: the parameters against the score, learning curves, score against cost."""
+    score = {"key": "eval/score", "type": "METRIC"}
+    shown = {"deleted": False, "isGenerated": False, "metricSectionId": "jfhpo", "displayName": None}
+    line = {"lineSmoothness": 0, "scaleType": "linear", "xAxisScaleType": "linear", "runsCountToCompare": 100}
+    on_log_scale = logarithmic(study.space)
+    axes = [log_name(name) if name in on_log_scale else name for name in study.space]
+    parallel = {"type": "PARALLEL", "selectedParams": [*axes, "model_parameters"], "showAllRuns": False}
+    charts: list[dict[str, Any]] = [
+        {"uuid": "jfhpo-parallel", **parallel, "selectedMetrics": ["eval/score"], "runsCountToCompare": 100},
+        {
+            "uuid": "jfhpo-learning",
+            "type": "LINE",
+            "metricKey": "eval/score",
+            "selectedMetricKeys": ["eval/score"],
+            "xAxisKey": "step",
+            "useGlobalXaxisKey": False,
+            **line,
+        },
+        {
+            "uuid": "jfhpo-cost",
+            "type": "SCATTER",
+            "xaxis": {"key": "cost/device_seconds", "type": "METRIC"},
+            "yaxis": score,
+            "runsCountToCompare": 100,
+        },
+    ]
+    if len(axes) > 1:
+        first, second = ({"key": name, "type": "PARAM"} for name in axes[:2])
+        plane = {"xaxis": first, "yaxis": second, "zaxis": score}
+        charts.append({"uuid": "jfhpo-contour", "type": "CONTOUR", **plane, "runsCountToCompare": 100})
+    return [{**chart, **shown} for chart in charts]
+
+
+def _state(columns: Sequence[str], charts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    sections = [
+        {"uuid": "jfhpo", "name": AT_A_GLANCE, "display": True, "isReordered": False, "columns": 2, "cardHeight": 420}
+    ]
+    sections += [
+        {"uuid": f"jfhpo-{name}", "name": name, "display": unfolded, "isReordered": False, "isGenerated": True}
+        for name, unfolded in SECTIONS.items()
+    ]
+    return {
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": list(columns),
+        "columnOrder": list(columns),
+        "columnWidths": {},
+        "runsHiddenMode": "SHOW_ALL",
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": True,
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+        "compareRunCharts": list(charts),
+        "compareRunSections": sections,
+    }
+
+
+def _envelope(name: str, state: Mapping[str, Any], created: int) -> str:
+    packed = base64.b64encode(zlib.compress(json.dumps(state, separators=(",", ":")).encode(), 9)).decode()
+    return json.dumps({"name": name, "createdAt": created, "updatedAt": created, "state": f"deflate;{packed}"})
