@@ -270,23 +270,32 @@ def trial_labels(trial: Trial) -> dict[str, str]:
 
 
 def _trial_note(trial: Trial) -> str:
-    """Description of a trial's run: where it stands, how sure its score is, why it was trained and why it ended."""
-    lines = [f"**{trial.state.value.capitalize()}** at step {trial.step} of {trial.total_steps}."]
+    """Description of a trial's run: where it stands, why it was trained, why it ended, how sure its score is.
+
+    The UI folds long descriptions, so the answers come before the table.
+    """
+    newest = trial.open_segment or trial.segments[-1].segment
+    lines = [
+        (
+            f"**{trial.state.value.capitalize()}** at step {trial.step} of {trial.total_steps}. "
+            f"**Why this trial:** {newest.suggestion.explanation}."
+        ),
+        "",
+    ]
     if trial.decision is not None:
-        lines += ["", f"**Why it was stopped:** {trial.decision.explain()}."]
+        lines += [f"**Why it was stopped:** {trial.decision.explain()}.", ""]
     if trial.segments and trial.segments[-1].message is not None:
-        lines += ["", f"**What happened:** {trial.segments[-1].message}"]
+        lines += [f"**What happened:** {trial.segments[-1].message}", ""]
     if trial.evaluations:
         last = trial.evaluations[-1]
         low, high = interval(last.score, last.standard_error)
         lines += [
-            "",
             (
                 f"**How sure:** held-out score {number(last.score)} at step {last.step}, 95 % interval {number(low)} "
                 f"to {number(high)} from {last.samples} completions. The spread between training seeds comes on top."
             ),
+            "",
         ]
-    lines += ["", "**Why this trial:**", ""]
     lines += ["| Steps | Chosen by | Why | Expected | Outcome | Score | Cost |", "|---|---|---|---|---|---|---|"]
     for result in trial.segments:
         score = number(result.evaluations[-1].score) if result.evaluations else ""

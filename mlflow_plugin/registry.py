@@ -7,30 +7,40 @@ A version gets the alias `champion` if there is none yet or if it beats the pres
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
+import time
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from jfhpo_core.checkpoints import CheckpointStore
+from jfhpo_core.checkpoints import CheckpointStore, file_digest
+from jfhpo_core.embedded import task_folder
 from jfhpo_core.errors import LedgerError
+from jfhpo_core.report.summary import interval, verdict
+from jfhpo_core.report.text import duration, number
 from jfhpo_core.search import SearchResult
+from jfhpo_core.spec import TaskSpec
 from jfhpo_core.study import Study
 from jfhpo_core.tasks import load_task
 from jfhpo_core.trial import Checkpoint, Evaluation, Trial, canonical_json
 from mlflow_plugin.ledger import MlflowLedger
+from mlflow_plugin.presentation import configuration_text
+from mlflow_plugin.provenance import task_data
 
 CHAMPION = "champion"
 CHALLENGER = "challenger"
 BEYOND_NOISE = 2.0
 """A score beats another one if it is better by this many standard errors of the difference."""
 MODEL_TYPE = "jfhpo-target"
+VERSIONS = "mlflow.modelVersions"
+"""Tag of a logged model by which MLflow links it to its versions in the registry."""
 ADAPTER = "adapter_model.safetensors"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Names that transformers gives to whole weights: in one file, and the index of several."""
@@ -137,11 +147,47 @@ def _create(
         client.log_model_artifacts(model.model_id, str(saved))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, trial.step)])
+    client.log_batch(run_id, _metrics(study, trial, trial.final, model.model_id))
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=study.spec.description or None)
     # Not models:/ID, which MLflow would look up in the tracking store of the process instead of the client's.
-    return client.create_model_version(
-        name, source=model.artifact_location, run_id=run_id, tags=tags, model_id=model.model_id
+    version = client.create_model_version(
+        name,
+        source=model.artifact_location,
+        run_id=run_id,
+        tags=tags,
+        description=_description(study, result, trial, trial.final),
+        model_id=model.model_id,
+    )
+    client.set_logged_model_tags(model.model_id, {VERSIONS: json.dumps([{"name": name, "version": version.version}])})
+    return version
+
+
+def _metrics(study: Study, trial: Trial, final: Evaluation, model_id: str) -> list[Metric]:
+    """The final evaluation, for the page of the logged model."""
+    heldout = task_data(study.spec.task).heldout
+    named = {} if heldout is None else {"dataset_name": heldout.name, "dataset_digest": heldout.digest}
+    values = {"eval/score": final.score, "eval/standard_error": final.standard_error}
+    now = int(time.time() * 1000)
+    return [Metric(name, value, now, trial.step, model_id=model_id, **named) for name, value in values.items()]
+
+
+def _description(study: Study, result: SearchResult, trial: Trial, final: Evaluation) -> str:
+    """What a reader of the registry wants to know about a version, in Markdown."""
+    low, high = interval(final.score, final.standard_error)
+    return "\n\n".join(
+        [
+            (
+                f"**Held-out score {number(final.score)}**, 95 % interval {number(low)} to {number(high)} from "
+                f"{final.samples} completions: study `{study.spec.study}`, trial {trial.number:03d}, seed {trial.seed}."
+            ),
+            *([verdict(result)] if result.recommended is not None else []),
+            f"Configuration: {configuration_text(trial.configuration)}",
+            (
+                f"Training took {duration(trial.charge_seconds)} of device-time, the search before it "
+                f"{duration(result.spent_seconds)}."
+            ),
+        ]
     )
 
 
@@ -154,6 +200,7 @@ def _tags(study: Study, result: SearchResult, trial: Trial, final: Evaluation) -
         "jfhpo.configuration": canonical_json(trial.configuration),
         SCORE: repr(final.score),
         ERROR: repr(final.standard_error),
+        "jfhpo.interval_95": "{:.4f} to {:.4f}".format(*interval(final.score, final.standard_error)),
         MEASURE: _measure(study),
         DIGEST: trial.checkpoint.digest,
         "jfhpo.training_seconds": repr(trial.charge_seconds),
@@ -162,9 +209,23 @@ def _tags(study: Study, result: SearchResult, trial: Trial, final: Evaluation) -
 
 
 def _measure(study: Study) -> str:
-    """Identity of the task and the way it is evaluated: only scores of one measure can be compared."""
-    meaning = study.spec.model_dump(mode="json", include={"task", "evaluation"})
+    """Identity of held-out set, reward and the way of evaluating: only scores of one measure can be compared.
+
+    Files count by their content, not by where they lie.
+    """
+    evaluation = study.spec.evaluation.model_dump(mode="json")
+    meaning = [evaluation, study.spec.task.max_completion_tokens, *(_digests(study.spec.task))]
     return hashlib.sha256(canonical_json(meaning).encode()).hexdigest()[:16]
+
+
+def _digests(task: TaskSpec) -> list[str]:
+    if task.embedded is not None:
+        reward, function = task_folder(task.embedded) / "reward.py", ""
+    else:
+        file, _, function = (task.reward or "").partition(":")
+        reward = Path(file)
+    heldout = task_data(task).heldout
+    return [heldout.digest if heldout is not None else "", function, file_digest(reward)]
 
 
 def _save(study: Study, checkpoint: Path, path: Path, run_id: str, model: Any) -> None:

@@ -71,7 +71,7 @@ def write_report(
 
 
 def write_plots(result: SearchResult, folder: Path) -> list[Path]:
-    """Write the report's main figures as single pictures (SVG), those of them that there are data for.
+    """Write the report's main figures as single pictures (PNG), those of them that there are data for.
 
     Returns:
         The paths of the files.
@@ -88,7 +88,7 @@ def write_plots(result: SearchResult, folder: Path) -> list[Path]:
         drawn["bill"] = figures.bill_figure
     folder.mkdir(parents=True, exist_ok=True)
     return [
-        figures.save_figure(draw(result), folder / f"{name}.svg", f"{name}. {summary.verdict(result)}")
+        figures.save_figure(draw(result), folder / f"{name}.png", summary.verdict(result))
         for name, draw in drawn.items()
     ]
 

@@ -153,7 +153,7 @@ def test_an_outcome_is_shown(ledger: MlflowLedger, client: MlflowClient, tmp_pat
     assert run.data.metrics["study/recommended_score"] == result.rows[0].score
     assert "How sure" in run.data.tags["mlflow.note.content"]
     plots = client.list_artifacts(mine.study_run_id, "plots")
-    assert {plot.path for plot in plots} == {f"plots/{name}.svg" for name in ("bill", "learning-curves", "outcome")}
+    assert {plot.path for plot in plots} == {f"plots/{name}.png" for name in ("bill", "learning-curves", "outcome")}
 
 
 def test_an_interrupted_study_is_shown_as_killed_and_goes_on(ledger: MlflowLedger, client: MlflowClient) -> None:

@@ -22,7 +22,8 @@ from jfhpo_core.study import Study, resolve
 from jfhpo_core.tasks import load_task
 from jfhpo_core.trial import Checkpoint, Evaluation, Outcome, Segment, SegmentResult, Suggestion
 from mlflow_plugin.ledger import MlflowLedger
-from mlflow_plugin.registry import register_target
+from mlflow_plugin.registry import _measure, register_target
+from tests.studies import simulated_study
 
 TARGET = "s"
 
@@ -150,6 +151,18 @@ def test_the_registered_model_is_the_checkpoint_and_generates(
     assert float(version.tags["jfhpo.score"]) == 0.7
     assert json.loads(version.tags["jfhpo.configuration"]) == {"learning_rate": 1e-3}
     assert version.run_id == done.ledger.run_id(done.result.trials[0].key)
+    assert version.tags["jfhpo.interval_95"] == "0.6804 to 0.7196"
+    assert "Held-out score 0.700" in version.description
+    assert "`learning_rate` 0.001" in version.description
+
+    # Signature and example came along, and the logged model leads to its version and has the score.
+    information = mlflow.models.get_model_info("models:/tuned@champion")
+    assert [column.type.name for column in information.signature.inputs.inputs] == ["string"]
+    assert information.saved_input_example_info is not None
+    (logged,) = client.search_logged_models([done.ledger.experiment_id], "attributes.model_type = 'jfhpo-target'")
+    assert json.loads(logged.tags["mlflow.modelVersions"])[0]["name"] == "tuned"
+    (score,) = [metric for metric in logged.metrics if metric.key == "eval/score"]
+    assert (score.value, score.dataset_name) == (0.7, "instruct-heldout")
 
 
 @pytest.mark.slow
@@ -171,6 +184,22 @@ def mlflow_load(client: MlflowClient) -> Any:
     version = client.get_model_version_by_alias("tuned", "champion")
     folder = client.get_model_version_download_uri("tuned", version.version)
     return mlflow.transformers.load_model(folder).model
+
+
+def test_scores_are_compared_on_the_same_heldout_set_only(tmp_path: Path) -> None:
+    def measure(folder: str, heldout: str, **evaluation: float) -> str:
+        (tmp_path / folder).mkdir()
+        for name, text in {"train": "a", "heldout": heldout}.items():
+            (tmp_path / folder / f"{name}.jsonl").write_text(json.dumps({"prompt": text}))
+        (tmp_path / folder / "reward.py").write_text("def reward(prompts, completions): return [0.0] * len(prompts)")
+        files = {"prompts": "train.jsonl", "heldout": "heldout.jsonl", "reward": "reward.py"}
+        task = {name: str(tmp_path / folder / file) for name, file in files.items()}
+        return _measure(simulated_study(tmp_path, task=task, evaluation=evaluation))
+
+    first = measure("first", "b")
+    assert measure("moved", "b") == first
+    assert measure("other", "c") != first
+    assert measure("cooler", "b", temperature=0.5) != first
 
 
 @pytest.mark.slow
