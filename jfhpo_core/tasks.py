@@ -59,12 +59,11 @@ def load_task(spec: TaskSpec) -> Task:
 
         embedded.verify(spec.embedded)
         folder = embedded.task_folder(spec.embedded)
-        prompts, heldout, reward = folder / "train.jsonl", folder / "heldout.jsonl", str(folder / "reward.py")
+        prompts, heldout = folder / "train.jsonl", folder / "heldout.jsonl"
     else:
         assert spec.prompts is not None
         assert spec.heldout is not None
-        assert spec.reward is not None
-        prompts, heldout, reward = Path(spec.prompts), Path(spec.heldout), spec.reward
+        prompts, heldout = Path(spec.prompts), Path(spec.heldout)
     train_rows, heldout_rows = read_rows(prompts), read_rows(heldout)
     if set(train_rows[0]) != set(heldout_rows[0]):
         raise SpecError(
@@ -72,7 +71,18 @@ def load_task(spec: TaskSpec) -> Task:
             "give both files the same columns"
         )
     refuse_leak(train_rows, heldout_rows, str(heldout))
-    return Task(tuple(train_rows), tuple(heldout_rows), load_reward(reward), spec.max_completion_tokens)
+    reward = load_reward(reward_reference(spec))
+    return Task(tuple(train_rows), tuple(heldout_rows), reward, spec.max_completion_tokens)
+
+
+def reward_reference(spec: TaskSpec) -> str:
+    """Where a task's reward function is: 'file.py' or 'file.py:function'."""
+    if spec.embedded is not None:
+        from jfhpo_core import embedded
+
+        return str(embedded.task_folder(spec.embedded) / "reward.py")
+    assert spec.reward is not None
+    return spec.reward
 
 
 def read_rows(path: Path) -> list[Row]:

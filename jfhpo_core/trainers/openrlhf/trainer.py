@@ -1,0 +1,157 @@
+"""What a study may ask of the trainer `openrlhf`."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ValidationError
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.space import ChoiceParameter, IntParameter
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.tasks import load_task
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
+from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
+from jfhpo_core.trainers.openrlhf.placement import place
+from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE, OpenRlhfSettings
+
+logger = logging.getLogger(__name__)
+
+FEWEST_HELDOUT = 2
+
+BATCHING = ("prompts_per_step", "n_samples", "mini_batches", "loss_type")
+"""Hyperparameters that decide whether a step can be laid out at all."""
+
+
+class OpenRlhfTrainer:
+    """OpenRLHF 0.11 on Ray with vLLM and DeepSpeed; see `OpenRlhfHyperparameters` and `OpenRlhfSettings`.
+
+    A step is one rollout of `prompts_per_step` x `n_samples` completions and the updates made on it. A training is a
+    process group on the node of its worker, or a Ray job; it is stopped once the checkpoint of its rung is complete and
+    continued by the same command. Held-out prompts are scored by the training's own engines.
+
+    Unlike that of the `trl` trainer its continuation is not exact to the bit: bfloat16, and sampling that depends on
+    how completions meet in an engine.
+    """
+
+    name: ClassVar[str] = "openrlhf"
+    hyperparameters: ClassVar[type[BaseModel]] = OpenRlhfHyperparameters
+
+    def check(self, study: StudySpec) -> None:
+        """See `Trainer.check`."""
+        chosen = settings(study)
+        if chosen.interpreter is None or shutil.which(chosen.interpreter) is None:
+            raise SpecError(
+                f"trainer.settings.python: {chosen.interpreter!r} is no Python here; OpenRLHF lives in an environment "
+                f"of its own: build it (`make openrlhf-env`) and name its python, or set {PYTHON_VARIABLE}"
+            )
+        _check_gpus(study, chosen)
+        task = load_task(study.task)
+        if len(task.heldout[: study.evaluation.prompts]) < FEWEST_HELDOUT:
+            raise SpecError(f"task.heldout: one row gives no standard error; give at least {FEWEST_HELDOUT}")
+        for where, hyperparameters in combinations(study):
+            for model in study.family.models:
+                placement = place(
+                    chosen,
+                    model.parameters or 1,
+                    model.devices,
+                    reference=hyperparameters.kl_coefficient > 0,
+                    critic=hyperparameters.recipe.critic,
+                    share=min(1.0, study.cluster.gpus_per_device or 1.0),
+                )
+                batch = hyperparameters.completions // hyperparameters.mini_batches
+                if batch % placement.training_gpus:
+                    raise SpecError(
+                        f"{where}: updates of {batch} completions (prompts_per_step x n_samples / mini_batches) cannot "
+                        f"be spread evenly over the {placement.training_gpus} GPUs of model {model.name!r}"
+                    )
+        for name, reason in ineffective(study).items():
+            logger.warning("space.%s has no effect: %s", name, reason)
+
+    def warm_up(self) -> None:
+        """See `Trainer.warm_up`."""
+        from jfhpo_core.trainers.openrlhf import training  # noqa: F401
+
+    def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+        """See `Trainer.run`."""
+        from jfhpo_core.trainers.openrlhf.training import train
+
+        return train(job, settings(job.study), start, stage, observe)
+
+
+def settings(study: StudySpec) -> OpenRlhfSettings:
+    """The study's trainer settings.
+
+    Raises:
+        SpecError: A setting is unknown or out of bounds.
+    """
+    return read_settings(OpenRlhfSettings, study, "openrlhf")
+
+
+def _check_gpus(study: StudySpec, chosen: OpenRlhfSettings) -> None:
+    """Who counts the GPUs: Ray for our workers, or for the jobs that they submit, and never both."""
+    counted = study.cluster.gpus_per_device
+    if chosen.jobs_address is not None and counted > 0:
+        raise SpecError(
+            f"cluster.gpus_per_device: with {counted:g} a worker would hold the GPUs that the Ray job it submits waits "
+            "for; set 0 (trainer.settings.jobs_address is given)"
+        )
+    if chosen.jobs_address is None and chosen.device == "cuda" and counted == 0:
+        raise SpecError(
+            "cluster.gpus_per_device: with 0 trials would share GPUs uncounted; set 1, or a fraction to pack several "
+            "small trials on a GPU (or trainer.settings.jobs_address to submit trainings as Ray jobs)"
+        )
+    for model in study.family.models:
+        if chosen.jobs_address is None and model.devices > chosen.gpus_per_node:
+            raise SpecError(
+                f"family: model {model.name!r} asks for {model.devices} devices, more than a node has "
+                f"({chosen.gpus_per_node}, trainer.settings.gpus_per_node); set trainer.settings.jobs_address to train "
+                "over several nodes"
+            )
+        if 0 < counted < 1 and model.devices > 1:
+            raise SpecError(
+                f"family: model {model.name!r} asks for {model.devices} devices of {counted:g} GPU each; only trials "
+                "on one device can share a GPU"
+            )
+
+
+def combinations(study: StudySpec) -> Iterator[tuple[str, OpenRlhfHyperparameters]]:
+    """Every batching that a trial of the study may have, with where it stands.
+
+    Raises:
+        SpecError: One of them is contradictory.
+    """
+    options = {name: _values(study, name) for name in BATCHING if name in set(study.space)}
+    for values in product(*options.values()):
+        yield "space and trainer.fixed", _complete(study, dict(zip(options, values, strict=True)), "space")
+    for baseline in study.baselines:
+        where = f"baselines.{baseline.name}"
+        yield where, _complete(study, baseline.configuration, where)
+
+
+def _complete(study: StudySpec, configuration: dict[str, Any], where: str) -> OpenRlhfHyperparameters:
+    try:
+        return OpenRlhfHyperparameters.model_validate({**study.trainer.fixed, **configuration})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        raise SpecError(f"{where}: {fault['msg'].removeprefix('Value error, ')}") from None
+
+
+def _values(study: StudySpec, name: str) -> list[Any]:
+    parameter = study.space[name]
+    if isinstance(parameter, ChoiceParameter):
+        return list(parameter.values)
+    assert isinstance(parameter, IntParameter)
+    return list(range(parameter.low, parameter.high + 1))
+
+
+def ineffective(study: StudySpec) -> dict[str, str]:
+    """Searched hyperparameters that change nothing in any trial of the study, each with the reason."""
+    found = [full.ineffective() for where, full in combinations(study) if where == "space and trainer.fixed"]
+    names = set(study.space).intersection(*found) if found else set()
+    return {name: found[0][name] for name in sorted(names)}

@@ -1,0 +1,416 @@
+"""One job of the `openrlhf` trainer: start OpenRLHF, read what it prints, judge every step, take its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.tasks import Row, load_task, reward_reference
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.openrlhf.command import MODULE, Files, build_flags, evaluation_interval, to_argv
+from jfhpo_core.trainers.openrlhf.failures import FATAL, explain
+from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
+from jfhpo_core.trainers.openrlhf.log import EvaluationLine, LogTail, Metrics, StepLine, read_line
+from jfhpo_core.trainers.openrlhf.placement import place
+from jfhpo_core.trainers.openrlhf.process import TrainingProcess, environment
+from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
+from jfhpo_core.trial import Decision, Evaluation, StepRecord
+
+AGENT = Path(__file__).with_name("inside") / "agent.py"
+PROGRESS = "jfhpo-progress.json"
+"""File of a checkpoint with what OpenRLHF does not count."""
+
+EVALUATION_SEED = 20240213
+"""As in the `trl` trainer: every evaluation of every trial samples with these random numbers."""
+
+POLL_SECONDS = 0.1
+BEAT_SECONDS = 5.0
+"""The agent hears from us this often."""
+
+ORPHAN_SECONDS = 900.0
+"""A training that has not heard from its driver for so long ends itself. Longer than any pause of a shared disk."""
+
+HANG_FACTOR = 20.0
+"""A silence of so many of the training's own median steps counts as hung, if it also exceeds `hang_seconds`."""
+
+UNBOUNDED = 10**9
+"""More steps than any training has."""
+
+LAST_WORDS_SECONDS = 5.0
+"""After a fatal line: for the rest of what is said about it."""
+
+SETTLE_SECONDS = 1.0
+"""A checkpoint is complete when its files have not changed for so long after its last part appeared."""
+
+HF_LAST = "tokenizer_config.json"
+"""OpenRLHF writes a model's tokenizer after its weights."""
+
+
+def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+    """See `Trainer.run`."""
+    began = time.monotonic()
+    chosen = OpenRlhfHyperparameters.model_validate(job.configuration)
+    placement = place(
+        settings,
+        job.parameters,
+        job.devices,
+        reference=chosen.kl_coefficient > 0,
+        critic=chosen.recipe.critic,
+        share=min(1.0, job.study.cluster.gpus_per_device or 1.0),
+    )
+    files = Files(folder=_new_folder(job), work=stage.absolute().with_name(f"{stage.name}.work"))
+    files.work.mkdir()
+    try:
+        tokens = _prepare(job, settings, start, files)
+        argv = to_argv(build_flags(job, settings, placement, files, resume=start is not None))
+        variables = environment(settings, os.environ, job.devices)
+        command, stop = _launch(settings, argv, variables)
+        (files.folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
+        with TrainingProcess(command, variables, files.log, stop) as process:
+            loop = _Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
+            loop.run()
+            if not loop.stopped:
+                loop.await_checkpoint()
+        if not loop.stopped:
+            _take_checkpoint(files, stage, job.segment.stop_step, loop.tokens)
+    finally:
+        shutil.rmtree(files.work, ignore_errors=True)
+    return TrainingResult(
+        end_step=loop.step,
+        end_prompts=loop.step * job.prompts_per_step,
+        evaluations=tuple(loop.evaluations),
+        startup_seconds=loop.startup_seconds,
+        evaluation_seconds=sum(evaluation.seconds for evaluation in loop.evaluations),
+    )
+
+
+def _new_folder(job: Job) -> Path:
+    """A folder for what a training leaves behind for people, beside the checkpoint store."""
+    root = Path(job.store).absolute().parent
+    folder = root / "trainings" / job.trial_key / f"{job.segment.index:02d}-{uuid.uuid4().hex[:6]}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _prepare(job: Job, settings: OpenRlhfSettings, start: Path | None, files: Files) -> int:
+    """Write everything that the training reads. Returns the completion tokens generated before it."""
+    task = load_task(job.study.task)
+    heldout = task.heldout[: job.study.evaluation.prompts]
+    rows = prompt_order(task.train, job.total_steps * job.prompts_per_step, job.seed)
+    _write_lines(
+        files.prompts,
+        (_line(row["prompt"], {"position": position, "row": row}) for position, row in enumerate(rows)),
+    )
+    _write_lines(files.heldout, (_line(row["prompt"], {"heldout": number}) for number, row in enumerate(heldout)))
+    plan = {
+        "reward": reward_reference(job.study.task),
+        "start_step": job.segment.start_step if start is not None else 0,
+        "prompts": job.prompts_per_step,
+        "samples": job.configuration["n_samples"],
+        "heldout": heldout,
+        "heldout_samples": job.study.evaluation.samples_per_prompt,
+        "heldout_temperature": job.study.evaluation.temperature,
+        "heldout_seed": EVALUATION_SEED,
+        "chat_template": settings.chat_template,
+        "orphan_seconds": ORPHAN_SECONDS,
+    }
+    files.plan.write_text(json.dumps(plan), encoding="utf-8")
+    shutil.copyfile(AGENT, files.agent)
+    if start is None:
+        return 0
+    shutil.copytree(start / "checkpoints", files.checkpoints, copy_function=_link)
+    return int(json.loads((start / PROGRESS).read_text(encoding="utf-8"))["tokens"])
+
+
+def prompt_order(rows: tuple[Row, ...], count: int, seed: int) -> list[Row]:
+    """The rows of a full horizon: shuffled anew for each pass over them, from the seed alone.
+
+    OpenRLHF shuffles the whole list once more, with random numbers that do not depend on its seed.
+    """
+    order: list[int] = []
+    for number in range(math.ceil(count / len(rows))):
+        order += np.random.default_rng((seed, number)).permutation(len(rows)).tolist()
+    return [rows[number] for number in order[:count]]
+
+
+def _line(prompt: str, label: dict[str, Any]) -> str:
+    return json.dumps({"input": prompt, "label": json.dumps(label)})
+
+
+def _write_lines(path: Path, lines: Iterator[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _link(source: str, target: str) -> str:
+    """Hard-link a file that is only read or deleted; what DeepSpeed writes over in place is copied."""
+    if Path(source).name == "latest":
+        return str(shutil.copyfile(source, target))
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+def _launch(
+    settings: OpenRlhfSettings, argv: list[str], variables: dict[str, str]
+) -> tuple[list[str], list[str] | None]:
+    """The command that runs the training, and the one that stops it elsewhere."""
+    assert settings.interpreter is not None
+    program = [settings.interpreter, "-m", MODULE, *argv]
+    if settings.jobs_address is None:
+        return program, None
+    identity = f"jfhpo-{uuid.uuid4().hex}"
+    ray = [settings.interpreter, "-m", "ray.scripts.scripts", "job"]
+    # Merged with the variables that OpenRLHF sets itself; the same name in both would be refused.
+    taken = {"TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"}
+    names = sorted(set(variables) - set(os.environ) - taken)
+    remote = {name: variables[name] for name in names if not name.startswith("RAY_AUTH_")} | settings.environment
+    submit = [
+        *ray, "submit", "--address", settings.jobs_address, "--submission-id", identity,
+        "--runtime-env-json", json.dumps({"env_vars": remote}), "--", *program,
+    ]  # fmt: skip
+    return submit, [*ray, "stop", "--address", settings.jobs_address, identity]
+
+
+@dataclass
+class _Loop:
+    """Follows a training from its first to its last step of a segment."""
+
+    job: Job
+    settings: OpenRlhfSettings
+    files: Files
+    process: TrainingProcess
+    observe: Observer
+    began: float
+    tokens: int
+    fresh: bool
+    stopped: bool = False
+    evaluations: list[Evaluation] = field(default_factory=list)
+    startup_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.step = 0 if self.fresh else self.job.segment.start_step
+        self._tail = LogTail(self.files.log)
+        self._lines: list[str] = []
+        self._heard = time.monotonic()
+        self._beaten = 0.0
+        self._lost: float | None = None
+        self._intervals: list[float] = []
+        self._natives = 0
+        self._native_steps: list[int] = []
+        self._interval = evaluation_interval(self.job)
+        self._released = -1
+        self._evaluate: int | None = None
+
+    def run(self) -> None:
+        """Train up to the segment's end, or a rule's stop."""
+        if self.fresh and 0 in self.job.evaluation_steps:
+            self._evaluate_now()
+        self._release()
+        while self.step < self.job.segment.stop_step and not self.stopped:
+            for event in self._events():
+                if isinstance(event, StepLine):
+                    self._take_step(event)
+                    break
+        if self.stopped and self.step % self._interval:
+            if not self.settings.asynchronous:
+                self._evaluate_now()
+            return
+        self._await_native(self.step)
+
+    def await_checkpoint(self) -> None:
+        """Wait until OpenRLHF has written the checkpoint of the segment's end."""
+        tag = f"global_step{self.step}"
+        parts = [
+            self.files.checkpoints / f"{tag}_hf" / HF_LAST,
+            *(folder / tag / "metric.json" for folder in self.files.checkpoints.glob("_*")),
+        ]
+        before: dict[str, int] | None = None
+        while True:
+            now = _sizes(self.files.checkpoints)
+            if all(part.is_file() for part in parts) and len(parts) > 1 and now == before:
+                return
+            before = now
+            parts[1:] = [folder / tag / "metric.json" for folder in self.files.checkpoints.glob("_*")]
+            settled = time.monotonic() + SETTLE_SECONDS
+            while time.monotonic() < settled:
+                self._poll(ended_is_failure=self.step < self.job.total_steps)
+
+    def _take_step(self, line: StepLine) -> None:
+        """Report a step and decide what comes next."""
+        if line.step != self.step + 1:
+            cause = "its checkpoint was not loaded" if not self.evaluations and line.step == 1 else "a line was lost"
+            raise InfrastructureError(
+                f"OpenRLHF reported step {line.step} where step {self.step + 1} was due ({cause}); nothing of this "
+                f"training counts (log: {self.files.log})"
+            )
+        now = time.monotonic()
+        seconds = line.metrics.get("timing/step_total", 0.0)
+        if self._intervals or self.startup_seconds:
+            self._intervals.append(now - self._heard)
+        else:
+            self.startup_seconds = max(0.0, now - self.began - seconds - sum(e.seconds for e in self.evaluations))
+        self._heard = now
+        self.step = line.step
+        record = self._record(line.metrics)
+        self.tokens = record.tokens
+        decision: Decision | None = self.observe(record)
+        self.stopped = decision is not None and decision.stop
+        if not self.stopped and self.step < self.job.segment.stop_step:
+            self._release()
+
+    def _record(self, metrics: Metrics) -> StepRecord:
+        """A step in our terms."""
+        samples = round(metrics["rollout/num_samples"])
+        length = metrics["rollout/response_length_mean"]
+        coefficient = float(self.job.configuration["kl_coefficient"])
+        generation = metrics["timing/generation"]
+        # OpenRLHF divides by the number less one.
+        spread = metrics["rollout/reward_std"] * math.sqrt((samples - 1) / samples) if samples > 1 else 0.0
+        return StepRecord(
+            step=self.step,
+            prompts=self.step * self.job.prompts_per_step,
+            tokens=self.tokens + round(samples * length),
+            reward=metrics["rollout/reward_mean"],
+            reward_std=spread,
+            zero_variance_share=min(1.0, max(0.0, metrics["zero_variance"])),
+            kl=metrics.get("kl") if coefficient > 0 else None,
+            entropy=metrics.get("entropy_loss"),
+            clip_fraction=metrics.get("ppo_clip_ratio"),
+            grad_norm=metrics.get("actor_grad_norm"),
+            completion_tokens=length,
+            truncated_share=metrics["rollout/truncated_rate"],
+            learning_rate=metrics.get("actor_lr"),
+            generation_seconds=generation,
+            training_seconds=max(0.0, metrics["timing/step_total"] - generation),
+        )
+
+    def _release(self) -> None:
+        """Let the rollouts after the present step begin."""
+        self._released = UNBOUNDED if self.settings.asynchronous else self.step
+        self._tell()
+
+    def _tell(self) -> None:
+        """Write to the agent; the beat shows that we are alive."""
+        self._beaten = time.monotonic()
+        text = json.dumps({"released": self._released, "evaluate": self._evaluate, "beat": self._beaten})
+        part = self.files.control.with_suffix(".part")
+        part.write_text(text, encoding="utf-8")
+        part.replace(self.files.control)
+
+    def _evaluate_now(self) -> None:
+        """Have the agent evaluate before the next rollouts."""
+        self._evaluate = self.step
+        self._tell()
+        path = self.files.folder / f"evaluation-at-{self.step}.json"
+        while not path.exists():
+            self._poll(ended_is_failure=True)
+        self._add_evaluation(path, self.step)
+
+    def _await_native(self, step: int) -> None:
+        """Wait for OpenRLHF's own evaluation after a step."""
+        while step not in self._native_steps:
+            for _ in self._events():
+                pass
+
+    def _events(self) -> Iterator[StepLine]:
+        """Steps that have been logged; evaluations are taken on the way."""
+        for line in self._poll(ended_is_failure=True):
+            event = read_line(line)
+            if isinstance(event, EvaluationLine):
+                self._heard = time.monotonic()
+                self._natives += 1
+                self._native_steps.append(event.step)
+                path = self.files.folder / f"evaluation-{self._natives:04d}.json"
+                if event.step in self.job.evaluation_steps or (self.stopped and event.step == self.step):
+                    self._add_evaluation(path, event.step)
+            elif event is not None:
+                yield event
+
+    def _poll(self, *, ended_is_failure: bool) -> list[str]:
+        """New lines of the log, after a short sleep.
+
+        Raises:
+            TrialFailure, InfrastructureError: The training has ended, or hangs.
+        """
+        time.sleep(POLL_SECONDS)
+        if time.monotonic() - self._beaten > BEAT_SECONDS:
+            self._tell()
+        # In this order: what is printed before the end is read.
+        exit_code = self.process.exit_code
+        lines = self._tail.read()
+        self._lines += lines
+        if exit_code is not None and not lines and ended_is_failure:
+            raise explain(self._lines, exit_code, str(self.files.log))
+        if self._lost is None and any(FATAL.search(line) for line in lines):
+            self._lost = time.monotonic()
+        if self._lost is not None and time.monotonic() - self._lost > LAST_WORDS_SECONDS:
+            raise explain(self._lines, None, str(self.files.log))
+        self._refuse_silence()
+        return lines
+
+    def _refuse_silence(self) -> None:
+        median = statistics.median(self._intervals or [0.0])
+        limit = max(self.settings.hang_seconds, HANG_FACTOR * median)
+        if not self._intervals:
+            limit = max(limit, self.settings.startup_seconds)
+        if time.monotonic() - self._heard > limit:
+            last = next((line for line in reversed(self._lines) if line.strip()), "nothing was printed")
+            raise InfrastructureError(
+                f"the training hangs: no step for {limit:.0f} s after step {self.step} (a step takes {median:.1f} s); "
+                f"last line: {last[:200]} (log: {self.files.log})"
+            )
+
+    def _add_evaluation(self, path: Path, step: int) -> None:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        self._heard = time.monotonic()
+        self.evaluations.append(
+            _evaluation(content["rewards"], step, step * self.job.prompts_per_step, content["seconds"])
+        )
+
+
+def _evaluation(rewards: list[tuple[int, float]], step: int, prompts: int, seconds: float) -> Evaluation:
+    """Mean over held-out prompts and its standard error, from (row, reward) of every completion."""
+    by_row: dict[int, list[float]] = {}
+    for row, reward in rewards:
+        by_row.setdefault(row, []).append(reward)
+    means = np.array([statistics.fmean(values) for values in by_row.values()])
+    # All prompts scoring alike does not prove a noiseless score; half a completion's weight is the least to claim.
+    return Evaluation(
+        step=step,
+        prompts=prompts,
+        score=float(means.mean()),
+        standard_error=max(float(means.std(ddof=1)) / math.sqrt(len(means)), 0.5 / len(rewards)),
+        samples=len(rewards),
+        seconds=seconds,
+    )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _take_checkpoint(files: Files, stage: Path, step: int, tokens: int) -> None:
+    """Move a checkpoint into the stage: OpenRLHF's own state below `checkpoints`, the model itself at the top."""
+    tag = f"global_step{step}"
+    for path in (files.checkpoints / f"{tag}_hf").iterdir():
+        path.rename(stage / path.name)
+    for part in files.checkpoints.glob("_*"):
+        target = stage / "checkpoints" / part.name
+        target.mkdir(parents=True)
+        (part / tag).rename(target / tag)
+        (target / "latest").write_text(tag, encoding="utf-8")
+    (stage / PROGRESS).write_text(json.dumps({"step": step, "tokens": tokens}), encoding="utf-8")
