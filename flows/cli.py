@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from flows.display import Display
     from flows.runtime import StudyOutcome
+    from jfhpo_core.search import Progress
 
 REFUSED = 2
 """Exit code when a study or a command is refused, as for a wrong option."""
@@ -98,7 +99,7 @@ def search(
 
     spec = read_study(study, overrides or ())
     console = _console()
-    with _quiet_libraries(), _sigterm_interrupts():
+    with _quiet_libraries(), _interruptible() as check:
         from flows.display import LiveDisplay, PlainDisplay, SilentDisplay
         from flows.runtime import run_study
 
@@ -109,8 +110,13 @@ def search(
             display = PlainDisplay(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
         else:
             display = LiveDisplay(console, spec.study)
+
+        def on_progress(progress: Progress) -> None:
+            check()
+            display.progress(progress)
+
         with display:
-            outcome = run_study(spec, display.progress, display.status)
+            outcome = run_study(spec, on_progress, display.status)
     _print_outcome(console, outcome)
 
 
@@ -273,17 +279,28 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM end a search as Ctrl-C does: workers are released, the study can be continued."""
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """Let SIGTERM end a search as Ctrl-C does: workers are released, the study can be continued.
 
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
+    Yields a function that interrupts if a signal has come before: an exception that is raised while Python runs a
+    finalizer or a callback of a library is lost.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield check
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

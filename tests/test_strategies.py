@@ -96,7 +96,9 @@ def test_unknown_strategies_and_settings_are_refused(tmp_path: Path, strategy: o
 @pytest.mark.slow
 def test_strategies_carry_the_names_that_they_are_loaded_by(tmp_path: Path) -> None:
     for name in STRATEGIES:
-        assert load_strategy(simulated_study(tmp_path, strategy=name)).name == name
+        settings = {"configuration": {}} if name == "given" else {}
+        study = simulated_study(tmp_path, strategy={"name": name, "settings": settings})
+        assert load_strategy(study).name == name
 
 
 def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from flows.cli import INTERRUPTED, REFUSED, app
@@ -173,39 +174,56 @@ def test_a_finished_study_is_printed_again_without_training(finished: tuple[Path
     assert " left | #" not in again.stdout
     result = printed[printed.index("Recommended configuration") :]
     assert again.stdout.endswith(result)
-    quiet = run("search", "--quiet", SIMULATED, cwd=folder)
-    assert quiet.stdout == result
+
+
+@pytest.fixture
+def invoke(finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a command in the folder of the finished search, in this process, which has imported everything already."""
+    folder, _ = finished
+    monkeypatch.chdir(folder)
+    # MLflow keeps connections by URI, so a relative one would lead into the folder of another test.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.mark.slow
-def test_show_plan_and_report_read_the_ledger(finished: tuple[Path, str]) -> None:
+def test_quiet_prints_the_result_only(finished: tuple[Path, str], invoke: Callable[..., Result]) -> None:
+    _, printed = finished
+    quiet = invoke("search", "--quiet", SIMULATED).stdout
+    assert quiet.startswith("Recommended configuration")
+    result = printed[printed.index("Recommended configuration") :]
+    assert quiet.split("browse")[0] == result.split("browse")[0]
+
+
+@pytest.mark.slow
+def test_show_plan_and_report_read_the_ledger(finished: tuple[Path, str], invoke: Callable[..., Result]) -> None:
     folder, printed = finished
     trials = committed(folder, SIMULATED)
-    shown = run("show", SIMULATED, cwd=folder)
+    shown = invoke("show", SIMULATED)
     assert len(re.findall(r"^ +\d+ +(?:baseline|search|confirmation)", shown.stdout, re.MULTILINE)) == len(trials)
     assert shown.stdout.count("not clearly") == printed.count("not clearly")
-    planned = run("plan", SIMULATED, cwd=folder)
+    planned = invoke("plan", SIMULATED)
     assert f"rests on {len(trials)} trial(s)" in planned.stdout
-    more = run("plan", SIMULATED, "--more", "600s", cwd=folder)
+    more = invoke("plan", SIMULATED, "--more", "600s")
     scores = [float(found) for found in re.findall(r"final score +(0\.\d+) \(", more.stdout)]
     assert len(scores) == 2
     assert scores[0] < scores[1]
     assert "strategy random believes" in re.sub(r"\s+", " ", more.stdout)
     assert "final score" not in shown.stdout
-    assert "final score" in run("show", SIMULATED, "--set", "budget.trial_seconds=900", cwd=folder).stdout
+    assert "final score" in invoke("show", SIMULATED, "--set", "budget.trial_seconds=900").stdout
     report = folder / ".jfhpo" / "simulated" / "report.html"
     report.unlink()
-    assert run("report", SIMULATED, cwd=folder).stdout.strip() == str(report)
+    assert invoke("report", SIMULATED).stdout.strip() == str(report)
     assert report.stat().st_size > 1000
     assert committed(folder, SIMULATED) == trials
 
 
 @pytest.mark.slow
-def test_another_study_of_the_same_name_is_refused(finished: tuple[Path, str]) -> None:
+def test_another_study_of_the_same_name_is_refused(finished: tuple[Path, str], invoke: Callable[..., Result]) -> None:
     folder, _ = finished
     before = committed(folder, SIMULATED)
-    other = run("search", SIMULATED, "--set", "fidelity.rungs=4", cwd=folder)
-    assert other.returncode == REFUSED
+    other = invoke("search", SIMULATED, "--set", "fidelity.rungs=4")
+    assert other.exit_code == REFUSED
     assert "exists in the ledger with other settings" in other.stderr
     assert "Traceback" not in other.stderr
     assert committed(folder, SIMULATED) == before
@@ -225,7 +243,10 @@ def wait_for_segments(process: subprocess.Popen[str], count: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(tmp_path: Path) -> None:
+def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     study = tmp_path / "study.yaml"
     slow = "trainer: {name: simulated, settings: {real_seconds_per_step: 0.05}}"
     study.write_text(SIMULATED.read_text(encoding="utf-8").replace("trainer: simulated", slow), encoding="utf-8")
@@ -237,8 +258,8 @@ def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(tmp_p
         try:
             wait_for_segments(process, 2)
             if not known:
-                second = run("search", study, cwd=tmp_path)
-                assert second.returncode == REFUSED
+                second = CliRunner().invoke(app, ["search", str(study)])
+                assert second.exit_code == REFUSED
                 assert "is being run by another process" in second.stderr
                 assert "Traceback" not in second.stderr
             os.kill(process.pid, number)
