@@ -50,7 +50,9 @@ Measured = tuple[int, float, float]
 """Prompts consumed, held-out score, standard error of the score."""
 
 
-class _AnyHyperparameters(BaseModel):
+class AnyHyperparameters(BaseModel):
+    """Hyperparameters that only the user's own program knows."""
+
     model_config = ConfigDict(frozen=True, extra="allow")
 
     prompts_per_step: int = Field(default=1, ge=1)
@@ -60,7 +62,7 @@ class _OwnLoop:
     """The trainer of an ask-and-tell study: it takes any hyperparameter and trains nothing."""
 
     name: ClassVar[str] = OWN_LOOP
-    hyperparameters: ClassVar[type[BaseModel]] = _AnyHyperparameters
+    hyperparameters: ClassVar[type[BaseModel]] = AnyHyperparameters
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`; what the caller can train is not known here."""

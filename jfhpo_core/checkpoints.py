@@ -168,6 +168,12 @@ def _fault(folder: Path, digest: str) -> str | None:
         return "its manifest is missing"
     if file_digest(manifest) != digest:
         return "its manifest is not the one that was committed"
+    return manifest_fault(folder)
+
+
+def manifest_fault(folder: Path) -> str | None:
+    """What of a checkpoint contradicts its own manifest, if anything."""
+    manifest = folder / MANIFEST
     digests = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     try:
         files = _files(folder)

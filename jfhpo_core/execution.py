@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from jfhpo_core.checkpoints import CheckpointStore
@@ -15,6 +19,9 @@ from jfhpo_core.trainers.base import Job, Trainer, TrainingResult
 from jfhpo_core.trial import Checkpoint, Decision, FailureKind, Outcome, Segment, SegmentResult, StepRecord
 
 logger = logging.getLogger(__name__)
+
+COMPANIONS = "jfhpo.companions"
+"""Entry-point group of context managers around the training of a segment; each is called with the job."""
 
 
 class Cancelled(Exception):  # noqa: N818  not an error: the driver asked for it
@@ -61,7 +68,8 @@ def run_job(
     stage = store.stage(job.trial_key)
     try:
         try:
-            result = trainer.run(job, start, stage, observe)
+            with _surroundings(job):
+                result = trainer.run(job, start, stage, observe)
         except TrialFailure as failure:
             kind, message = FailureKind(failure.kind), str(failure)
             return _infeasible(segment, job, monitor, kind, message, charge(failure.seconds))
@@ -88,6 +96,29 @@ def run_job(
         decision=decision,
         message=note,
     )
+
+
+@contextmanager
+def _surroundings(job: Job) -> Iterator[None]:
+    """The job's environment variables, and the companions that are installed."""
+    before = {name: os.environ.get(name) for name in job.environment}
+    os.environ.update(job.environment)
+    try:
+        with ExitStack() as stack:
+            for companion in _companions():
+                stack.enter_context(companion(job))
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@cache  # reading the metadata of all installed packages takes a tenth of a second
+def _companions() -> tuple[Callable[[Job], AbstractContextManager[None]], ...]:
+    return tuple(point.load() for point in entry_points(group=COMPANIONS))
 
 
 def _starting_point(store: CheckpointStore, job: Job) -> tuple[Path | None, Job, str | None]:

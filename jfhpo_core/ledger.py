@@ -65,6 +65,10 @@ class Ledger(Protocol):
         """The facts attached by `summarize`."""
         ...
 
+    def environment(self, key: str) -> dict[str, str]:
+        """Environment variables that tell a trainer's own tracking which trial it works for."""
+        ...
+
     def url(self) -> str | None:
         """Where a person can look at the study, if anywhere."""
         ...
@@ -156,6 +160,10 @@ class MemoryLedger:
     def facts(self) -> dict[str, str | float]:
         """See `Ledger.facts`."""
         return dict(self._facts)
+
+    def environment(self, key: str) -> dict[str, str]:
+        """See `Ledger.environment`."""
+        return {}
 
     def url(self) -> str | None:
         """See `Ledger.url`."""

@@ -308,7 +308,8 @@ class _Run:
     def submit(self, trial: Trial, segment: Segment) -> None:
         scores = base_scores(self.ledger.trials())
         history = self.ledger.step_records(trial.key)
-        self.dispatcher.submit(self.study.job(trial, segment, history, scores.get(trial.model)))
+        environment = self.ledger.environment(trial.key)
+        self.dispatcher.submit(self.study.job(trial, segment, history, scores.get(trial.model), environment))
         self.in_flight.add(trial.key)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,7 +115,14 @@ class Study:
             suggestion=suggestion,
         )
 
-    def job(self, trial: Trial, segment: Segment, history: Sequence[StepRecord], base_score: float | None) -> Job:
+    def job(
+        self,
+        trial: Trial,
+        segment: Segment,
+        history: Sequence[StepRecord],
+        base_score: float | None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Job:
         """Everything a worker needs for a segment."""
         model = self.ladder[trial.model]
         levels = [steps_at(level, trial.prompts_per_step) for level in self.spec.fidelity.levels]
@@ -141,6 +148,7 @@ class Study:
             store=str(self.store),
             start_checkpoints=tuple(checkpoints),
             base_score=base_score,
+            environment=dict(environment or {}),
         )
 
 

@@ -58,6 +58,7 @@ from mlflow_plugin.presentation import (
 )
 from mlflow_plugin.provenance import TaskData, environment, source_tags, task_data
 from mlflow_plugin.views import saved_views
+from mlflow_plugin.worker import trial_environment
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 
@@ -307,6 +308,12 @@ class MlflowLedger:
         """See `Ledger.facts`."""
         return dict(self._facts)
 
+    def environment(self, key: str) -> dict[str, str]:
+        """See `Ledger.environment`: runs that are started for the trial become children of its run."""
+        child = self._child(key)
+        uri = _absolute(self._client.tracking_uri)
+        return trial_environment(uri, self._experiment_id, self._study.study, child.trial, child.run_id)
+
     def url(self) -> str | None:
         """The study's run in the UI of the tracking server; None without a server (see `tracking_uri`)."""
         if not _is_server(self.tracking_uri):
@@ -517,6 +524,14 @@ def _exists(uri: str) -> bool:
     if parts.scheme == "sqlite":
         return Path(parts.path.removeprefix("/")).exists()
     return Path(parts.path).exists() if parts.scheme in ("", "file") else True
+
+
+def _absolute(uri: str) -> str:
+    """The same store for a process that was started in another folder."""
+    prefix, parts = "sqlite:///", urlsplit(uri)
+    if uri.startswith(prefix) and parts.path.strip("/"):
+        return prefix + str(Path(uri.removeprefix(prefix)).absolute())
+    return str(Path(uri).absolute()) if parts.scheme == "" else uri
 
 
 def _is_server(uri: str) -> bool:

@@ -22,7 +22,7 @@ from jfhpo_core.spec import TaskSpec
 SOURCE_NAME = "mlflow.source.name"
 COMMIT = "mlflow.source.git.commit"
 DIRTY = "jfhpo.git_dirty"
-OURS = ("jfhpo.study_run", "jfhpo.trial_key", "mlflow.parentRunId")
+OURS = ("mlflow.parentRunId", "jfhpo.in_study", "jfhpo.in_trial", "jfhpo.trial_number", "jfhpo.model")
 """Set by our own context provider where one study runs inside the trial of another; a study is nobody's child."""
 
 
@@ -78,8 +78,10 @@ class TaskData:
 def task_data(task: TaskSpec) -> TaskData:
     """Name, digest, columns and number of rows of a task's files."""
     if task.embedded is not None:
-        from jfhpo_core.embedded import task_folder
+        from jfhpo_core.embedded import NAMES, task_folder
 
+        if task.embedded not in NAMES:  # a stand-in for a task that only the trainer knows
+            return TaskData(None, None)
         folder = task_folder(task.embedded)
         return TaskData(
             _dataset(folder / "train.jsonl", f"{task.embedded}-train"),

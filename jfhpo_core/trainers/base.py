@@ -47,6 +47,10 @@ class Job(Record):
         default=(), description="Checkpoints to continue from, newest first; a damaged one is passed over."
     )
     base_score: float | None = Field(default=None, description="Held-out score of the untrained model, if known.")
+    environment: dict[str, str] = Field(
+        default_factory=dict,
+        description="Environment variables while it is trained: what a trainer's own tracking has to know.",
+    )
 
 
 class TrainingResult(Record):
