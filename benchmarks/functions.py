@@ -6,7 +6,6 @@ optimum is 1 and the median over the target's inputs is 0.
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,11 +23,10 @@ from scipy.stats import qmc
 
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.trainers import Job, Observer, TrainingResult
+from jfhpo_core.trainers.played import play
 from jfhpo_core.trial import Evaluation, StepRecord, Value, canonical_json
 
 Matrix = NDArray[np.float64]
-
-STATE = "state.json"
 
 SIZE_DECADES = 2.0
 """Decades in parameters from a fidelity of 1, the target, down to 0."""
@@ -140,23 +138,15 @@ class FunctionTrainer:
 
     def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
         """See `Trainer.run`."""
-        first = 0 if start is None else int(json.loads((start / STATE).read_text())["step"])
         share = (job.parameters / job.target_parameters) ** self.size_exponent
-        evaluations = [self._evaluate(job, 0, share)] if first == 0 and 0 in job.evaluation_steps else []
-        for step in range(first + 1, job.segment.stop_step + 1):
-            observe(self._record(job, step, self.seconds_per_step * share))
-            if step in job.evaluation_steps:
-                evaluations.append(self._evaluate(job, step, share))
-        (stage / STATE).write_text(json.dumps({"step": job.segment.stop_step}), encoding="utf-8")
-        spent = sum(evaluation.seconds for evaluation in evaluations)
-        trained = (job.segment.stop_step - first) * self.seconds_per_step * share
-        return TrainingResult(
-            end_step=job.segment.stop_step,
-            end_prompts=job.segment.stop_step * job.prompts_per_step,
-            evaluations=tuple(evaluations),
-            startup_seconds=self.startup_seconds,
-            evaluation_seconds=spent,
-            seconds=self.startup_seconds + trained + spent,
+        return play(
+            job,
+            start,
+            stage,
+            observe,
+            lambda step: self._record(job, step, self.seconds_per_step * share),
+            lambda step: self._evaluate(job, step, share),
+            self.startup_seconds,
         )
 
     def _evaluate(self, job: Job, step: int, share: float) -> Evaluation:

@@ -148,7 +148,7 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
 
     Args:
         study: The study; its budget is what is left to spend.
-        ranked: The strategy's ranking of the configurations tried, best first.
+        ranked: The strategy's ranking, best first.
         trials: The study's trials.
     """
     spent = spent_seconds(trials)

@@ -16,10 +16,10 @@ from jfhpo_core.study import EarlierStudy, Study, base_scores
 from jfhpo_core.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations
 from jfhpo_core.trial import Configuration, Evaluation, Outcome, Trial, TrialState
 
-MAX_OBSERVATIONS = 400
+MAX_OBSERVATIONS = 240
 """Beyond this, evaluations in the middle of curves are thinned out; the last one of each trial stays."""
 
-CURVE_POINTS = 4
+CURVE_POINTS = 2
 """Evaluations of one curve that are used: the last one and others at about equal distances."""
 
 EXACT_REFITS = 12

@@ -12,7 +12,8 @@ from jfhpo_core.execution import Cancelled, run_job
 from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.study import Study, base_scores
 from jfhpo_core.trainers import Job, Observer, TrainingResult, load_trainer
-from jfhpo_core.trainers.simulated import STATE, SimulatedTrainer
+from jfhpo_core.trainers.played import STATE
+from jfhpo_core.trainers.simulated import SimulatedTrainer
 from jfhpo_core.trial import FailureKind, Outcome, SegmentResult, StepRecord, Trial
 from tests.studies import BECAUSE, simulated_study
 

@@ -26,6 +26,7 @@ from jfhpo_core.trial import (
     Trial,
     TrialState,
     committed_seconds,
+    configuration_key,
 )
 
 NO_REASON = Suggestion(source="test", explanation="test")
@@ -111,6 +112,20 @@ def test_suggestions_are_a_pure_function_of_the_ledger(tmp_path: Path, name: str
     second = load_strategy(study).suggest(study, trials, 300.0, seed)
     assert first is not None
     assert first == second
+
+
+def test_untried_configurations_rank_only_above_all_tried_ones(tmp_path: Path, completed: SearchResult) -> None:
+    study, trials = simulated(tmp_path), completed.trials[:15]
+    tried = JointFidelity(untried=0).rank(study, trials)
+    known = {configuration_key(trial.configuration) for trial in trials}
+    assert all(configuration_key(item.configuration) in known for item in tried)
+
+    ranked = JointFidelity(untried=2).rank(study, trials)
+    better = ranked[: len(ranked) - len(tried)]
+    assert ranked[len(better) :] == tried
+    assert 1 <= len(better) <= 2
+    assert all(configuration_key(item.configuration) not in known for item in better)
+    assert [item.mean for item in ranked] == sorted((item.mean for item in ranked), reverse=True)
 
 
 def test_a_running_training_is_not_suggested_again(tmp_path: Path, completed: SearchResult) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 PARTS = Path(__file__).parent / "parts"
-"""Finished trainings; not in git."""
+"""Finished trainings; not in git: on a new machine they are taken from the table."""
 
 DATA = Path(__file__).parent / "data"
 """The table."""
@@ -25,11 +25,15 @@ Out = Annotated[Path, typer.Option(help="Folder for the page and its figures.")]
 
 @app.command()
 def generate(
-    workers: Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")] = 2, parts: Parts = PARTS
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with one thread.")] = 2,
+    parts: Parts = PARTS,
+    data: Data = DATA,
 ) -> None:
     """Make every training of the plan that is missing (hours; interrupt it and run it again: it goes on)."""
     from benchmarks.rl_table.generate import generate as make
+    from benchmarks.rl_table.pack import unpack
 
+    unpack(data, parts)
     make(parts, workers)
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from benchmarks.rl_table import generate as made
-from benchmarks.rl_table.generate import Part, configurations, plan, read_parts, study_of
+from benchmarks.rl_table.generate import Part, Training, configurations, plan, read_parts, study_of
 from jfhpo_core.errors import JfhpoError
 from jfhpo_core.trial import Evaluation, StepRecord
 
@@ -80,6 +80,55 @@ def write(parts: Sequence[Part], data: Path) -> None:
         data / "evaluations.parquet",
         [_key(part) | evaluation.model_dump() for part in parts for evaluation in part.evaluations],
     )
+
+
+def unpack(data: Path, parts: Path) -> None:
+    """Write the table's trainings as parts again, where the folder lacks them, so that `generate` need not make them.
+
+    Packing them once more gives the same table. What it does not hold (seconds of the final test) is lost.
+    """
+    if not (data / "trainings.parquet").exists():
+        return
+    parts.mkdir(parents=True, exist_ok=True)
+    steps, evaluations = (_by_training(data / f"{name}.parquet") for name in ("steps", "evaluations"))
+    for row in pq.read_table(data / "trainings.parquet").to_pylist():
+        training = Training.model_validate({name: row[name] for name in KEY})
+        file = parts / f"{training.name}.json"
+        if file.exists():
+            continue
+        tested = row["test_score"] is not None
+        part = Part(
+            training=training,
+            hyperparameters={name: row[name] for name in configurations()[0].configuration},
+            parameters=row["parameters"],
+            outcome=row["outcome"],
+            steps=tuple(StepRecord.model_validate(record) for record in steps[training]),
+            evaluations=tuple(Evaluation.model_validate(record) for record in evaluations[training]),
+            test=Evaluation(
+                step=made.STEPS,
+                prompts=made.STEPS * made.PROMPTS_PER_STEP,
+                score=row["test_score"],
+                standard_error=row["test_standard_error"],
+                samples=evaluations[training][-1]["samples"] * made.TEST_SAMPLES,
+                seconds=0.0,
+            )
+            if tested
+            else None,
+            startup_seconds=row["startup_seconds"],
+            cpu_seconds=row["cpu_seconds"],
+            wall_seconds=row["wall_seconds"],
+            versions=json.loads(row["versions"]),
+        )
+        file.write_text(part.model_dump_json(), encoding="utf-8")
+
+
+def _by_training(path: Path) -> dict[Training, list[dict[str, Any]]]:
+    """The rows of a file without the key, by the training that they belong to."""
+    found: dict[Training, list[dict[str, Any]]] = {}
+    for row in pq.read_table(path).to_pylist():
+        training = Training.model_validate({name: row.pop(name) for name in KEY})
+        found.setdefault(training, []).append(row)
+    return found
 
 
 def _key(part: Part) -> dict[str, Any]:

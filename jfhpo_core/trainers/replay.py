@@ -5,7 +5,6 @@ A search over real learning curves takes seconds this way. See `replay_table` fo
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,10 +17,9 @@ from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.hyperparameters import Hyperparameters
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
+from jfhpo_core.trainers.played import play
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
 from jfhpo_core.trial import Evaluation, Value, configuration_key
-
-STATE = "state.json"
 
 
 class RecordedHyperparameters(Hyperparameters):
@@ -91,30 +89,15 @@ class ReplayTrainer:
 
     def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
         """See `Trainer.run`."""
-        first = 0 if start is None else int(json.loads((start / STATE).read_text(encoding="utf-8"))["step"])
         recording = _table(job.study).nearest(job.model, SPACE.encode(SPACE.restrict(job.configuration)), job.seed)
-        evaluations = []
-        if 0 in job.evaluation_steps and first == 0:
-            evaluations.append(_evaluate(job, recording, 0))
-        seconds, step, stopped = recording.startup_seconds, first, False
-        while step < job.segment.stop_step and not stopped:
-            step += 1
-            record = recording.record(step)
-            seconds += record.generation_seconds + record.training_seconds
-            decision = observe(record)
-            stopped = decision is not None and decision.stop
-            if stopped or step in job.evaluation_steps:
-                evaluations.append(_evaluate(job, recording, step))
-        if not stopped:
-            (stage / STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
-        evaluation_seconds = sum(evaluation.seconds for evaluation in evaluations)
-        return TrainingResult(
-            end_step=step,
-            end_prompts=step * job.prompts_per_step,
-            evaluations=tuple(evaluations),
-            startup_seconds=recording.startup_seconds,
-            evaluation_seconds=evaluation_seconds,
-            seconds=seconds + evaluation_seconds,
+        return play(
+            job,
+            start,
+            stage,
+            observe,
+            recording.record,
+            lambda step: _evaluate(job, recording, step),
+            recording.startup_seconds,
         )
 
 

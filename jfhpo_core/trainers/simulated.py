@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import qmc
 
-from jfhpo_core.errors import SpecError, TrialFailure
+from jfhpo_core.errors import TrialFailure
 from jfhpo_core.hyperparameters import Hyperparameters
 from jfhpo_core.space import Space, Vector
 from jfhpo_core.spec import StudySpec
-from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
+from jfhpo_core.trainers.played import play
 from jfhpo_core.trial import Evaluation, FailureKind, StepRecord, Value, canonical_json
 
-STATE = "state.json"
 TOKENS_PER_COMPLETION = 8
 
 NO_KL_COEFFICIENT = 1e-5
@@ -312,7 +312,6 @@ class SimulatedTrainer:
         """See `Trainer.run`."""
         surface = study_surface(job.study)
         settings = surface.settings
-        first = 0 if start is None else int(json.loads((start / STATE).read_text())["step"])
         completions = job.prompts_per_step * int(job.configuration["n_samples"])
         ratio = job.parameters / job.target_parameters
         if settings.memory_limit is not None and completions * ratio > settings.memory_limit:
@@ -324,28 +323,20 @@ class SimulatedTrainer:
         step_seconds = settings.seconds_per_step * ratio**settings.size_exponent * (completions / 128) ** 0.9
         evaluation_seconds = settings.evaluation_seconds * ratio**settings.size_exponent
         run = _Run.plan(job, surface.curve(job.configuration, ratio), settings)
-        evaluations = []
-        if 0 in job.evaluation_steps and first == 0:
-            evaluations.append(run.evaluation(0, evaluation_seconds))
-        step, stopped = first, False
-        while step < job.segment.stop_step and not stopped:
-            step += 1
+
+        def record(step: int) -> StepRecord:
             if settings.real_seconds_per_step:
                 time.sleep(settings.real_seconds_per_step)
-            decision = observe(run.record(step, step_seconds))
-            stopped = decision is not None and decision.stop
-            if stopped or step in job.evaluation_steps:
-                evaluations.append(run.evaluation(step, evaluation_seconds))
-        if not stopped:
-            (stage / STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
-        spent = len(evaluations) * evaluation_seconds
-        return TrainingResult(
-            end_step=step,
-            end_prompts=step * job.prompts_per_step,
-            evaluations=tuple(evaluations),
-            startup_seconds=settings.startup_seconds,
-            evaluation_seconds=spent,
-            seconds=settings.startup_seconds + spent + (step - first) * step_seconds,
+            return run.record(step, step_seconds)
+
+        return play(
+            job,
+            start,
+            stage,
+            observe,
+            record,
+            lambda step: run.evaluation(step, evaluation_seconds),
+            settings.startup_seconds,
         )
 
 
@@ -430,11 +421,7 @@ def landscape(study: StudySpec) -> Landscape:
     Raises:
         SpecError: A setting is unknown or out of bounds.
     """
-    try:
-        return Landscape.model_validate(study.trainer.settings)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise SpecError(f"trainer.settings.{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+    return read_settings(Landscape, study, SimulatedTrainer.name)
 
 
 def study_surface(study: StudySpec) -> Surface:

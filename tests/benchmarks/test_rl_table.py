@@ -23,7 +23,7 @@ from benchmarks.rl_table.generate import (
     plan,
     read_parts,
 )
-from benchmarks.rl_table.pack import pack
+from benchmarks.rl_table.pack import pack, unpack
 from jfhpo_core.errors import JfhpoError
 from jfhpo_core.stopping import RewardDrop, ZeroReward
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
@@ -123,6 +123,24 @@ def test_packed_trainings_are_read_back_and_the_card_counts_them(tmp_path: Path)
         assert recorded.configuration == made.hyperparameters
         assert recorded.evaluations[-1].score == pytest.approx(made.evaluations[-1].score)
         assert [step.kl for step in recorded.steps] == pytest.approx([step.kl for step in made.steps])
+
+
+def test_a_table_is_unpacked_to_parts_that_give_the_same_table(tmp_path: Path) -> None:
+    parts, data = tmp_path / "parts", tmp_path / "data"
+    parts.mkdir()
+    for training in (*plan()[:3], plan()[-1]):
+        (parts / f"{training.name}.json").write_text(part(training).model_dump_json())
+    pack(parts, data)
+    mine = parts / f"{plan()[0].name}.json"
+    again, other = tmp_path / "again", tmp_path / "other"
+    again.mkdir()
+    (again / mine.name).write_bytes(mine.read_bytes())
+    unpack(data, again)
+    assert (again / mine.name).read_bytes() == mine.read_bytes()
+    pack(again, other)
+    assert {file.name: file.read_bytes() for file in data.iterdir()} == {
+        file.name: file.read_bytes() for file in other.iterdir()
+    }
 
 
 def test_a_part_of_another_design_is_not_packed(tmp_path: Path) -> None:
