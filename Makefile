@@ -5,16 +5,26 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint docs clean
+.PHONY: help setup demo test test-fast openrlhf-env test-openrlhf lint docs clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY) ## Create .venv with everything for demo, tests, lint and docs (quick when it is up to date)
 
 # uv is the installer, and pip brings it. uv does not read pip's settings, so an index or a folder of wheels that pip is
 # set to use is handed on. Without such a folder uv picks the build of torch that fits the machine: the CPU build where
 # it finds no NVIDIA driver. With one no build is picked, because that would ask an index which may be out of reach.
+define HAND_ON_PIP_SETTINGS
+set -e; \
+pip_setting() { $(BIN)/python -m pip config get "global.$$1" 2>/dev/null || true; }; \
+links=$$(echo $${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$(pip_setting find-links)}} | tr ' ' ','); \
+index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(pip_setting index-url)}}; \
+if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
+if [ -n "$$links" ]; then export UV_FIND_LINKS="$$links"; \
+else export UV_TORCH_BACKEND="$${UV_TORCH_BACKEND:-$${torch:-auto}}"; fi
+endef
+
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "jfhpo needs Python 3.11 or newer, and '$(PYTHON)' is not: name another one, e.g. make setup PYTHON=python3.12" >&2; \
@@ -22,13 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing into .venv; the first time this downloads about 1 GB"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt uv
-	@set -e; \
-	pip_setting() { $(BIN)/python -m pip config get "global.$$1" 2>/dev/null || true; }; \
-	links=$$(echo $${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$(pip_setting find-links)}} | tr ' ' ','); \
-	index=$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$(pip_setting index-url)}}; \
-	if [ -n "$$index" ]; then export UV_DEFAULT_INDEX="$$index"; fi; \
-	if [ -n "$$links" ]; then export UV_FIND_LINKS="$$links"; \
-	else export UV_TORCH_BACKEND="$${UV_TORCH_BACKEND:-auto}"; fi; \
+	@$(HAND_ON_PIP_SETTINGS); \
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable . --group dev
 	@touch $@
 
@@ -46,6 +50,24 @@ test: $(READY) ## Run the whole test suite, with coverage
 test-fast: $(READY) ## Run the tests that take seconds
 	@$(BIN)/pytest --quiet -m "not slow"
 
+# The trainer's environment cannot be this one: vLLM and Prefect need different versions of fastapi.
+OPENRLHF_ENV ?= .openrlhf
+OPENRLHF_LOCK := jfhpo_core/trainers/openrlhf/cpu_shim/requirements.txt
+
+openrlhf-env: $(OPENRLHF_ENV)/.ready ## Build OpenRLHF's environment for CPU tests (3 GB)
+
+$(OPENRLHF_ENV)/.ready: $(OPENRLHF_LOCK) | $(READY)
+	@echo "Installing OpenRLHF, vLLM and DeepSpeed for CPU into $(OPENRLHF_ENV)"
+	@$(PYTHON) -m venv --clear $(OPENRLHF_ENV)
+	@torch=cpu; export DS_BUILD_OPS=0; $(HAND_ON_PIP_SETTINGS); \
+	$(BIN)/uv pip install --quiet --python $(OPENRLHF_ENV)/bin/python --no-deps --requirement $(OPENRLHF_LOCK)
+	@touch $@
+
+test-openrlhf: export DO_NOT_TRACK = true
+test-openrlhf: export HF_HUB_OFFLINE = 1
+test-openrlhf: $(READY) $(OPENRLHF_ENV)/.ready ## Run a real search with OpenRLHF, vLLM and DeepSpeed on CPU (about 15 minutes)
+	@JFHPO_OPENRLHF_PYTHON=$(abspath $(OPENRLHF_ENV))/bin/python $(BIN)/pytest --quiet -m openrlhf tests/trainers/openrlhf
+
 lint: $(READY) ## Check style, format, types and the layering of the packages
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
@@ -56,5 +78,5 @@ docs: $(READY) ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove .venv and what tools leave behind; studies (mlflow.db, mlruns, .jfhpo) stay
-	rm -rf .venv site dist build htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .openrlhf site dist build htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

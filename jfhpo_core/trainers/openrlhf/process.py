@@ -52,7 +52,9 @@ def environment(settings: OpenRlhfSettings, base: Mapping[str, str], gpus: int) 
         base: Environment of the worker. Its GPUs (CUDA_VISIBLE_DEVICES) are handed on.
         gpus: How many GPUs a CPU training shall pretend to have.
     """
-    inherited = {name: value for name, value in base.items() if not name.startswith(INHERITED_NOT)}
+    # To a worker without GPUs Ray shows none; a job finds its own, and the CPU's are pretended.
+    hidden = ("CUDA_VISIBLE_DEVICES",) if settings.device == "cpu" or settings.jobs_address is not None else ()
+    inherited = {name: value for name, value in base.items() if not name.startswith((*INHERITED_NOT, *hidden))}
     if settings.jobs_address is not None:
         # Of the driver's Ray settings only its credentials count for the cluster.
         ray = {name: value for name, value in base.items() if name.startswith("RAY_AUTH_")}

@@ -76,7 +76,7 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
         tokens = _prepare(job, settings, start, files)
         argv = to_argv(build_flags(job, settings, placement, files, resume=start is not None))
         variables = environment(settings, os.environ, job.devices)
-        command, stop = _launch(settings, argv, variables)
+        command, stop = _launch(settings, argv, variables, job.environment)
         (files.folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
         with TrainingProcess(command, variables, files.log, stop) as process:
             loop = _Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
@@ -165,9 +165,12 @@ def _link(source: str, target: str) -> str:
 
 
 def _launch(
-    settings: OpenRlhfSettings, argv: list[str], variables: dict[str, str]
+    settings: OpenRlhfSettings, argv: list[str], variables: dict[str, str], tracking: dict[str, str]
 ) -> tuple[list[str], list[str] | None]:
-    """The command that runs the training, and the one that stops it elsewhere."""
+    """The command that runs the training, and the one that stops it elsewhere.
+
+    A job's variables are those that the driver does not have, or has for tracking only.
+    """
     assert settings.interpreter is not None
     program = [settings.interpreter, "-m", MODULE, *argv]
     if settings.jobs_address is None:
@@ -176,8 +179,11 @@ def _launch(
     ray = [settings.interpreter, "-m", "ray.scripts.scripts", "job"]
     # Merged with the variables that OpenRLHF sets itself; the same name in both would be refused.
     taken = {"TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"}
-    names = sorted(set(variables) - set(os.environ) - taken)
-    remote = {name: variables[name] for name in names if not name.startswith("RAY_AUTH_")} | settings.environment
+    remote = {
+        name: value
+        for name, value in variables.items()
+        if (name in tracking or os.environ.get(name) != value) and name not in taken and not name.startswith("RAY_")
+    }
     submit = [
         *ray, "submit", "--address", settings.jobs_address, "--submission-id", identity,
         "--runtime-env-json", json.dumps({"env_vars": remote}), "--", *program,

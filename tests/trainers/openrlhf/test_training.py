@@ -1,0 +1,182 @@
+"""What the adapter makes of a training's output, without the training."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from jfhpo_core.errors import InfrastructureError, SpecError
+from jfhpo_core.trainers.openrlhf import OpenRlhfTrainer
+from jfhpo_core.trainers.openrlhf.command import Files
+from jfhpo_core.trainers.openrlhf.log import StepLine
+from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE, OpenRlhfSettings
+from jfhpo_core.trainers.openrlhf.trainer import ineffective
+from jfhpo_core.trainers.openrlhf.training import (
+    PROGRESS,
+    _evaluation,
+    _launch,
+    _Loop,
+    _prepare,
+    _take_checkpoint,
+    prompt_order,
+)
+from jfhpo_core.trial import StepRecord
+from tests.trainers.openrlhf.conftest import job, study
+
+METRICS = {
+    "zero_variance": 0.375, "actor_grad_norm": 1.45, "actor_lr": 0.001, "entropy_loss": 0.31, "kl": 0.02,
+    "ppo_clip_ratio": 0.01, "rollout/reward_mean": 0.5, "rollout/reward_std": 1.0, "rollout/num_samples": 4.0,
+    "rollout/response_length_mean": 6.0, "rollout/truncated_rate": 0.25, "timing/generation": 2.0,
+    "timing/step_total": 5.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    files = Files(tmp_path / "folder", tmp_path / "work")
+    files.folder.mkdir()
+    files.work.mkdir()
+    return files
+
+
+def loop(files: Files, records: list[StepRecord], *, fresh: bool = True, **hyper: object) -> _Loop:
+    start = 0 if fresh else 2
+    task = job(study(), files.folder, start=start, stop=4, **hyper)
+    return _Loop(task, OpenRlhfSettings(), files, None, records.append, 0.0, 10, fresh=fresh)  # type: ignore[arg-type]
+
+
+def test_a_step_in_our_terms(files: Files) -> None:
+    records: list[StepRecord] = []
+    loop(files, records)._take_step(StepLine(1, METRICS))
+    (record,) = records
+    assert (record.step, record.prompts, record.tokens) == (1, 8, 10 + 4 * 6)
+    assert record.reward_std == pytest.approx((3 / 4) ** 0.5)
+    assert (record.kl, record.entropy, record.clip_fraction, record.learning_rate) == (0.02, 0.31, 0.01, 0.001)
+    assert (record.generation_seconds, record.training_seconds) == (2.0, 3.0)
+    assert json.loads(files.control.read_text())["released"] == 1
+
+
+def test_without_a_reference_no_kl_is_claimed(files: Files) -> None:
+    records: list[StepRecord] = []
+    loop(files, records, kl_coefficient=0.0)._take_step(StepLine(1, METRICS))
+    assert records[0].kl is None
+
+
+def test_a_continuation_that_begins_at_the_wrong_step_does_not_count(files: Files) -> None:
+    records: list[StepRecord] = []
+    with pytest.raises(InfrastructureError, match="reported step 1 where step 3 was due"):
+        loop(files, records, fresh=False)._take_step(StepLine(1, METRICS))
+    assert records == []
+
+
+def test_scores_are_means_over_prompts() -> None:
+    evaluation = _evaluation([(0, 1.0), (0, 0.0), (1, 1.0), (1, 1.0)], 2, 16, 3.0)
+    assert evaluation.score == 0.75
+    assert evaluation.standard_error == pytest.approx(0.25)
+    assert evaluation.samples == 4
+    assert _evaluation([(0, 1.0), (1, 1.0)], 2, 16, 3.0).standard_error == 0.25
+
+
+def test_prompts_of_the_horizon_come_from_the_seed() -> None:
+    rows = tuple({"prompt": str(number)} for number in range(5))
+    order = prompt_order(rows, 12, seed=1)
+    assert order == prompt_order(rows, 12, seed=1)
+    assert order != prompt_order(rows, 12, seed=2)
+    assert sorted(row["prompt"] for row in order[:5]) == list("01234")
+    assert len(order) == 12
+
+
+def test_what_the_training_reads(files: Files) -> None:
+    task = job(study(), files.folder, stop=4)
+    assert _prepare(task, OpenRlhfSettings(), None, files) == 0
+    lines = [json.loads(line) for line in files.prompts.read_text().splitlines()]
+    assert len(lines) == 48
+    label = json.loads(lines[5]["label"])
+    assert (label["position"], label["row"]["prompt"]) == (5, lines[5]["input"])
+    assert len(files.heldout.read_text().splitlines()) == 32
+    plan = json.loads(files.plan.read_text())
+    assert (plan["start_step"], plan["prompts"], plan["samples"]) == (0, 8, 4)
+
+
+def checkpoint(files: Files, step: int) -> None:
+    """A checkpoint as OpenRLHF lays it out."""
+    tag = f"global_step{step}"
+    for folder, names in (
+        (files.checkpoints / "_actor" / tag, ("mp_rank_00_model_states.pt", "metric.json")),
+        (files.checkpoints / f"{tag}_hf", ("model.safetensors", "tokenizer_config.json")),
+    ):
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).write_text(name)
+    (files.checkpoints / "_actor" / "latest").write_text(tag)
+
+
+def test_a_checkpoint_holds_the_model_and_all_that_resuming_needs(files: Files, tmp_path: Path) -> None:
+    checkpoint(files, 4)
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    _take_checkpoint(files, stage, 4, tokens=99)
+    assert (stage / "model.safetensors").is_file()
+    assert (stage / "checkpoints" / "_actor" / "latest").read_text() == "global_step4"
+    assert json.loads((stage / PROGRESS).read_text()) == {"step": 4, "tokens": 99}
+
+    # The next segment works on links; what is written over in place is its own.
+    again = Files(tmp_path / "next", tmp_path / "next-work")
+    again.folder.mkdir()
+    assert _prepare(job(study(), tmp_path, start=4, stop=6), OpenRlhfSettings(), stage, again) == 99
+    weights = "_actor/global_step4/mp_rank_00_model_states.pt"
+    assert (again.checkpoints / weights).samefile(stage / "checkpoints" / weights)
+    (again.checkpoints / "_actor" / "latest").write_text("other")
+    assert (stage / "checkpoints" / "_actor" / "latest").read_text() == "global_step4"
+    assert json.loads(again.plan.read_text())["start_step"] == 4
+
+
+def test_a_ray_job_is_submitted_and_stopped_by_its_name() -> None:
+    settings = OpenRlhfSettings(python="/env/python", jobs_address="http://head:8265", environment={"A": "b"})
+    variables = {"RAY_AUTH_TOKEN": "secret", "TOKENIZERS_PARALLELISM": "false", "A": "b", "HOME": os.environ["HOME"]}
+    submit, stop = _launch(settings, ["--x", "1"], variables, {})
+    assert stop is not None
+    identity = submit[submit.index("--submission-id") + 1]
+    assert stop[-1] == identity
+    assert submit[-5:] == ["/env/python", "-m", "openrlhf.cli.train_ppo_ray", "--x", "1"]
+    variables = json.loads(submit[submit.index("--runtime-env-json") + 1])["env_vars"]
+    assert variables == {"A": "b"}
+    assert "secret" not in " ".join(submit)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"device": "cuda", "python": "python3"}}, "gpus_per_device"),
+        ({"settings": {"device": "cpu", "python": "/no/such/python"}}, "make openrlhf-env"),
+        ({"settings": {"device": "cpu", "python": "python3", "nodes": 2}}, "settings.nodes"),
+        ({"fixed": {"n_samples": 1}, "settings": {"device": "cpu", "python": "python3"}}, "would train nothing"),
+    ],
+)
+def test_studies_that_cannot_run_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        OpenRlhfTrainer().check(study(trainer={"name": "openrlhf", **changes}))
+
+
+def test_gpus_are_counted_once() -> None:
+    settings = {"python": "python3", "jobs_address": "http://head:8265"}
+    with pytest.raises(SpecError, match="would hold the GPUs"):
+        OpenRlhfTrainer().check(
+            study(trainer={"name": "openrlhf", "settings": settings}, cluster={"gpus_per_device": 1})
+        )
+
+
+def test_a_missing_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    with pytest.raises(SpecError, match=PYTHON_VARIABLE):
+        OpenRlhfTrainer().check(study())
+
+
+def test_searched_hyperparameters_without_effect_are_named() -> None:
+    clip = {"clip_high": {"type": "float", "low": 0.1, "high": 0.4}}
+    assert set(ineffective(study(space=clip))) == {"clip_high"}
+    both = {**clip, "mini_batches": {"type": "choice", "values": [1, 2]}}
+    assert ineffective(study(space=both)) == {}
