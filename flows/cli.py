@@ -206,6 +206,25 @@ def notify(
 
 
 @app.command()
+def doctor(study: StudyFile, overrides: Overrides = None) -> None:
+    """Check everything that a search will need: environment, hardware, cluster, data, reward, disk. Writes nothing."""
+    from flows.overrides import read_study
+
+    spec = read_study(study, overrides or ())
+    console = _console()
+    failed = False
+    with _quiet_libraries():
+        from flows.doctor import diagnose
+
+        for finding in diagnose(spec):
+            failed |= finding.level == "failure"
+            line = f"{finding.level:8} {finding.subject:10} {finding.message}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(REFUSED)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of study files."""
     import json

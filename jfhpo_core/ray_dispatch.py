@@ -459,6 +459,25 @@ class RayDispatcher:
         self._ray.kill(worker.actor)
 
 
+def cluster_resources(address: str) -> dict[str, float]:
+    """What a running cluster has in all, by Ray's names ('CPU', 'GPU', ...).
+
+    Raises:
+        SpecError: The address cannot be used, or no cluster answers.
+    """
+    _check_address(address)
+    ray = _import_ray(private=False)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:
+        raise SpecError(f"cluster.address: the Ray cluster at {address!r} refuses us: {_last_line(error)}") from error
+    try:
+        resources: dict[str, float] = ray.cluster_resources()
+    finally:
+        ray.shutdown()
+    return resources
+
+
 def _check_address(address: str) -> None:
     """Refuse an address in a second that Ray itself would try for minutes, and then end the process."""
     host, colon, port = address.rpartition(":")

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,6 +19,10 @@ from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_setting
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
 from jfhpo_core.trainers.openrlhf.placement import place
 from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE, OpenRlhfSettings
+
+if TYPE_CHECKING:
+    from jfhpo_core.preflight import Finding
+    from jfhpo_core.study import Study
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +76,12 @@ class OpenRlhfTrainer:
                     )
         for name, reason in ineffective(study).items():
             logger.warning("space.%s has no effect: %s", name, reason)
+
+    def preflight(self, study: Study) -> Iterator[Finding]:
+        """See `jfhpo_core.preflight`."""
+        from jfhpo_core.trainers.openrlhf.preflight import preflight
+
+        return preflight(study, settings(study.spec), ineffective(study.spec))
 
     def warm_up(self) -> None:
         """See `Trainer.warm_up`."""

