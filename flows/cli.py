@@ -206,6 +206,33 @@ def notify(
 
 
 @app.command()
+def gc(
+    study: StudyFile,
+    overrides: Overrides = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete what is not worth its space; without it nothing is changed.")
+    ] = False,
+    limit: Annotated[
+        str | None, typer.Option("--limit", metavar="SIZE", help="Keep at most so much, e.g. 500MB or 2TB.")
+    ] = None,
+) -> None:
+    """Show which checkpoints of a study are worth their space, and what deleting the others would free."""
+    from flows.garbage import garbage_view, parse_size
+    from flows.overrides import read_study
+
+    spec = read_study(study, overrides or ())
+    limit_bytes = parse_size(limit) if limit is not None else None
+    with _quiet_libraries():
+        from flows.runtime import judge_checkpoints
+
+        judgements = judge_checkpoints(spec, limit_bytes)
+        view = garbage_view(judgements, delete=delete)
+        if delete:
+            judge_checkpoints(spec, limit_bytes, delete=True)
+    _console().print(view)
+
+
+@app.command()
 def doctor(study: StudyFile, overrides: Overrides = None) -> None:
     """Check everything that a search will need: environment, hardware, cluster, data, reward, disk. Writes nothing."""
     from flows.overrides import read_study

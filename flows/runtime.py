@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from flows.summary import facts
+from jfhpo_core.checkpoints import CheckpointStore
 from jfhpo_core.dispatch import Dispatcher, InlineDispatcher
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
+from jfhpo_core.retention import Judgement, judge
 from jfhpo_core.search import Phase, Progress, SearchResult, conclude, plan_next, run_search
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.strategies import Strategy, load_strategy
@@ -153,6 +155,32 @@ def rebuild_report(spec: StudySpec) -> StudyOutcome:
         model_uri=str(known.get(MODEL_URI, "")) or None,
         model_note=str(known.get(MODEL_NOTE, UNFINISHED)),
     )
+
+
+def judge_checkpoints(spec: StudySpec, limit_bytes: int | None = None, *, delete: bool = False) -> list[Judgement]:
+    """Which checkpoints of a study are worth their space; deletes the others only if asked to.
+
+    Args:
+        spec: The study.
+        limit_bytes: Most that may be kept; None sets no limit.
+        delete: Delete what is not worth its space.
+
+    Raises:
+        LedgerError: The ledger holds no such study, or another process runs it and something is to be deleted.
+    """
+    study = informed(resolve(spec))
+    with _exclusive(study) if delete else nullcontext():
+        ledger, result = _look(study)
+        ranked = load_strategy(study).rank(study, result.trials)
+        judgements = judge(study, result.trials, result.target_trial, ranked, result.complete, limit_bytes)
+        gone = [judgement for judgement in judgements if delete and not judgement.keep]
+        for judgement in gone:
+            # The index first: what it offers must be there, also if this process dies in between.
+            newest = judgement.trial.checkpoint if judgement.trial is not None else None
+            if newest is not None and study.store / newest.path == judgement.folder:
+                ledger.forget_checkpoint(judgement.folder.parent.name)
+            CheckpointStore(study.store).delete(judgement.folder)
+    return judgements
 
 
 def _look(study: Study) -> tuple[MlflowLedger, SearchResult]:

@@ -3,6 +3,9 @@
 A checkpoint is staged, listed in a manifest with the SHA-256 of every file, flushed to disk, and only then renamed to
 its final place; whatever lies there is complete. The ledger keeps the SHA-256 of the manifest, so a checkpoint is
 verified as a whole before it is used; one that does not match is moved to `quarantine/` and the one before it serves.
+
+Equal files are kept once: `objects/` holds each of some size under its SHA-256, and the checkpoints have hard links to
+it. A checkpoint stays a folder of plain files, and where the file system has no hard links each has its own copy.
 """
 
 from __future__ import annotations
@@ -25,6 +28,12 @@ from jfhpo_core.trial import Checkpoint
 MANIFEST = "jfhpo-manifest.json"
 KEY = re.compile(r"[0-9a-f]{16}")
 
+STEP = re.compile(r"step-(\d{8})")
+QUARANTINE = "quarantine"
+OBJECTS = "objects"
+SHARED_BYTES = 64 * 2**10
+"""Smaller files are not shared: they save little, and damage to a shared one hits all checkpoints that have it."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,7 +41,8 @@ class CheckpointStore:
     """Checkpoints of one study under a root folder, which all workers share.
 
     Layout: `<root>/<trial key>/step-00000012/` with the trainer's files and a manifest; `<root>/staging/` holds what is
-    being written or deleted, `<root>/quarantine/` what turned out damaged (kept for inspection, never read again).
+    being written or deleted, `<root>/quarantine/` what turned out damaged (kept for inspection, never read again),
+    `<root>/objects/` files that checkpoints share.
 
     Args:
         root: Created if missing.
@@ -70,6 +80,9 @@ class CheckpointStore:
             size = sum(path.stat().st_size for path in files.values())
             text = json.dumps({"step": step, "prompts": prompts, "files": digests}, indent=1, sort_keys=True)
             (stage / MANIFEST).write_text(text, encoding="utf-8")
+            for name, path in files.items():
+                if path.stat().st_size >= SHARED_BYTES:
+                    self._share(path, digests[name])
             # Content before the names that lead to it, from the leaves to the root; then the rename, then its folders.
             for parent, _, names in os.walk(stage, topdown=False):
                 for path in (*(Path(parent, name) for name in names), Path(parent)):
@@ -104,7 +117,7 @@ class CheckpointStore:
                 raise CheckpointError(f"{folder}: there is no such checkpoint")
             fault = _fault(folder, checkpoint.digest)
             if fault is not None:
-                quarantine = self.root / "quarantine" / f"{folder.parent.name}-{folder.name}-{uuid.uuid4().hex[:8]}"
+                quarantine = self.root / QUARANTINE / f"{folder.parent.name}-{folder.name}-{uuid.uuid4().hex[:8]}"
                 quarantine.parent.mkdir(parents=True, exist_ok=True)
                 folder.rename(quarantine)
                 raise CheckpointError(f"{folder}: {fault}; it was moved to {quarantine}")
@@ -123,6 +136,44 @@ class CheckpointStore:
                 except OSError as error:
                     logger.warning("%s: the old checkpoint could not be deleted: %s", folder, error)
 
+    def folders(self) -> list[Path]:
+        """All checkpoints, by trial and step."""
+        found = sorted(self.root.glob("*/step-*"))
+        return [folder for folder in found if KEY.fullmatch(folder.parent.name) and STEP.fullmatch(folder.name)]
+
+    def quarantined(self) -> list[Path]:
+        """Checkpoints that were found damaged."""
+        return [folder for folder in sorted((self.root / QUARANTINE).glob("*")) if STEP.search(folder.name)]
+
+    def delete(self, folder: Path) -> None:
+        """Delete a checkpoint's folder, with the shared files that no other checkpoint has.
+
+        Raises:
+            CheckpointError: It is no checkpoint of this store, or cannot be deleted.
+        """
+        if folder not in self.folders() and folder not in self.quarantined():
+            raise CheckpointError(f"{folder} is no checkpoint of {self.root}")
+        try:
+            self._discard(folder)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: the checkpoint could not be deleted: {error}") from error
+
+    def _share(self, path: Path, digest: str) -> None:
+        """Make a staged file one with the equal one in `objects/`, or the first of its kind there."""
+        shared = self.root / OBJECTS / digest[:2] / digest
+        try:
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            if shared.exists() and file_digest(shared) == digest:
+                link = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+                os.link(shared, link)
+                link.replace(path)
+            else:
+                shared.unlink(missing_ok=True)
+                os.link(path, shared)
+        except OSError as error:
+            # No hard links here, or another worker was faster: the file stays a copy of its own.
+            logger.debug("%s is not shared: %s", path, error)
+
     def _trial(self, key: str) -> Path:
         if not KEY.fullmatch(key):
             raise CheckpointError(f"{key!r} is not a trial key")
@@ -133,13 +184,28 @@ class CheckpointStore:
         trash = self.root / "staging" / f"{folder.parent.name}-discarded-{uuid.uuid4().hex}"
         trash.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(trash)
+        digests = _listed(trash)
         shutil.rmtree(trash, ignore_errors=True)
+        for digest in digests:
+            shared = self.root / OBJECTS / digest[:2] / digest
+            # A worker that links to it just now keeps its link, so at worst the next equal file is not shared with it.
+            if shared.is_file() and shared.stat().st_nlink == 1:
+                shared.unlink(missing_ok=True)
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(folder: Path) -> set[str]:
+    """Digests in a checkpoint's manifest; empty if it cannot be read."""
+    try:
+        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"].values()
+    except (OSError, ValueError, KeyError, AttributeError):
+        return set()
+    return {digest for digest in digests if re.fullmatch("[0-9a-f]{64}", str(digest))}
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -57,12 +57,12 @@ class Study:
     @cached_property
     def folder(self) -> Path:
         """The study's folder in the workspace."""
-        return Path(self.spec.tracking.workspace).absolute() / self.spec.study
+        return study_folder(self.spec)
 
     @property
     def store(self) -> Path:
         """Root of its checkpoint store."""
-        return self.folder / "checkpoints"
+        return checkpoint_store(self.spec)
 
     def complete(self, configuration: Configuration) -> Configuration:
         """A configuration with fixed values and the trainer's defaults filled in.
@@ -148,8 +148,19 @@ class Study:
             store=str(self.store),
             start_checkpoints=tuple(checkpoints),
             base_score=base_score,
+            evaluations=tuple(evaluation for evaluation in trial.evaluations if evaluation.step > 0),
             environment=dict(environment or {}),
         )
+
+
+def study_folder(spec: StudySpec) -> Path:
+    """A study's folder in the workspace."""
+    return Path(spec.tracking.workspace).absolute() / spec.study
+
+
+def checkpoint_store(spec: StudySpec) -> Path:
+    """Root of a study's checkpoint store."""
+    return study_folder(spec) / "checkpoints"
 
 
 def resolve(spec: StudySpec) -> Study:

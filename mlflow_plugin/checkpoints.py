@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
 from jfhpo_core.trial import Trial
+from mlflow_plugin.artifacts import checkpoint_uri
 
 MODEL_TYPE = "jfhpo-checkpoint"
 EXTERNAL = "mlflow.model.isExternal"
 """MLflow's mark of a model whose files it does not hold."""
 DIGEST = "jfhpo.digest"
+AVAILABLE = "jfhpo.available"
+"""'true', or 'false' once `jfhpo gc` has deleted the files."""
 PAGE = 100
 
 
@@ -47,9 +51,18 @@ def read_index(client: MlflowClient, experiment_id: str) -> dict[str, Entry]:
 
 
 def write_index(
-    client: MlflowClient, experiment_id: str, run_id: str, trial: Trial, entry: Entry | None
+    client: MlflowClient, experiment_id: str, run_id: str, trial: Trial, entry: Entry | None, store: Path
 ) -> Entry | None:
-    """Bring a trial's entry up to its newest checkpoint; returns it, or None if the trial has no checkpoint."""
+    """Bring a trial's entry up to its newest checkpoint; returns it, or None if the trial has no checkpoint.
+
+    Args:
+        client: Talks to the tracking store.
+        experiment_id: The study's experiment.
+        run_id: The trial's run.
+        trial: The trial.
+        entry: What the index has of it.
+        store: Root of the checkpoint store.
+    """
     checkpoint = trial.checkpoint
     if checkpoint is None or (entry is not None and entry.digest == checkpoint.digest):
         return entry
@@ -57,6 +70,8 @@ def write_index(
         "jfhpo.trial_key": trial.key,
         "jfhpo.step": str(checkpoint.step),
         "jfhpo.path": checkpoint.path,
+        "jfhpo.uri": checkpoint_uri(store / checkpoint.path),
+        AVAILABLE: "true",
         "jfhpo.bytes": str(checkpoint.size_bytes),
         DIGEST: checkpoint.digest,
     }
@@ -77,3 +92,8 @@ def write_index(
         model_id = entry.model_id
         client.set_logged_model_tags(model_id, dict(tags))
     return Entry(model_id, checkpoint.digest)
+
+
+def mark_deleted(client: MlflowClient, entry: Entry) -> None:
+    """Note in the index that the files of an entry are gone."""
+    client.set_logged_model_tags(entry.model_id, {AVAILABLE: "false"})

@@ -37,6 +37,7 @@ from jfhpo_core.fidelity import Ladder, build_ladder
 from jfhpo_core.ledger import check_begin, check_commit, mismatch_message
 from jfhpo_core.search import SearchResult
 from jfhpo_core.spec import StudySpec, parse_study
+from jfhpo_core.study import checkpoint_store
 from jfhpo_core.trainers import load_trainer
 from jfhpo_core.trial import Configuration, Segment, SegmentResult, StepRecord, Trial, canonical_json
 from mlflow_plugin import checkpoints
@@ -289,6 +290,12 @@ class MlflowLedger:
         note = study_note(self._study, result.trials, result)
         self._log(self.study_run_id, outcome_metrics(result, _now()), tags={NOTE: note})
 
+    def forget_checkpoint(self, key: str) -> None:
+        """Note that the newest checkpoint of a trial was deleted, so that the index offers it no longer."""
+        entry = self._child(key).checkpoint
+        if entry is not None:
+            checkpoints.mark_deleted(self._client, entry)
+
     def end(self, state: StudyState) -> None:
         """Show that this process works on the study no longer; segments that are open wait for the next one.
 
@@ -439,7 +446,12 @@ class MlflowLedger:
     def _index(self, child: _Child, trial: Trial) -> None:
         """Bring the index up to the newest checkpoint of `trial`."""
         child.checkpoint = checkpoints.write_index(
-            self._client, self._experiment_id, child.run_id, trial, child.checkpoint
+            self._client,
+            self._experiment_id,
+            child.run_id,
+            trial,
+            child.checkpoint,
+            checkpoint_store(self._study),
         )
 
     def _unseen(self, child: _Child, records: Sequence[StepRecord]) -> list[Metric]:

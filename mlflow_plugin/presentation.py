@@ -199,6 +199,11 @@ def result_metrics(
         for evaluation in result.evaluations
         for name, value in _scores(evaluation)
     ]
+    if result.checkpoint is not None:
+        # As metrics, because MLflow compares tags and parameters of logged models as texts only.
+        saved = result.checkpoint.step
+        figures = {"checkpoint/step": saved, "checkpoint/bytes": result.checkpoint.size_bytes}
+        metrics += [Metric(name, float(value), timestamp, saved, model_id=model_id) for name, value in figures.items()]
     wall = sum(one.seconds for one in trial.segments)
     return [
         *metrics,

@@ -25,8 +25,10 @@ STANDING = ("tags.`jfhpo.state`", "params.`model`", "metrics.`eval/score`", "met
 """Columns before the hyperparameters: where a trial stands."""
 REASONS = ("tags.`jfhpo.source`", "tags.`jfhpo.why`", "tags.`jfhpo.stopped_by`", "tags.`jfhpo.failure`")
 """Columns after them: why it was trained, and why it ended."""
-SECTIONS = {"eval": True, "train": False, "cost": False, "time": False, "progress": False, "study": True}
-"""Sections that MLflow makes of metric names, and whether they come up unfolded."""
+SECTIONS = ("eval", "train", "cost", "time", "progress", "checkpoint", "study")
+"""Sections that MLflow makes of metric names."""
+UNFOLDED = ("eval", "study")
+"""Those of them that come up unfolded."""
 AT_A_GLANCE = "At a glance"
 
 
@@ -90,8 +92,8 @@ def _state(columns: Sequence[str], charts: Sequence[Mapping[str, Any]]) -> dict[
         {"uuid": "jfhpo", "name": AT_A_GLANCE, "display": True, "isReordered": False, "columns": 2, "cardHeight": 420}
     ]
     sections += [
-        {"uuid": f"jfhpo-{name}", "name": name, "display": unfolded, "isReordered": False, "isGenerated": True}
-        for name, unfolded in SECTIONS.items()
+        {"uuid": f"jfhpo-{name}", "name": name, "display": name in UNFOLDED, "isReordered": False, "isGenerated": True}
+        for name in SECTIONS
     ]
     return {
         "orderByAsc": False,

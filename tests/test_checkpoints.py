@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jfhpo_core import checkpoints
-from jfhpo_core.checkpoints import MANIFEST, CheckpointStore
+from jfhpo_core.checkpoints import MANIFEST, SHARED_BYTES, CheckpointStore
 from jfhpo_core.errors import CheckpointError
+from jfhpo_core.retention import size_bytes
 from jfhpo_core.trial import Checkpoint
 
 KEY = "0123456789abcdef"
@@ -312,3 +313,51 @@ def test_a_new_stage_clears_what_the_trials_last_worker_left(store: CheckpointSt
     assert not left.exists()
     assert list(fresh.iterdir()) == []
     assert other.exists()
+
+
+def large(store: CheckpointStore, key: str, step: int, own: bytes) -> Path:
+    """A checkpoint with a tokenizer that all have, and weights of its own."""
+    stage = store.stage(key)
+    (stage / "tokenizer.json").write_bytes(b"t" * SHARED_BYTES)
+    (stage / "model.safetensors").write_bytes(own * SHARED_BYTES)
+    return store.root / store.commit(key, stage, step, 16 * step).path
+
+
+def test_equal_files_are_kept_once(store: CheckpointStore) -> None:
+    other = "f" * 16
+    first, second = large(store, KEY, 5, b"a"), large(store, other, 5, b"b")
+    assert (first / "tokenizer.json").samefile(second / "tokenizer.json")
+    assert not (first / "model.safetensors").samefile(second / "model.safetensors")
+    assert size_bytes([first, second]) < 3.1 * SHARED_BYTES
+    # Deleting one leaves the other whole, deleting both leaves nothing.
+    store.delete(first)
+    assert (second / "tokenizer.json").read_bytes() == b"t" * SHARED_BYTES
+    store.delete(second)
+    assert [path for path in store.root.rglob("*") if path.is_file()] == []
+
+
+def test_a_damaged_shared_file_is_not_passed_on(store: CheckpointStore) -> None:
+    first = large(store, KEY, 5, b"a")
+    (first / "tokenizer.json").write_bytes(b"x" * SHARED_BYTES)
+    second = large(store, "f" * 16, 5, b"b")
+    assert (second / "tokenizer.json").read_bytes() == b"t" * SHARED_BYTES
+
+
+def test_without_hard_links_each_checkpoint_has_its_copy(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    first, second = large(store, KEY, 5, b"a"), large(store, "f" * 16, 5, b"b")
+    assert not (first / "tokenizer.json").samefile(second / "tokenizer.json")
+
+
+def test_only_checkpoints_of_the_store_are_deleted(store: CheckpointStore, tmp_path: Path) -> None:
+    committed(store, 5)
+    (tmp_path / KEY / "step-00000005").mkdir(parents=True)
+    for folder in (store.root, store.root / KEY, tmp_path / KEY / "step-00000005", store.root / KEY / "step-00000006"):
+        with pytest.raises(CheckpointError, match="no checkpoint of"):
+            store.delete(folder)
+    assert (store.root / KEY / "step-00000005").is_dir()

@@ -243,6 +243,9 @@ def test_checkpoints_can_be_searched(ledger: MlflowLedger) -> None:
     assert len(found) == 1
     assert found[0].source_run_id == ledger.run_id(ledger.trials()[1].key)
     assert found[0].tags["jfhpo.path"] == "key/step-00000008"
+    assert found[0].tags["jfhpo.uri"].endswith("/conformance/checkpoints/key/step-00000008")
+    late = "metrics.`checkpoint/step` > 7 AND metrics.`checkpoint/bytes` < 100"
+    assert len(ledger.client.search_logged_models([ledger.experiment_id], late)) == 3
     scores = {metric.step: metric.value for metric in found[0].metrics if metric.key == "eval/score"}
     assert scores == {4: pytest.approx(0.4), 8: pytest.approx(0.8)}
     assert len(ledger.client.search_logged_models([ledger.experiment_id], "metrics.`eval/score` > 0.7")) == 3

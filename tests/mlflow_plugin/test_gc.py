@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from typer.testing import CliRunner
+
+from flows.cli import app
+from flows.garbage import parse_size
+from jfhpo_core.dispatch import InlineDispatcher
+from jfhpo_core.errors import SpecError
+from jfhpo_core.search import run_search
+from mlflow_plugin.ledger import MlflowLedger
+from tests.studies import simulated_study
+
+
+def checkpoints(folder: Path) -> set[Path]:
+    return set(folder.rglob("step-*"))
+
+
+def test_gc_shows_first_and_deletes_when_told(tracking_uri: str, tmp_path: Path) -> None:
+    study = simulated_study(tmp_path / "work", tracking={"workspace": str(tmp_path / "work"), "uri": tracking_uri})
+    client = MlflowClient(tracking_uri=tracking_uri)
+    ledger = MlflowLedger(client)
+    outcome = run_search(study, ledger, InlineDispatcher(2))
+    before = checkpoints(study.store)
+    assert outcome.target_trial is not None
+    assert outcome.target_trial.checkpoint is not None
+    best = study.store / outcome.target_trial.checkpoint.path
+    (tmp_path / "study.yaml").write_text(study.spec.to_yaml())
+
+    shown = CliRunner().invoke(app, ["gc", str(tmp_path / "study.yaml")])
+    assert shown.exit_code == 0, shown.output
+    assert f"{len(before) - 1} of {len(before)} checkpoints would go" in shown.output
+    assert checkpoints(study.store) == before
+
+    done = CliRunner().invoke(app, ["gc", str(tmp_path / "study.yaml"), "--delete"])
+    assert done.exit_code == 0, done.output
+    assert checkpoints(study.store) == {best}
+    there = client.search_logged_models([ledger.experiment_id], "tags.`jfhpo.available` = 'true'")
+    assert [model.source_run_id for model in there] == [ledger.run_id(outcome.target_trial.key)]
+    # The ledger's trials are untouched, and opening it again does not offer what is gone.
+    again = MlflowLedger(client)
+    again.open(study.spec)
+    assert again.trials() == ledger.trials()
+    assert len(client.search_logged_models([ledger.experiment_id], "tags.`jfhpo.available` = 'true'")) == 1
+
+
+def test_a_size_that_is_none_is_refused() -> None:
+    for text in ("", "much", "5", "-1GB", "1e3MB"):
+        with pytest.raises(SpecError, match="--limit"):
+            parse_size(text)
