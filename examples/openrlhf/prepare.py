@@ -45,7 +45,7 @@ class Part:
 
 
 def boxed(text: str) -> str | None:
-    """Content of the last \\boxed{...} of a solution, braces balanced."""
+    r"""Content of the last \boxed{...} of a solution, braces balanced."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -79,9 +79,7 @@ def gsm8k(row: dict[str, Any]) -> Row | None:
 def openbookqa(row: dict[str, Any]) -> Row | None:
     """The key is the label of a choice."""
     labels = row["choices"]["label"]
-    return multiple_choice(
-        row["question_stem"], row["choices"]["text"], labels.index(row["answerKey"]), "openbookqa"
-    )
+    return multiple_choice(row["question_stem"], row["choices"]["text"], labels.index(row["answerKey"]), "openbookqa")
 
 
 def mmlu(row: dict[str, Any]) -> Row | None:
