@@ -19,8 +19,8 @@ Key = tuple[str, int]
 class Result(BaseModel):
     """One strategy on one landscape with one seed.
 
-    The incumbent is, for every strategy, the configuration of the trial with the best observed score at full length on
-    the target so far; before there is one, the trainer's defaults. It counts with its true score.
+    The incumbent is, for every strategy, the configuration that it ranks first; before there is one, the trainer's
+    defaults. It counts with its true score, from the cost on at which its full training on the target is paid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

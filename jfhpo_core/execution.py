@@ -14,9 +14,9 @@ from pathlib import Path
 
 from jfhpo_core.checkpoints import CheckpointStore
 from jfhpo_core.errors import CheckpointError, InfrastructureError, TrialFailure
-from jfhpo_core.stopping import Monitor, NonFinite, build_rules
+from jfhpo_core.stopping import Course, Monitor, NonFinite, build_rules
 from jfhpo_core.trainers.base import Job, Trainer, TrainingResult
-from jfhpo_core.trial import Checkpoint, Decision, FailureKind, Outcome, Segment, SegmentResult, StepRecord
+from jfhpo_core.trial import Checkpoint, Decision, Evaluation, FailureKind, Outcome, Segment, SegmentResult, StepRecord
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +51,20 @@ def run_job(
     segment = job.segment
     store = CheckpointStore(Path(job.store))
     start, job, note = _starting_point(store, job)
-    monitor = Monitor(build_rules(job.study.stopping), list(job.history))
+    course = Course(job.total_steps, job.base_score, list(job.history), list(job.evaluations))
+    monitor = Monitor(build_rules(job.study.stopping), course)
     decision: Decision | None = None
 
     def charge(simulated: float | None = None) -> float:
         return simulated if simulated is not None else time.perf_counter() - began
 
-    def observe(record: StepRecord) -> Decision | None:
+    def observe(event: StepRecord | Evaluation) -> Decision | None:
         nonlocal decision
-        on_record(record)
+        if isinstance(event, StepRecord):
+            on_record(event)
         if cancelled():
             raise Cancelled(job.trial_key)
-        decision = monitor.update(record)
+        decision = monitor.update(event)
         return decision
 
     stage = store.stage(job.trial_key)
@@ -152,6 +154,7 @@ def _moved(job: Job, step: int) -> Job:
         update={
             "segment": job.segment.model_copy(update={"start_step": step}),
             "history": tuple(record for record in job.history if record.step <= step),
+            "evaluations": tuple(evaluation for evaluation in job.evaluations if evaluation.step <= step),
         }
     )
 
@@ -175,7 +178,7 @@ def _commit(store: CheckpointStore, job: Job, start: Path | None, stage: Path, r
 def _infeasible(
     segment: Segment, job: Job, monitor: Monitor, kind: FailureKind, message: str, seconds: float
 ) -> SegmentResult:
-    step = monitor.history[-1].step if monitor.history else job.segment.start_step
+    step = monitor.course.records[-1].step if monitor.course.records else job.segment.start_step
     return SegmentResult(
         segment=segment, outcome=Outcome.INFEASIBLE, end_step=step, end_prompts=step * job.prompts_per_step,
         seconds=seconds, devices=job.devices, failure=kind, message=message,

@@ -198,7 +198,7 @@ class StoppingSpec(_Section):
     A rule set to false is off; a mapping changes its parameters. See `jfhpo rules` for names and defaults.
     """
 
-    rules: Literal["default", "paper", "none"] = "default"
+    rules: Literal["default", "extended", "paper", "none"] = "default"
     override: dict[str, Literal[False] | dict[str, float]] = Field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ from jfhpo_core.study import Study, base_scores
 from jfhpo_core.trainers import Job, Observer, TrainingResult, load_trainer
 from jfhpo_core.trainers.played import STATE
 from jfhpo_core.trainers.simulated import SimulatedTrainer
-from jfhpo_core.trial import FailureKind, Outcome, SegmentResult, StepRecord, Trial
+from jfhpo_core.trial import Evaluation, FailureKind, Outcome, SegmentResult, StepRecord, Trial
 from tests.studies import BECAUSE, simulated_study
 
 
@@ -154,7 +154,7 @@ class Failing(SimulatedTrainer):
         self.error = error
 
     def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
-        def failing(record: StepRecord) -> Any:
+        def failing(record: StepRecord | Evaluation) -> Any:
             decision = observe(record)
             if record.step == 5:
                 (stage / "half").write_text("written")
@@ -216,8 +216,9 @@ class Exploding(SimulatedTrainer):
     """Its gradient norm is not finite from step 4 on."""
 
     def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
-        def exploding(record: StepRecord) -> Any:
-            return observe(record.model_copy(update={"grad_norm": float("nan")}) if record.step >= 4 else record)
+        def exploding(event: StepRecord | Evaluation) -> Any:
+            exploded = isinstance(event, StepRecord) and event.step >= 4
+            return observe(event.model_copy(update={"grad_norm": float("nan")}) if exploded else event)
 
         return super().run(job, start, stage, exploding)
 

@@ -13,17 +13,27 @@ from jfhpo_core.spec import StoppingSpec
 from jfhpo_core.stopping import (
     RULE_SETS,
     RULES,
+    AbsoluteKl,
+    BelowBase,
+    Course,
+    EntropyCollapse,
+    EntropyExplosion,
+    GradientNorm,
     KlGrowth,
     Monitor,
     NonFinite,
+    NoProgress,
     PaperRewardDrop,
     RewardDrop,
+    RewardHacking,
     StoppingRule,
+    Truncation,
     ZeroReward,
+    ZeroVariance,
     build_rules,
 )
-from jfhpo_core.trial import Decision, StepRecord
-from tests.studies import step_record
+from jfhpo_core.trial import Decision, Evaluation, StepRecord
+from tests.studies import evaluation, step_record
 
 LITERAL_KL = KlGrowth(window=1, floor=0.0, warmup=0)
 
@@ -36,10 +46,15 @@ def stream(**signals: Sequence[Any]) -> list[StepRecord]:
     ]
 
 
-def first_stop(rule: StoppingRule, records: Sequence[StepRecord]) -> Decision | None:
+TOTAL_STEPS = 100
+
+
+def first_stop(
+    rule: StoppingRule, events: Sequence[StepRecord | Evaluation], total_steps: int = TOTAL_STEPS
+) -> Decision | None:
     """The first decision of a rule that is fed step by step, as a trainer feeds it."""
-    monitor = Monitor([rule])
-    return next((decision for record in records if (decision := monitor.update(record))), None)
+    monitor = Monitor([rule], Course(total_steps))
+    return next((decision for event in events if (decision := monitor.update(event))), None)
 
 
 def assert_stops_at(rule: StoppingRule, records: Sequence[StepRecord], step: int) -> Decision:
@@ -186,7 +201,7 @@ def test_other_rules_leave_non_finite_values_to_their_rule(rule: type[StoppingRu
 
 @given(st.lists(st.tuples(st.floats(0.4, 0.6), st.floats(0.05, 0.25)), min_size=1, max_size=60))
 def test_a_healthy_noisy_trial_is_never_stopped(values: list[tuple[float, float]]) -> None:
-    monitor = Monitor(RULE_SETS["default"])
+    monitor = Monitor(RULE_SETS["default"], Course(TOTAL_STEPS))
     for record in stream(reward=[reward for reward, _ in values], kl=[kl for _, kl in values]):
         assert monitor.update(record) is None
 
@@ -201,7 +216,7 @@ def test_no_stream_makes_a_rule_fail(values: list[tuple[float, float, float]], n
         reward=[a for a, _, _ in values], kl=[b for _, b, _ in values], grad_norm=[c for _, _, c in values]
     )
     for end in range(1, len(records) + 1):
-        decision = rule.update(records[:end])
+        decision = rule.judge(Course(TOTAL_STEPS, records=records[:end]))
         assert decision is None or (decision.stop and decision.step == end)
 
 
@@ -210,7 +225,7 @@ def test_history_of_earlier_segments_counts() -> None:
     whole = first_stop(KlGrowth(), records)
     assert whole is not None
     for cut in range(1, whole.step):
-        monitor = Monitor([KlGrowth()], list(records[:cut]))
+        monitor = Monitor([KlGrowth()], Course(TOTAL_STEPS, records=list(records[:cut])))
         decisions = [monitor.update(record) for record in records[cut:]]
         assert next(decision for decision in decisions if decision) == whole
     fresh = first_stop(KlGrowth(), [record.model_copy(update={"step": 9}) for record in records[8:9]])
@@ -219,17 +234,98 @@ def test_history_of_earlier_segments_counts() -> None:
 
 def test_the_first_rule_in_order_decides() -> None:
     records = stream(reward=[0.0] * 5, reward_std=[0.0] * 5, kl=[0.1] * 4 + [math.nan])
-    monitor = Monitor(RULE_SETS["default"])
+    monitor = Monitor(RULE_SETS["default"], Course(TOTAL_STEPS))
     decisions = [monitor.update(record) for record in records]
     assert decisions[:4] == [None] * 4
     assert decisions[4] is not None
     assert decisions[4].rule == "non_finite"
 
 
+# --- further dynamics ---------------------------------------------------------------------------------------------
+
+
+def test_a_high_kl_stops_once_its_mean_is_above_the_threshold() -> None:
+    decision = assert_stops_at(AbsoluteKl(), stream(kl=[1.0] * 10 + [30.0] * 5), 13)
+    assert decision.value == pytest.approx((1 + 3 * 30) / 4)
+    assert first_stop(AbsoluteKl(), stream(kl=[None, *[90.0] * 3])) is None
+
+
+def test_groups_without_variance_stop_a_training_only_where_the_reward_is_low() -> None:
+    stalled = {"zero_variance_share": [0.1] * 3 + [0.9] * 10}
+    assert_stops_at(ZeroVariance(), stream(**stalled, reward=[0.05] * 13), 13)
+    assert first_stop(ZeroVariance(), stream(**stalled, reward=[0.95] * 13)) is None
+
+
+def test_the_gradient_norm_is_compared_with_its_own_median() -> None:
+    calm = [0.2, 0.4] * 6
+    decision = assert_stops_at(GradientNorm(), stream(grad_norm=[*calm, 9.0, 8.0, 6.0]), 15)
+    assert decision.value == pytest.approx(6.0 / 0.3)
+    assert first_stop(GradientNorm(), stream(grad_norm=[*calm, 9.0, 0.3, 9.0, 9.0, 0.3])) is None
+    assert first_stop(GradientNorm(), stream(grad_norm=[0.3] * 7 + [9.0] * 3)) is None
+
+
+def test_entropy_may_fall_where_the_reward_rises() -> None:
+    falling = [1.0] * 8 + [0.2] * 8
+    decision = assert_stops_at(EntropyCollapse(), stream(entropy=falling, reward=[0.5] * 8 + [0.3] * 8), 12)
+    assert decision.value == pytest.approx(0.2)
+    assert first_stop(EntropyCollapse(), stream(entropy=falling, reward=[0.5] * 8 + [0.8] * 8)) is None
+
+
+def test_exploding_entropy_stops() -> None:
+    assert_stops_at(EntropyExplosion(), stream(entropy=[0.5] * 8 + [2.5] * 4), 12)
+    assert first_stop(EntropyExplosion(), stream(entropy=[0.5] * 8 + [1.9] * 8)) is None
+
+
+def test_truncated_completions_stop_after_the_warm_up() -> None:
+    assert_stops_at(Truncation(), stream(truncated_share=[0.9] * 20), 13)
+    assert first_stop(Truncation(), stream(truncated_share=[0.9] * 9 + [0.1] * 20)) is None
+
+
+def with_evaluations(records: Sequence[StepRecord], scores: dict[int, float]) -> list[StepRecord | Evaluation]:
+    """Records with evaluations (standard error 0.02) after some steps; step 0 is the untrained model."""
+    events: list[StepRecord | Evaluation] = [evaluation(0, scores[0])] if 0 in scores else []
+    for record in records:
+        events += [record, *([evaluation(record.step, scores[record.step])] if record.step in scores else [])]
+    return events
+
+
+def test_an_evaluation_well_below_the_untrained_model_stops() -> None:
+    records = stream(reward=[0.5] * 20)
+    decision = first_stop(BelowBase(), with_evaluations(records, {0: 0.4, 8: 0.35, 16: 0.3}))
+    assert decision is not None
+    assert (decision.step, decision.value) == (16, pytest.approx(5.0))
+    assert first_stop(BelowBase(), with_evaluations(records, {8: 0.35, 16: 0.0})) is None
+
+
+def test_a_rising_reward_without_a_rising_score_is_reward_hacking() -> None:
+    rewards = [0.3] * 8 + [0.6] * 24
+    scores = {0: 0.2, 8: 0.4, 16: 0.35, 24: 0.36}
+    decision = first_stop(RewardHacking(), with_evaluations(stream(reward=rewards), scores))
+    assert decision is not None
+    assert (decision.step, decision.value) == (24, pytest.approx(0.3))
+    assert first_stop(RewardHacking(), with_evaluations(stream(reward=[0.3] * 32), scores)) is None
+    assert first_stop(RewardHacking(), with_evaluations(stream(reward=rewards), scores | {24: 0.39})) is None
+
+
+def test_no_progress_waits_for_its_share_of_the_horizon() -> None:
+    flat, rising = stream(reward=[0.3] * 40), stream(reward=[0.3 + 0.005 * step for step in range(40)])
+    stopped = first_stop(NoProgress(), flat, total_steps=64)
+    assert stopped is not None
+    assert stopped.step == 24
+    assert first_stop(NoProgress(), rising, total_steps=64) is None
+
+
+def test_at_the_end_of_the_horizon_only_non_finite_values_count() -> None:
+    silent = stream(reward=[0.0] * 5, reward_std=[0.0] * 5)
+    assert first_stop(ZeroReward(), silent, total_steps=6) is not None
+    assert first_stop(ZeroReward(), silent, total_steps=5) is None
+    assert first_stop(NonFinite(), stream(kl=[0.1, math.nan]), total_steps=2) is not None
+
+
 # --- what a study may ask for -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["default", "paper", "none"])
+@pytest.mark.parametrize("name", sorted(RULE_SETS))
 def test_every_set_watches_for_non_finite_values_first(name: str) -> None:
     rules = build_rules(StoppingSpec.model_validate({"rules": name}))
     assert rules == RULE_SETS[name]
@@ -269,7 +365,7 @@ def test_a_rule_that_is_not_there_can_be_switched_off() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"kl": False}, "stopping.override: no rule 'kl'; there are kl_growth, non_finite"),
+        ({"kl": False}, "stopping.override: no rule 'kl'; there are absolute_kl, below_base, "),
         ({"kl_growth": {"limit": 1}}, "stopping.override.kl_growth: no parameter limit; there are threshold, patience"),
         ({"kl_growth": {"patience": 0}}, "stopping.override.kl_growth.patience: 0 is not a whole number of at least 1"),
         ({"kl_growth": {"window": 2.5}}, "stopping.override.kl_growth.window: 2.5 is not a whole number"),

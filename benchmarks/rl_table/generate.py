@@ -187,7 +187,12 @@ def train(training: Training) -> Part:
                 suggestion=Suggestion(source="rl-table", explanation=training.name),
             )
             job = study.job(trial, segment, records, base_score=None)
-            result = study.trainer.run(job, start, stage, records.append)
+
+            def observe(event: StepRecord | Evaluation) -> None:
+                if isinstance(event, StepRecord):
+                    records.append(event)
+
+            result = study.trainer.run(job, start, stage, observe)
             evaluations += result.evaluations
             startup_seconds += result.startup_seconds
             start = stage

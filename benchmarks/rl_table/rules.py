@@ -15,8 +15,9 @@ from scipy.stats import binomtest
 
 from benchmarks.rl_table.generate import SIZES, TASKS
 from benchmarks.rl_table.transfer import markdown
-from jfhpo_core.stopping import RULE_SETS, RULES, Monitor, StoppingRule
+from jfhpo_core.stopping import RULE_SETS, RULES, Course, Monitor, StoppingRule
 from jfhpo_core.trainers.replay_table import Recording, Table, read_table
+from jfhpo_core.trial import Evaluation, StepRecord
 
 POOR_SHARE = 0.5
 GOOD_SHARE = 0.25
@@ -82,7 +83,7 @@ def fates(rules: Sequence[StoppingRule], table: Table, size: str) -> list[Fate]:
     poor, good = np.quantile(finals, [POOR_SHARE, 1 - GOOD_SHARE])
     found = []
     for recording, final in zip(recordings, finals, strict=True):
-        stopped = stopping_step(rules, recording)
+        stopped = stopping_step(rules, recording, table.total_steps)
         costs = _step_seconds(recording, table.total_steps)
         found.append(
             Fate(
@@ -97,13 +98,15 @@ def fates(rules: Sequence[StoppingRule], table: Table, size: str) -> list[Fate]:
     return found
 
 
-def stopping_step(rules: Sequence[StoppingRule], recording: Recording) -> int | None:
+def stopping_step(rules: Sequence[StoppingRule], recording: Recording, total_steps: int) -> int | None:
     """The step after which one of the rules stops a training; None if none does."""
-    monitor = Monitor(rules)
+    monitor = Monitor(rules, Course(total_steps))
+    evaluations = {evaluation.step: evaluation for evaluation in recording.evaluations}
+    events: list[StepRecord | Evaluation] = [evaluations[0]]
     for record in recording.steps:
-        if monitor.update(record) is not None:
-            return record.step
-    return None
+        events += [record, *([evaluations[record.step]] if record.step in evaluations else [])]
+    decisions = (monitor.update(event) for event in events)
+    return next((decision.step for decision in decisions if decision is not None), None)
 
 
 def _step_seconds(recording: Recording, total_steps: int) -> list[float]:

@@ -12,8 +12,8 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.trial import Checkpoint, Configuration, Decision, Evaluation, Record, Segment, StepRecord
 
-Observer = Callable[[StepRecord], Decision | None]
-"""Called by a trainer after every step. A decision that says stop ends the segment after an evaluation at that step."""
+Observer = Callable[[StepRecord | Evaluation], Decision | None]
+"""Called by a trainer after every step and every evaluation. A decision that says stop ends the segment there."""
 
 
 class Job(Record):
@@ -24,6 +24,7 @@ class Job(Record):
             trainer's defaults (the trainer fills these in).
         evaluation_steps: Steps at which the held-out set is scored, ascending; 0 asks for the base model's score.
         history: Step records of the trial's earlier segments, for stopping rules that look back.
+        evaluations: Of the trained model in those segments.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants", arbitrary_types_allowed=True)
@@ -42,6 +43,7 @@ class Job(Record):
     segment: Segment
     evaluation_steps: tuple[int, ...]
     history: tuple[StepRecord, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
     store: str = Field(description="Root folder of the checkpoint store.")
     start_checkpoints: tuple[Checkpoint, ...] = Field(
         default=(), description="Checkpoints to continue from, newest first; a damaged one is passed over."
@@ -73,8 +75,9 @@ class Trainer(Protocol):
 
     * `total_steps` sets the learning-rate schedule, whatever the segment's `stop_step` is.
     * Training up to b in one segment or in two gives the same records, evaluations and checkpoint (exactly on CPU).
-    * `observe` is called once per step, in order, with consecutive steps. When it returns a stopping decision the
-      trainer evaluates at that step and returns; no checkpoint needs to be written then.
+    * `observe` is called once per step, in order, with consecutive steps, and with every evaluation, after the step's
+      record. When it returns a stopping decision the trainer evaluates at that step, if it has not, and returns; no
+      checkpoint needs to be written then, and the evaluation of a training that stops needs not be shown.
     * When `segment.stop_step` is reached the trainer evaluates there and writes its resumable state into `stage`.
     * A configuration it cannot train is refused by `check` before any work; failures during the work that are the
       configuration's fault are raised as `TrialFailure`.

@@ -37,16 +37,24 @@ def play(
         With seconds as records and evaluations tell them.
     """
     step = first = 0 if start is None else int(json.loads((start / STATE).read_text(encoding="utf-8"))["step"])
-    evaluations = [evaluate(0)] if first == 0 and 0 in job.evaluation_steps else []
+    evaluations: list[Evaluation] = []
     trained, stopped = 0.0, False
+
+    def stops(event: StepRecord | Evaluation) -> bool:
+        decision = observe(event)
+        return decision is not None and decision.stop
+
+    if first == 0 and 0 in job.evaluation_steps:
+        evaluations.append(evaluate(0))
+        stopped = stops(evaluations[-1])
     while step < job.segment.stop_step and not stopped:
         step += 1
         shown = record(step)
         trained += shown.generation_seconds + shown.training_seconds
-        decision = observe(shown)
-        stopped = decision is not None and decision.stop
+        stopped = stops(shown)
         if stopped or step in job.evaluation_steps:
             evaluations.append(evaluate(step))
+            stopped = stopped or stops(evaluations[-1])
     if not stopped:
         (stage / STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
     spent = sum(evaluation.seconds for evaluation in evaluations)

@@ -303,7 +303,7 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.startup_seconds = time.perf_counter() - self._began
         if self._fresh and 0 in self._job.evaluation_steps:
-            self._evaluate()
+            self._observe(self._evaluate())
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -312,27 +312,31 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
             return
         seconds = time.perf_counter() - self._began
         prompts = self.step * self._job.prompts_per_step
-        decision = self._observe(self._trainer.take_record(self.step, prompts, seconds))
-        self.stopped = decision is not None and decision.stop
+        self.stopped = self._stops(self._trainer.take_record(self.step, prompts, seconds))
         if self.stopped or self.step in self._job.evaluation_steps:
-            self._evaluate()
+            evaluation = self._evaluate()
+            self.stopped = self.stopped or self._stops(evaluation)
         control.should_training_stop = self.stopped or self.step >= self._job.segment.stop_step
         self._began = time.perf_counter()
 
-    def _evaluate(self) -> None:
+    def _stops(self, event: StepRecord | Evaluation) -> bool:
+        decision = self._observe(event)
+        return decision is not None and decision.stop
+
+    def _evaluate(self) -> Evaluation:
         spec, task = self._job.study.evaluation, self._trainer.task
-        self.evaluations.append(
-            evaluate(
-                self._trainer.model,
-                self._trainer.sampler,
-                task,
-                task.heldout[: spec.prompts],
-                spec.samples_per_prompt,
-                spec.temperature,
-                self.step,
-                self.step * self._job.prompts_per_step,
-            )
+        evaluation = evaluate(
+            self._trainer.model,
+            self._trainer.sampler,
+            task,
+            task.heldout[: spec.prompts],
+            spec.samples_per_prompt,
+            spec.temperature,
+            self.step,
+            self.step * self._job.prompts_per_step,
         )
+        self.evaluations.append(evaluation)
+        return evaluation
 
 
 def _build(job: Job, settings: TrlSettings, start: Path | None, stage: Path) -> Any:

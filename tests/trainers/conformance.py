@@ -23,7 +23,17 @@ from jfhpo_core.execution import run_job
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.study import resolve
 from jfhpo_core.trainers import Job, Trainer, TrainingResult, load_trainer
-from jfhpo_core.trial import Checkpoint, Configuration, Decision, Evaluation, Outcome, Segment, StepRecord, Suggestion
+from jfhpo_core.trial import (
+    Checkpoint,
+    Configuration,
+    Decision,
+    Evaluation,
+    Outcome,
+    Record,
+    Segment,
+    StepRecord,
+    Suggestion,
+)
 
 TOTAL_STEPS = 6
 """Full horizon of the suite's trainings."""
@@ -135,12 +145,12 @@ def process_state() -> tuple[object, ...]:
     return random.getstate(), numpy_state, torch.get_rng_state().tolist(), torch.get_num_threads()
 
 
-Decide = Callable[[StepRecord], Decision | None]
+Decide = Callable[[StepRecord | Evaluation], Decision | None]
 
 
-def decision_at(step: int, *, stop: bool) -> Decide:
-    def decide(record: StepRecord) -> Decision | None:
-        if record.step != step:
+def decision_at(step: int, *, stop: bool, on: type[Record] = StepRecord) -> Decide:
+    def decide(event: StepRecord | Evaluation) -> Decision | None:
+        if event.step != step or not isinstance(event, on):
             return None
         return Decision(stop=stop, rule="test", signal="kl", value=2.0, threshold=1.0, step=step)
 
@@ -170,15 +180,23 @@ class TrainerConformance:
             stage = tmp_path / f"stage-{len(list(tmp_path.glob('stage-*')))}"
             stage.mkdir()
             records: list[StepRecord] = []
+            shown: list[Evaluation] = []
 
-            def observe(record: StepRecord) -> Decision | None:
+            def observe(event: StepRecord | Evaluation) -> Decision | None:
                 assert contents(stage) == {}, "a checkpoint before the segment's end"
-                records.append(timeless_record(record))
-                return decide(record)
+                if isinstance(event, Evaluation):
+                    assert event.step == (records[-1].step if records else start), "an evaluation out of turn"
+                    shown.append(timeless_evaluation(event))
+                else:
+                    records.append(timeless_record(event))
+                return decide(event)
 
             job = case.job(start, stop, tmp_path / "store", evaluation_steps)
             result = case.trainer.run(job, resume, stage, observe)
-            return Training(result, records, [timeless_evaluation(e) for e in result.evaluations], stage)
+            evaluations = [timeless_evaluation(evaluation) for evaluation in result.evaluations]
+            stops = result.end_step < stop
+            assert shown == (evaluations[: len(shown)] if stops else evaluations)
+            return Training(result, records, evaluations, stage)
 
         return run
 
@@ -217,6 +235,12 @@ class TrainerConformance:
         assert [record.step for record in training.records] == [1, 2]
         assert training.result.end_step == 2
         assert [evaluation.step for evaluation in training.evaluations] == [2]
+
+    def test_a_stopping_decision_on_an_evaluation_ends_the_segment(self, train: Callable[..., Training]) -> None:
+        training = train(0, TOTAL_STEPS, [0, 2, TOTAL_STEPS], decide=decision_at(2, stop=True, on=Evaluation))
+        assert [record.step for record in training.records] == [1, 2]
+        assert training.result.end_step == 2
+        assert [evaluation.step for evaluation in training.evaluations] == [0, 2]
 
     def test_a_decision_that_does_not_stop_changes_nothing(self, train: Callable[..., Training]) -> None:
         assert train(0, BREAK, decide=decision_at(2, stop=False)).records == train(0, BREAK).records

@@ -18,7 +18,7 @@ from jfhpo_core.hyperparameters import Hyperparameters
 from jfhpo_core.spec import parse_study
 from jfhpo_core.study import resolve
 from jfhpo_core.trainers.trl import TrlSettings, TrlTrainer
-from jfhpo_core.trial import Decision, FailureKind, Outcome, StepRecord, Value
+from jfhpo_core.trial import Decision, Evaluation, FailureKind, Outcome, StepRecord, Value
 from tests.trainers.conformance import (
     BREAK,
     TOTAL_STEPS,
@@ -396,7 +396,7 @@ def test_running_out_of_memory_is_the_configurations_fault(make_case: MakeCase, 
     case = make_case()
     before = process_state()
 
-    def observe(record: StepRecord) -> Decision | None:
+    def observe(event: StepRecord | Evaluation) -> Decision | None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(TrialFailure, match="CUDA out of memory") as caught:

@@ -12,7 +12,7 @@ from typing import Any
 
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.simulated import SimulatedTrainer
-from jfhpo_core.trial import Decision, StepRecord
+from jfhpo_core.trial import Decision, Evaluation, StepRecord
 
 FAILING_STEP = 5
 RENDEZVOUS_SECONDS = 60.0
@@ -36,9 +36,9 @@ class FragileTrainer(SimulatedTrainer):
         (folder / f"{job.trial_key}-{attempt}").write_text(str(os.getpid()))
         fails = attempt <= settings["times"]
 
-        def fragile(record: StepRecord) -> Decision | None:
-            decision = observe(record)
-            if fails and record.step == FAILING_STEP:
+        def fragile(event: StepRecord | Evaluation) -> Decision | None:
+            decision = observe(event)
+            if fails and event.step == FAILING_STEP:
                 fail(how, folder)
             return decision
 
