@@ -1,0 +1,152 @@
+"""Our part of the rollouts, in OpenRLHF's environment but without engines: who may sample when, and what is scored."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jfhpo_core.trainers.openrlhf.process import environment
+from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
+from jfhpo_core.trainers.openrlhf.training import AGENT
+
+pytestmark = [pytest.mark.openrlhf, pytest.mark.slow]
+
+PREPARE = """
+import asyncio, importlib.util, json, os
+from pathlib import Path
+from types import SimpleNamespace
+
+folder = Path(os.environ["FOLDER"])
+spec = importlib.util.spec_from_file_location("agent_module", folder / "agent.py")
+agent = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(agent)
+said = {}
+
+def control(released, evaluate=None, beat=0):
+    agent.write_json(folder / "control.json", {"released": released, "evaluate": evaluate, "beat": beat})
+
+async def waits(task):
+    await asyncio.sleep(0.5)
+    return not task.done()
+"""
+
+ADMISSION = f"""{PREPARE}
+async def main():
+    coordinator = agent._Coordinator(str(folder))
+    control(-1, evaluate=0)
+    first = asyncio.create_task(coordinator.admit(70))
+    said["asked"] = await first
+    again, other = (asyncio.create_task(coordinator.admit(place)) for place in (70, 11))
+    said["held while evaluating"] = await waits(again) and await waits(other)
+    coordinator.report([(row, 1.0, False) for row, _ in said["asked"]])
+    said["held until released"] = await waits(again) and await waits(other)
+    control(0, evaluate=0)
+    said["first step"] = [await again, await other]
+    later = asyncio.create_task(coordinator.admit(42))
+    said["second step is held"] = await waits(later)
+    control(1, evaluate=0)
+    said["second step"] = await later
+
+asyncio.run(main())
+print("SAID" + json.dumps(said))
+"""
+
+ORPHAN = f"""{PREPARE}
+async def main():
+    coordinator = agent._Coordinator(str(folder))
+    control(-1)
+    try:
+        await coordinator.admit(1)
+    except RuntimeError as error:
+        said["ended"] = str(error)
+
+asyncio.run(main())
+print("SAID" + json.dumps(said))
+"""
+
+REWARD = f"""{PREPARE}
+class Tokenizer:
+    def __call__(self, text, add_special_tokens): return {{"input_ids": [1, 2]}}
+    def decode(self, tokens, skip_special_tokens): return "".join(map(str, tokens))
+
+class Engine:
+    async def generate(self, ids, params):
+        answer = SimpleNamespace(token_ids=[3, 4], finish_reason="length", logprobs=None)
+        return SimpleNamespace(outputs=[answer])
+
+async def main():
+    for name in ("good", "raising", "silly"):
+        reward = agent._load_reward(str(folder / f"{{name}}.py") + (":score" if name == "good" else ""))
+        sample = agent._Sampling(Engine(), Tokenizer(), 8, reward)
+        try:
+            params = SimpleNamespace(max_tokens=2, logprobs=None)
+            said[name] = await sample("p", {{"prompt": "p", "answer": "34"}}, params)
+        except RuntimeError as error:
+            said[name] = str(error)
+    try:
+        await sample("p", {{"prompt": "p"}}, SimpleNamespace(max_tokens=7, logprobs=None))
+    except RuntimeError as error:
+        said["too long"] = str(error)
+
+asyncio.run(main())
+print("SAID" + json.dumps(said))
+"""
+
+
+@pytest.fixture
+def run(trainer_python: str, tmp_path: Path) -> Any:
+    shutil.copyfile(AGENT, tmp_path / "agent.py")
+    plan = {
+        "reward": "reward.py", "start_step": 0, "prompts": 2, "samples": 4,
+        "heldout": [{"prompt": "a"}, {"prompt": "b"}], "heldout_samples": 2, "heldout_temperature": 1.0, "heldout_seed": 5, "chat_template": False,
+        "orphan_seconds": 1.0,
+    }  # fmt: skip
+
+    def execute(program: str, **changes: Any) -> dict[str, Any]:
+        (tmp_path / "plan.json").write_text(json.dumps({**plan, **changes}))
+        variables = {**environment(OpenRlhfSettings(device="cpu"), dict(os.environ), 1), "FOLDER": str(tmp_path)}
+        done = subprocess.run(
+            [trainer_python, "-c", program], env=variables, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert "SAID" in done.stdout, done.stderr[-3000:]
+        said: dict[str, Any] = json.loads(done.stdout.rpartition("SAID")[2])
+        return said
+
+    return execute
+
+
+def test_rollouts_wait_for_the_driver_and_evaluate_when_asked(run: Any, tmp_path: Path) -> None:
+    said = run(ADMISSION, orphan_seconds=100.0)
+    assert said["asked"] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert said["held while evaluating"]
+    assert said["held until released"]
+    assert said["first step"] == [None, None]
+    assert said["second step is held"]
+    assert said["second step"] is None
+    written = json.loads((tmp_path / "evaluation-at-0.json").read_text())
+    assert written["rewards"] == [[0, 1.0], [0, 1.0], [1, 1.0], [1, 1.0]]
+
+
+def test_a_training_without_a_driver_ends(run: Any) -> None:
+    assert "the driver is gone" in run(ORPHAN)["ended"]
+
+
+def test_rewards_see_completions_and_their_failures_are_not_swallowed(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text(
+        "def score(prompts, completions, answer):\n    return [float(completions == answer and prompts == ['p'])]\n"
+    )
+    (tmp_path / "raising.py").write_text("def reward(**_):\n    raise ValueError('broken')\n")
+    (tmp_path / "silly.py").write_text("def reward(**_):\n    return [float('nan')]\n")
+    said = run(REWARD)
+    assert said["good"]["reward"] == 1.0
+    assert said["good"]["truncated"] is True
+    assert said["good"]["action_ranges"] == [[2, 4]]
+    assert said["raising"] == "jfhpo: the reward failed: it raised ValueError: broken"
+    assert said["silly"].startswith("jfhpo: the reward failed: it returned [nan]")
+    assert "exceed the length of 8" in said["too long"]
