@@ -9,6 +9,7 @@ import shutil
 import statistics
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,11 @@ from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.openrlhf.command import MODULE, Files, build_flags, evaluation_interval, to_argv
 from jfhpo_core.trainers.openrlhf.failures import FATAL, explain
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
-from jfhpo_core.trainers.openrlhf.log import EvaluationLine, LogTail, Metrics, StepLine, read_line
+from jfhpo_core.trainers.openrlhf.log import LogTail, StepLine, read_line
 from jfhpo_core.trainers.openrlhf.placement import place
 from jfhpo_core.trainers.openrlhf.process import TrainingProcess, environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
-from jfhpo_core.trial import Decision, Evaluation, StepRecord
+from jfhpo_core.trial import Evaluation, StepRecord
 
 AGENT = Path(__file__).with_name("inside") / "agent.py"
 PROGRESS = "jfhpo-progress.json"
@@ -50,6 +51,9 @@ UNBOUNDED = 10**9
 
 LAST_WORDS_SECONDS = 5.0
 """After a fatal line: for the rest of what is said about it."""
+
+LOG_LINES = 50_000
+"""Of a log are kept, to find the cause of a failure in."""
 
 SETTLE_SECONDS = 1.0
 """A checkpoint is complete when its files have not changed for so long after its last part appeared."""
@@ -210,13 +214,13 @@ class _Loop:
     def __post_init__(self) -> None:
         self.step = 0 if self.fresh else self.job.segment.start_step
         self._tail = LogTail(self.files.log)
-        self._lines: list[str] = []
+        self._lines: deque[str] = deque(maxlen=LOG_LINES)
+        self._steps: deque[StepLine] = deque()
+        self._native_steps: list[int] = []
         self._heard = time.monotonic()
         self._beaten = 0.0
         self._lost: float | None = None
         self._intervals: list[float] = []
-        self._natives = 0
-        self._native_steps: list[int] = []
         self._interval = evaluation_interval(self.job)
         self._released = -1
         self._evaluate: int | None = None
@@ -224,18 +228,20 @@ class _Loop:
     def run(self) -> None:
         """Train up to the segment's end, or a rule's stop."""
         if self.fresh and 0 in self.job.evaluation_steps:
-            self._evaluate_now()
+            self._take(self._evaluate_now())
         self._release()
         while self.step < self.job.segment.stop_step and not self.stopped:
-            for event in self._events():
-                if isinstance(event, StepLine):
-                    self._take_step(event)
-                    break
-        if self.stopped and self.step % self._interval:
-            if not self.settings.asynchronous:
-                self._evaluate_now()
-            return
-        self._await_native(self.step)
+            while not self._steps:
+                self._follow()
+            self.stopped = self._take(self._record_of(self._steps.popleft()))
+            if self.step % self._interval == 0:
+                evaluation = self._await_native()
+                if self.stopped or self.step in self.job.evaluation_steps:
+                    self.stopped |= self._take(evaluation)
+            elif self.stopped and not self.settings.asynchronous:
+                self._take(self._evaluate_now())
+            if not self.stopped and self.step < self.job.segment.stop_step:
+                self._release()
 
     def await_checkpoint(self) -> None:
         """Wait until OpenRLHF has written the checkpoint of the segment's end."""
@@ -253,47 +259,48 @@ class _Loop:
             parts[1:] = [folder / tag / "metric.json" for folder in self.files.checkpoints.glob("_*")]
             settled = time.monotonic() + SETTLE_SECONDS
             while time.monotonic() < settled:
-                self._poll(ended_is_failure=self.step < self.job.total_steps)
+                self._poll(may_end=self.step == self.job.total_steps)
 
-    def _take_step(self, line: StepLine) -> None:
-        """Report a step and decide what comes next."""
+    def _take(self, event: StepRecord | Evaluation) -> bool:
+        """Report what was measured. Whether a rule stops the training."""
+        if isinstance(event, Evaluation):
+            self.evaluations.append(event)
+        decision = self.observe(event)
+        return decision is not None and decision.stop
+
+    def _record_of(self, line: StepLine) -> StepRecord:
+        """A step in our terms.
+
+        Raises:
+            InfrastructureError: It is not the step that was due.
+        """
         if line.step != self.step + 1:
-            cause = "its checkpoint was not loaded" if not self.evaluations and line.step == 1 else "a line was lost"
             raise InfrastructureError(
-                f"OpenRLHF reported step {line.step} where step {self.step + 1} was due ({cause}); nothing of this "
-                f"training counts (log: {self.files.log})"
+                f"OpenRLHF reported step {line.step} where step {self.step + 1} was due: its checkpoint was not loaded "
+                f"or a line of its log was lost; nothing of this training counts (log: {self.files.log})"
             )
+        metrics = line.metrics
+        total, generation = metrics["timing/step_total"], metrics["timing/generation"]
         now = time.monotonic()
-        seconds = line.metrics.get("timing/step_total", 0.0)
-        if self._intervals or self.startup_seconds:
+        if self.startup_seconds:
             self._intervals.append(now - self._heard)
         else:
-            self.startup_seconds = max(0.0, now - self.began - seconds - sum(e.seconds for e in self.evaluations))
+            evaluated = sum(evaluation.seconds for evaluation in self.evaluations)
+            self.startup_seconds = max(math.ulp(1.0), now - self.began - total - evaluated)
         self._heard = now
         self.step = line.step
-        record = self._record(line.metrics)
-        self.tokens = record.tokens
-        decision: Decision | None = self.observe(record)
-        self.stopped = decision is not None and decision.stop
-        if not self.stopped and self.step < self.job.segment.stop_step:
-            self._release()
-
-    def _record(self, metrics: Metrics) -> StepRecord:
-        """A step in our terms."""
-        samples = round(metrics["rollout/num_samples"])
-        length = metrics["rollout/response_length_mean"]
-        coefficient = float(self.job.configuration["kl_coefficient"])
-        generation = metrics["timing/generation"]
+        samples, length = round(metrics["rollout/num_samples"]), metrics["rollout/response_length_mean"]
+        self.tokens += round(samples * length)
         # OpenRLHF divides by the number less one.
         spread = metrics["rollout/reward_std"] * math.sqrt((samples - 1) / samples) if samples > 1 else 0.0
         return StepRecord(
             step=self.step,
             prompts=self.step * self.job.prompts_per_step,
-            tokens=self.tokens + round(samples * length),
+            tokens=self.tokens,
             reward=metrics["rollout/reward_mean"],
             reward_std=spread,
             zero_variance_share=min(1.0, max(0.0, metrics["zero_variance"])),
-            kl=metrics.get("kl") if coefficient > 0 else None,
+            kl=metrics.get("kl") if float(self.job.configuration["kl_coefficient"]) > 0 else None,
             entropy=metrics.get("entropy_loss"),
             clip_fraction=metrics.get("ppo_clip_ratio"),
             grad_norm=metrics.get("actor_grad_norm"),
@@ -301,7 +308,7 @@ class _Loop:
             truncated_share=metrics["rollout/truncated_rate"],
             learning_rate=metrics.get("actor_lr"),
             generation_seconds=generation,
-            training_seconds=max(0.0, metrics["timing/step_total"] - generation),
+            training_seconds=max(0.0, total - generation),
         )
 
     def _release(self) -> None:
@@ -317,36 +324,38 @@ class _Loop:
         part.write_text(text, encoding="utf-8")
         part.replace(self.files.control)
 
-    def _evaluate_now(self) -> None:
+    def _evaluate_now(self) -> Evaluation:
         """Have the agent evaluate before the next rollouts."""
         self._evaluate = self.step
         self._tell()
         path = self.files.folder / f"evaluation-at-{self.step}.json"
         while not path.exists():
-            self._poll(ended_is_failure=True)
-        self._add_evaluation(path, self.step)
+            self._follow()
+        return self._evaluation(path)
 
-    def _await_native(self, step: int) -> None:
-        """Wait for OpenRLHF's own evaluation after a step."""
-        while step not in self._native_steps:
-            for _ in self._events():
-                pass
+    def _await_native(self) -> Evaluation:
+        """OpenRLHF's own evaluation after the present step."""
+        while self.step not in self._native_steps:
+            self._follow()
+        # The agent numbers them as they come.
+        number = self._native_steps.index(self.step) + 1
+        return self._evaluation(self.files.folder / f"evaluation-{number:04d}.json")
 
-    def _events(self) -> Iterator[StepLine]:
-        """Steps that have been logged; evaluations are taken on the way."""
-        for line in self._poll(ended_is_failure=True):
+    def _evaluation(self, path: Path) -> Evaluation:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        self._heard = time.monotonic()
+        return score(content["rewards"], self.step, self.step * self.job.prompts_per_step, content["seconds"])
+
+    def _follow(self) -> None:
+        """Read what has been logged meanwhile."""
+        for line in self._poll():
             event = read_line(line)
-            if isinstance(event, EvaluationLine):
-                self._heard = time.monotonic()
-                self._natives += 1
-                self._native_steps.append(event.step)
-                path = self.files.folder / f"evaluation-{self._natives:04d}.json"
-                if event.step in self.job.evaluation_steps or (self.stopped and event.step == self.step):
-                    self._add_evaluation(path, event.step)
+            if isinstance(event, StepLine):
+                self._steps.append(event)
             elif event is not None:
-                yield event
+                self._native_steps.append(event.step)
 
-    def _poll(self, *, ended_is_failure: bool) -> list[str]:
+    def _poll(self, *, may_end: bool = False) -> list[str]:
         """New lines of the log, after a short sleep.
 
         Raises:
@@ -359,12 +368,12 @@ class _Loop:
         exit_code = self.process.exit_code
         lines = self._tail.read()
         self._lines += lines
-        if exit_code is not None and not lines and ended_is_failure:
-            raise explain(self._lines, exit_code, str(self.files.log))
+        if exit_code is not None and not lines and not (may_end and exit_code == 0):
+            raise explain(list(self._lines), exit_code, str(self.files.log))
         if self._lost is None and any(FATAL.search(line) for line in lines):
             self._lost = time.monotonic()
         if self._lost is not None and time.monotonic() - self._lost > LAST_WORDS_SECONDS:
-            raise explain(self._lines, None, str(self.files.log))
+            raise explain(list(self._lines), None, str(self.files.log))
         self._refuse_silence()
         return lines
 
@@ -380,15 +389,8 @@ class _Loop:
                 f"last line: {last[:200]} (log: {self.files.log})"
             )
 
-    def _add_evaluation(self, path: Path, step: int) -> None:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        self._heard = time.monotonic()
-        self.evaluations.append(
-            _evaluation(content["rewards"], step, step * self.job.prompts_per_step, content["seconds"])
-        )
 
-
-def _evaluation(rewards: list[tuple[int, float]], step: int, prompts: int, seconds: float) -> Evaluation:
+def score(rewards: list[tuple[int, float]], step: int, prompts: int, seconds: float) -> Evaluation:
     """Mean over held-out prompts and its standard error, from (row, reward) of every completion."""
     by_row: dict[int, list[float]] = {}
     for row, reward in rewards:

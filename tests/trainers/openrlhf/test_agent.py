@@ -103,10 +103,17 @@ print("SAID" + json.dumps(said))
 def run(trainer_python: str, tmp_path: Path) -> Any:
     shutil.copyfile(AGENT, tmp_path / "agent.py")
     plan = {
-        "reward": "reward.py", "start_step": 0, "prompts": 2, "samples": 4,
-        "heldout": [{"prompt": "a"}, {"prompt": "b"}], "heldout_samples": 2, "heldout_temperature": 1.0, "heldout_seed": 5, "chat_template": False,
+        "reward": "reward.py",
+        "start_step": 0,
+        "prompts": 2,
+        "samples": 4,
+        "heldout": [{"prompt": "a"}, {"prompt": "b"}],
+        "heldout_samples": 2,
+        "heldout_temperature": 1.0,
+        "heldout_seed": 5,
+        "chat_template": False,
         "orphan_seconds": 1.0,
-    }  # fmt: skip
+    }
 
     def execute(program: str, **changes: Any) -> dict[str, Any]:
         (tmp_path / "plan.json").write_text(json.dumps({**plan, **changes}))

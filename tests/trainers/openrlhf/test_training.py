@@ -16,14 +16,13 @@ from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE, OpenRlhfSetti
 from jfhpo_core.trainers.openrlhf.trainer import ineffective
 from jfhpo_core.trainers.openrlhf.training import (
     PROGRESS,
-    _evaluation,
     _launch,
     _Loop,
     _prepare,
     _take_checkpoint,
     prompt_order,
+    score,
 )
-from jfhpo_core.trial import StepRecord
 from tests.trainers.openrlhf.conftest import job, study
 
 METRICS = {
@@ -42,42 +41,35 @@ def files(tmp_path: Path) -> Files:
     return files
 
 
-def loop(files: Files, records: list[StepRecord], *, fresh: bool = True, **hyper: object) -> _Loop:
+def loop(files: Files, *, fresh: bool = True, **hyper: object) -> _Loop:
     start = 0 if fresh else 2
     task = job(study(), files.folder, start=start, stop=4, **hyper)
-    return _Loop(task, OpenRlhfSettings(), files, None, records.append, 0.0, 10, fresh=fresh)  # type: ignore[arg-type]
+    return _Loop(task, OpenRlhfSettings(), files, None, lambda _: None, 0.0, 10, fresh=fresh)  # type: ignore[arg-type]
 
 
 def test_a_step_in_our_terms(files: Files) -> None:
-    records: list[StepRecord] = []
-    loop(files, records)._take_step(StepLine(1, METRICS))
-    (record,) = records
+    record = loop(files)._record_of(StepLine(1, METRICS))
     assert (record.step, record.prompts, record.tokens) == (1, 8, 10 + 4 * 6)
     assert record.reward_std == pytest.approx((3 / 4) ** 0.5)
     assert (record.kl, record.entropy, record.clip_fraction, record.learning_rate) == (0.02, 0.31, 0.01, 0.001)
     assert (record.generation_seconds, record.training_seconds) == (2.0, 3.0)
-    assert json.loads(files.control.read_text())["released"] == 1
 
 
 def test_without_a_reference_no_kl_is_claimed(files: Files) -> None:
-    records: list[StepRecord] = []
-    loop(files, records, kl_coefficient=0.0)._take_step(StepLine(1, METRICS))
-    assert records[0].kl is None
+    assert loop(files, kl_coefficient=0.0)._record_of(StepLine(1, METRICS)).kl is None
 
 
 def test_a_continuation_that_begins_at_the_wrong_step_does_not_count(files: Files) -> None:
-    records: list[StepRecord] = []
     with pytest.raises(InfrastructureError, match="reported step 1 where step 3 was due"):
-        loop(files, records, fresh=False)._take_step(StepLine(1, METRICS))
-    assert records == []
+        loop(files, fresh=False)._record_of(StepLine(1, METRICS))
 
 
 def test_scores_are_means_over_prompts() -> None:
-    evaluation = _evaluation([(0, 1.0), (0, 0.0), (1, 1.0), (1, 1.0)], 2, 16, 3.0)
+    evaluation = score([(0, 1.0), (0, 0.0), (1, 1.0), (1, 1.0)], 2, 16, 3.0)
     assert evaluation.score == 0.75
     assert evaluation.standard_error == pytest.approx(0.25)
     assert evaluation.samples == 4
-    assert _evaluation([(0, 1.0), (1, 1.0)], 2, 16, 3.0).standard_error == 0.25
+    assert score([(0, 1.0), (1, 1.0)], 2, 16, 3.0).standard_error == 0.25
 
 
 def test_prompts_of_the_horizon_come_from_the_seed() -> None:
