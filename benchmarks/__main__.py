@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import report, runner, store, surrogates
+from benchmarks import ablations, report, runner, store, surrogates
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.timing import FILE, Timing, measure
 from jfhpo_core.spec import parse_value
@@ -81,6 +81,24 @@ def write_report(
     timed = results / FILE
     summary = Timing.model_validate_json(timed.read_text(encoding="utf-8")).summary() if timed.exists() else None
     report.write({name: found[name] for name in wanted}, own, folder, summary)
+
+
+@app.command("ablations")
+def run_ablations(
+    landscapes: Annotated[str, typer.Option(help="Names, with commas.")] = "table-instruct,table-arithmetic",
+    seeds: Annotated[str, typer.Option(help="1000:1020 or 3,5,8. Tuning: 0 to 99; publication: from 1000.")] = "0:3",
+    workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
+    redo: Annotated[bool, typer.Option(help="Replace results that older code has made.")] = False,
+    folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
+    results: Folder = ablations.RESULTS,
+) -> None:
+    """Take one part of the method away at a time, and write the page of the docs from seeds 1000 on."""
+    failed = runner.run(ablations.runs(_names(landscapes), _seeds(seeds)), results, workers, redo)
+    found = store.load_all(results)
+    if any(seed >= report.FIRST_SEED for known in found.values() for _, seed in known):
+        ablations.write(found, folder)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -79,8 +79,12 @@ def mean_curve(results: Results, strategy: str, keys: Sequence[Key]) -> tuple[Ar
 
 def final_regret(results: Results, strategy: str, keys: Sequence[Key]) -> Interval:
     """Mean regret at the end."""
-    finals = final_regrets(results, strategy, keys)
-    return _interval(float(finals.mean()), [float(finals[pick].mean()) for pick in _resamples(keys)])
+    return over_seeds(final_regrets(results, strategy, keys), keys)
+
+
+def over_seeds(figures: Array, keys: Sequence[Key]) -> Interval:
+    """Mean of a figure of each run, shape (len(keys),)."""
+    return _interval(float(figures.mean()), [float(figures[pick].mean()) for pick in _resamples(keys)])
 
 
 def best_peer(results: Results, own: str, peers: Sequence[str], keys: Sequence[Key]) -> str:

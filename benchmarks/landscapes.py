@@ -73,11 +73,26 @@ class Problem:
     training_seconds: float = TRAINING_SECONDS
     known_best: float | None = None
 
-    def study(self, workspace: Path, strategy: str = "random", settings: Mapping[str, Any] | None = None) -> Study:
-        """The problem as a study for one strategy."""
+    def study(
+        self,
+        workspace: Path,
+        strategy: str = "random",
+        settings: Mapping[str, Any] | None = None,
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Study:
+        """The problem as a study for one strategy.
+
+        Args:
+            workspace: Folder for its checkpoints.
+            strategy: Its name.
+            settings: Its settings.
+            changes: Fields of the study's sections that are other than usual, by section.
+        """
+        changed = {section: {**self.data.get(section, {}), **fields} for section, fields in (changes or {}).items()}
         spec = StudySpec.model_validate(
             {
                 **self.data,
+                **changed,
                 "study": f"{self.name}-{self.seed}",
                 "strategy": {"name": strategy, "settings": dict(settings or {})},
                 "budget": {"trial_seconds": TRAININGS * self.training_seconds, "max_parallel": 1},

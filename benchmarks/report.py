@@ -248,7 +248,7 @@ def page(evidence: Evidence) -> str:
         f"![Mean regret against cost on each landscape]({CURVES})",
         _comparison(evidence, {name: [name] for name in evidence.landscapes}),
         "## What the landscapes are",
-        _table(
+        table(
             ["landscape", "what it is", "rank correlation with the target", "seeds"],
             [
                 [
@@ -298,7 +298,7 @@ def _comparison(evidence: Evidence, panels: dict[str, list[str]]) -> str:
             ]
         )
     head = ["", "runs", f"final regret of `{own}`", "best peer", "its final regret", "cost ratio"]
-    return _table([*head, f"regret over that of `{SINGLE_FIDELITY}`"], rows)
+    return table([*head, f"regret over that of `{SINGLE_FIDELITY}`"], rows)
 
 
 def _finals(evidence: Evidence) -> str:
@@ -308,7 +308,7 @@ def _finals(evidence: Evidence) -> str:
         keys, here = evidence.keys([landscape]), evidence.strategies([landscape])
         finals = {name: _text(analysis.final_regret(evidence.results, name, keys), 4) for name in here if keys}
         rows.append([landscape, *(finals.get(name, "-") for name in names)])
-    return _table(["", *names], rows)
+    return table(["", *names], rows)
 
 
 def _wins(evidence: Evidence) -> str:
@@ -321,7 +321,7 @@ def _wins(evidence: Evidence) -> str:
             total += counts
             row.append(" / ".join(map(str, counts)) if keys else "-")
         rows.append([*row, " / ".join(map(str, total))])
-    return _table(["", *evidence.landscapes, "all"], rows)
+    return table(["", *evidence.landscapes, "all"], rows)
 
 
 def _behaviour(evidence: Evidence) -> str:
@@ -336,7 +336,7 @@ def _behaviour(evidence: Evidence) -> str:
         ]
         for name in sorted(names, key=lambda name: ranks[name])
     ]
-    return _table(["", "mean rank", *_per_run()], rows)
+    return table(["", "mean rank", *_per_run()], rows)
 
 
 def _per_run() -> dict[str, str]:
@@ -367,11 +367,13 @@ def _provenance(results: Results) -> str:
         "    python -m benchmarks report\n\n"
         "A commit with a plus sign had changes on top. Out of date means that strategy or landscape have changed "
         "since; `run --redo` makes these again.\n\n"
-    ) + _table(["strategy", "runs", "commits", "out of date"], rows)
+    ) + table(["strategy", "runs", "commits", "out of date"], rows)
 
 
 def _is_stale(result: Result) -> bool:
-    return result.stamp != runner.stamp(result.base_strategy, result.settings, result.landscape, result.seed)
+    return result.stamp != runner.stamp(
+        result.base_strategy, result.settings, result.landscape, result.seed, result.changes
+    )
 
 
 def _machine() -> str:
@@ -403,6 +405,7 @@ def _text(interval: Interval, digits: int) -> str:
     return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

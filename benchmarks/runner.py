@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -51,7 +51,8 @@ class Run:
     """What is to be run.
 
     Attributes:
-        label: Name under which it is reported: the strategy's unless settings make it a variant.
+        label: Name under which it is reported: the strategy's unless settings or changes make it a variant.
+        changes: To the landscape's study, see `Problem.study`.
     """
 
     strategy: str
@@ -59,6 +60,7 @@ class Run:
     seed: int
     settings: Mapping[str, Any]
     label: str
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,14 @@ class Timed:
             self.seconds += time.process_time() - began
 
 
-def run_one(strategy: str, settings: Mapping[str, Any], landscape: str, seed: int, label: str | None = None) -> Result:
+def run_one(
+    strategy: str,
+    settings: Mapping[str, Any],
+    landscape: str,
+    seed: int,
+    label: str | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Result:
     """Search one landscape with one strategy to the end of the budget.
 
     Args:
@@ -117,10 +126,11 @@ def run_one(strategy: str, settings: Mapping[str, Any], landscape: str, seed: in
         landscape: Name in `LANDSCAPES`.
         seed: Of the landscape's instance, the search and the trainings.
         label: Name under which the result is reported; None: the strategy's.
+        changes: To the landscape's study, see `Problem.study`.
     """
     problem = load_problem(landscape, seed)
     with tempfile.TemporaryDirectory(prefix="jfhpo-benchmark-", dir=MEMORY if MEMORY.is_dir() else None) as workspace:
-        study = problem.study(Path(workspace), strategy, settings)
+        study = problem.study(Path(workspace), strategy, settings, changes)
         timed = Timed(load_strategy(study))
         result = run_search(study, MemoryLedger(), InlineDispatcher(1, trainer=problem.trainer), strategy=timed)
     done = in_order(result.trials)
@@ -129,9 +139,10 @@ def run_one(strategy: str, settings: Mapping[str, Any], landscape: str, seed: in
         strategy=label or strategy,
         base_strategy=strategy,
         settings=dict(settings),
+        changes={section: dict(fields) for section, fields in (changes or {}).items()},
         landscape=landscape,
         seed=seed,
-        stamp=stamp(strategy, settings, landscape, seed),
+        stamp=stamp(strategy, settings, landscape, seed, changes),
         commit=commit(),
         best_score=round(problem.best_score, 5),
         budget_seconds=study.spec.budget.device_seconds,
@@ -210,7 +221,9 @@ def run(
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read by the workers when they import torch
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_prepare_worker) as pool:
         running = {
-            pool.submit(run_one, item.strategy, item.settings, item.landscape, item.seed, item.label): item
+            pool.submit(
+                run_one, item.strategy, item.settings, item.landscape, item.seed, item.label, item.changes
+            ): item
             for item in todo
         }
         try:
@@ -243,15 +256,22 @@ def _prepare_worker() -> None:
 def _is_done(item: Run, folder: Path, redo: bool) -> bool:
     known = store.load(folder, item.label).get((item.landscape, item.seed))
     return known is not None and not (
-        redo and known.stamp != stamp(item.strategy, item.settings, item.landscape, item.seed)
+        redo and known.stamp != stamp(item.strategy, item.settings, item.landscape, item.seed, item.changes)
     )
 
 
-def stamp(strategy: str, settings: Mapping[str, Any], landscape: str, seed: int) -> str:
-    """Hash of all that makes a result: the strategy's source and settings, and the landscape's true scores."""
-    return hashlib.sha256(
-        canonical_json([_source_digest(strategy), dict(settings), _fingerprint(landscape, seed)]).encode()
-    ).hexdigest()[:12]
+def stamp(
+    strategy: str,
+    settings: Mapping[str, Any],
+    landscape: str,
+    seed: int,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Hash of all that makes a result: source and settings of the strategy, the landscape's true scores and changes."""
+    parts = [_source_digest(strategy), dict(settings), _fingerprint(landscape, seed)]
+    if changes:
+        parts.append({section: dict(fields) for section, fields in changes.items()})
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:12]
 
 
 @cache

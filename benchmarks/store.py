@@ -28,6 +28,7 @@ class Result(BaseModel):
     strategy: str = Field(description="Name under which it is reported: that of the strategy, or of a variant.")
     base_strategy: str = Field(description="Name of the strategy.")
     settings: dict[str, Any] = Field(description="Settings of the strategy.")
+    changes: dict[str, dict[str, Any]] = Field(default_factory=dict, description="To the landscape's study.")
     landscape: str
     seed: int
     stamp: str = Field(description="Hash of the strategy's source, its settings and the landscape's true scores.")
@@ -61,6 +62,11 @@ class Result(BaseModel):
     def recommended_regret(self) -> float:
         """True score that the final recommendation lacks."""
         return max(0.0, self.best_score - self.recommended_score)
+
+    @property
+    def final_score(self) -> float:
+        """True score of what is delivered when the budget is spent."""
+        return self.best_score - self.final_regret
 
     @property
     def proxy_segments(self) -> int:
