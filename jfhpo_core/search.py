@@ -7,6 +7,7 @@ moment goes on as if nothing had happened: open segments are trained again, comm
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from jfhpo_core.trial import (
 )
 
 POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
 
 HOPELESS_AFTER = 20
 """Infeasible trials after which a search that has seen nothing else gives up: no value of theirs is to blame."""
@@ -388,7 +391,13 @@ def _absorb(run: _Run, event: Streamed | Finished) -> None:
         if event.records:
             run.live[event.key] = event.records[-1]
         return
-    committed = 1 + sum(len(trial.segments) for trial in run.ledger.trials())
+    trials = run.ledger.trials()
+    opened = {trial.key: trial.open_segment.index for trial in trials if trial.open_segment is not None}
+    if opened.get(event.key) != event.result.segment.index:
+        # Delivered twice, or by a worker that was given up for dead: the segment counts once.
+        logger.warning("trial %s: a result of segment %d came late", event.key, event.result.segment.index)
+        return
+    committed = 1 + sum(len(trial.segments) for trial in trials)
     run.ledger.commit(event.key, event.result.model_copy(update={"committed": committed}), event.records)
     run.in_flight.discard(event.key)
     run.live.pop(event.key, None)
