@@ -267,7 +267,7 @@ def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(
         finally:
             process.kill()
         if number != signal.SIGKILL:
-            assert process.returncode == INTERRUPTED
+            assert process.returncode == INTERRUPTED, errors
             assert "interrupted: run the same command to continue" in errors
             assert "Traceback" not in errors
         now = committed(tmp_path, study)

@@ -1,105 +1,29 @@
-"""The flow on a real Prefect server with a real worker, from `prefect deploy` to the artifacts."""
+"""The flows on a real Prefect server with a real worker, from `prefect deploy` to the artifacts."""
 
 from __future__ import annotations
 
-import os
+import json
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.notify import set_up
 from flows.search import search
 from jfhpo_core.errors import SpecError
+from tests.dispatch.support import all_gone
 from tests.flows.ledgers import committed, count, kept
+from tests.flows.prefect_server import Prefect, wait_for
+from tests.studies import study_data
 
-ROOT = Path(__file__).resolve().parents[2]
-PREFECT = str(Path(sys.executable).with_name("prefect"))
-START_SECONDS = 240
-RUN_SECONDS = 300
-
-
-class Prefect:
-    """A server of its own, with its own home, and the clone that is deployed from.
-
-    Args:
-        folder: Takes home and clone.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.api = f"http://127.0.0.1:{port}/api"
-        self.clone = folder / "clone with a space"
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))},
-            "PREFECT_HOME": str(folder / "home"),
-            "PREFECT_API_URL": self.api,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "DO_NOT_TRACK": "1",
-            "NO_COLOR": "1",
-            "COLUMNS": "200",
-        }
-        # What the deployment needs of the clone; the packages themselves are installed.
-        self.clone.mkdir()
-        shutil.copy(ROOT / "prefect.yaml", self.clone)
-        shutil.copytree(ROOT / "examples", self.clone / "examples")
-        self.study = self.clone / "examples" / "simulated.yaml"
-        slow = "trainer: {name: simulated, settings: {real_seconds_per_step: 0.02}}"
-        self.study.write_text(
-            self.study.read_text(encoding="utf-8").replace("trainer: simulated", slow), encoding="utf-8"
-        )
-        shutil.copytree(ROOT / "flows", self.clone / "flows", ignore=shutil.ignore_patterns("__pycache__"))
-        self.server = self.start("server", "start", "--host", "127.0.0.1", "--port", str(port))
-        self.worker: subprocess.Popen[bytes] | None = None
-
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [PREFECT, *arguments], cwd=self.clone, env=self.environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    def run(self, *arguments: str, seconds: float = START_SECONDS) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [PREFECT, *arguments], cwd=self.clone, env=self.environment, capture_output=True, text=True, check=False,
-            timeout=seconds,
-        )  # fmt: skip
-
-    def wait_until_up(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            assert self.server.poll() is None, "the Prefect server ended"
-            try:
-                if httpx.get(f"{self.api}/health", timeout=5).is_success:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.5)
-        pytest.fail("the Prefect server did not come up")
-
-    def ask(self, path: str, **body: Any) -> Any:
-        answer = httpx.post(f"{self.api}/{path}", json=body, timeout=30)
-        answer.raise_for_status()
-        return answer.json()
-
-    def deployment(self) -> Any:
-        return httpx.get(f"{self.api}/deployments/name/jfhpo/search", timeout=30).raise_for_status().json()
-
-    def close(self) -> None:
-        for process in (self.worker, self.server):
-            if process is not None:
-                process.terminate()
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -107,77 +31,137 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     server = Prefect(tmp_path_factory.mktemp("prefect"))
     try:
         server.wait_until_up()
-        created = server.run("work-pool", "create", "jfhpo", "--type", "process")
-        assert created.returncode == 0, created.stdout + created.stderr
-        deployed = server.run("--no-prompt", "deploy", "--all")
-        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+        server.ask("work_pools/", name="jfhpo", type="process")
         server.worker = server.start("worker", "start", "--pool", "jfhpo")
+        server.run("prefect", "--no-prompt", "deploy", "--all")
+        with temporary_settings({PREFECT_API_URL: server.api}):
+            set_up(server.webhook.url)
         yield server
     finally:
         server.close()
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen"
-        time.sleep(0.5)
-
-
-def state(server: Prefect, flow_run: str) -> str:
-    answer = httpx.get(f"{server.api}/flow_runs/{flow_run}", timeout=30).json()
-    return str(answer["state_type"])
-
-
-def log(server: Prefect, flow_run: str) -> str:
-    lines = server.ask("logs/filter", logs={"flow_run_id": {"any_": [flow_run]}})
-    return "\n".join(line["message"] for line in lines)
-
-
-def artifacts(server: Prefect, flow_run: str) -> dict[str, dict[str, Any]]:
-    found = server.ask("artifacts/filter", artifacts={"flow_run_id": {"any_": [flow_run]}})
-    return {item["type"]: item for item in found}
+def write_study(prefect: Prefect, name: str, **changes: Any) -> str:
+    """A small simulated study as a file of the clone; returns its path there."""
+    data = study_data(Path(".jfhpo"), study=name, seeds={"training": [0]}, **changes)
+    (prefect.clone / f"{name}.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    return f"{name}.yaml"
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_deployed_search_is_cancelled_continued_and_shows_its_result(prefect: Prefect) -> None:
-    study = "examples/simulated.yaml"
-    deployment = prefect.deployment()["id"]
-    first = prefect.ask(f"deployments/{deployment}/create_flow_run", parameters={"study": study})["id"]
-    wait_for(lambda: " left | #" in log(prefect, first), "the end of a first segment")
-    prefect.ask(f"flow_runs/{first}/set_state", state={"type": "CANCELLING", "name": "Cancelling"})
-    wait_for(lambda: state(prefect, first) == "CANCELLED", "the cancellation")
-    before = committed(prefect.clone, prefect.study)
-
-    done = prefect.run("deployment", "run", "jfhpo/search", "--param", f"study={study}", "--watch", seconds=RUN_SECONDS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    run = prefect.ask("flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0]
-    assert run["state"]["type"] == "COMPLETED"
-    assert run["state"]["message"].startswith("The recommended configuration scores 0.")
-    shown = artifacts(prefect, run["id"])
-    assert re.match(r'\[\{"configuration": "recommended", "score": 0\.\d+', shown["table"]["data"])
-    assert "size-appropriate" in shown["table"]["data"]
-    assert "- `learning_rate`:" in shown["markdown"]["data"]
-    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in shown["markdown"]["data"]
-    assert shown["progress"]["data"] == 100
-    after = committed(prefect.clone, prefect.study)
+def test_a_cancelled_search_frees_its_workers_and_the_run_that_queued_behind_it_continues_it(prefect: Prefect) -> None:
+    study = write_study(
+        prefect, "cancelled", cluster={"address": "local"}, budget={"trial_seconds": 100, "max_parallel": 1},
+        trainer={"name": "simulated", "settings": {"real_seconds_per_step": 0.25}},
+    )  # fmt: skip
+    first = prefect.submit(study=study)
+    wait_for(lambda: "starting workers" in prefect.log(first), "the start of the first run")
+    # Another machine would start the flow like this; the deployment's own queue would hide ours.
+    call = f"from flows.search import search; search(study={study!r})"
+    second = subprocess.Popen([sys.executable, "-c", call], cwd=prefect.clone, env=prefect.environment)
+    try:
+        wait_for(lambda: len(prefect.named("search cancelled")) == 2, "a second run")
+        (other,) = prefect.named("search cancelled") - {first}
+        wait_for(lambda: "waiting until no other flow run" in prefect.log(other), "the queueing of the second run")
+        wait_for(lambda: " left | #" in prefect.log(first), "the end of a first segment")
+        training = set(prefect.processes())
+        assert any("_WorkerProcess" in command for command in prefect.processes().values())
+        prefect.cancel(first)
+        assert all_gone(training), "the flow run was cancelled and its workers train on"
+        prefect.until(first, "Cancelled")
+        before = committed(prefect.clone, prefect.clone / study)
+        assert second.wait(timeout=240) == 0
+    finally:
+        second.kill()
+    assert prefect.state(other) == "Completed"
+    after = committed(prefect.clone, prefect.clone / study)
     assert 0 < count(before) < count(after)
     assert kept(before, after)
-    assert (prefect.clone / ".jfhpo" / "simulated" / "report.html").exists()
+
+    tasks = prefect.task_runs(first)
+    assert tasks["#0 large, steps 0 to 30 of 30 (recipe)"] == "Completed"
+    assert "Cancelled" in tasks.values()
+    assert sum(state in ("Completed", "Stopped") for state in tasks.values()) == count(before)
+    assert len(prefect.task_runs(other)) == count(after) - count(before)
+    wait_for(lambda: prefect.told("Cancelled") and prefect.told("Completed"), "the notifications of both ends")
+    told = next(item for item in prefect.webhook.heard if item["state"] == "Completed")
+    assert told["flow_run"] == "search cancelled"
+    assert told["message"].startswith("The recommended configuration scores 0.")
+    assert prefect.api.removesuffix("/api") in told["url"]
 
 
 @pytest.mark.slow
-def test_the_parameter_is_a_path_or_a_whole_study_and_bad_ones_are_refused(prefect: Prefect) -> None:
+def test_a_person_approves_the_target_run_and_the_page_shows_the_result(prefect: Prefect) -> None:
+    study = write_study(
+        prefect, "gated", cluster={"address": "inline"}, strategy={"name": "jfhpo", "settings": {"initial_trials": 4}},
+        budget={"trial_seconds": 100, "max_parallel": 1},
+    )  # fmt: skip
+    run = prefect.submit(study=study, approve_target=True)
+    prefect.until(run, "Suspended")
+    before = committed(prefect.clone, prefect.clone / study)
+    assert "# gated: search" in prefect.artifacts(run)["summary"]
+    wait_for(lambda: prefect.told("Suspended"), "the notification")
+    wait_for(lambda: not any("flow_run" in name for name in prefect.processes().values()), "the end of the process")
+
+    prefect.ask(f"flow_runs/{run}/resume", run_input={"approve": True})
+    wait_for(lambda: prefect.state(run) != "Suspended", "the end of the suspension")
+    prefect.until(run, "Completed")
+    after = committed(prefect.clone, prefect.clone / study)
+    assert kept(before, after)
+    assert count(after) > count(before)
+    shown = prefect.artifacts(run)
+    result = json.loads(shown["result"])
+    assert result[0]["configuration"] == "recommended"
+    assert {"score", "95 % interval", "seeds"} <= result[0].keys()
+    assert len(json.loads(shown["trials"])) == len(after)
+    assert "- `learning_rate`:" in shown["summary"]
+    assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in shown["summary"]
+    assert shown["progress"] == 100
+    assert (prefect.clone / ".jfhpo" / "gated" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_night_learns_from_the_one_before(prefect: Prefect) -> None:
+    study = write_study(prefect, "tuned", cluster={"address": "inline"}, budget={"trial_seconds": 60})
+    schedule = prefect.deployment("nightly")["schedules"][0]["schedule"]
+    assert (schedule["cron"], schedule["timezone"]) == ("0 2 * * *", "Europe/Berlin")
+    runs = []
+    for _ in range(2):
+        runs.append(prefect.submit("nightly", study=study))
+        prefect.until(runs[-1], "Completed")
+    first, second = (
+        re.search(r"tonight's study is (tuned-[\d-]+)(?:, learning from (.*))?", prefect.log(run)) for run in runs
+    )
+    assert first is not None
+    assert second is not None
+    assert first[2] is None
+    assert second[2] == first[1]
+    assert second[1] == f"{first[1]}-2"
+
+
+@pytest.mark.slow
+def test_the_form_has_the_schema_of_study_files_and_refuses_bad_values(prefect: Prefect) -> None:
     deployment = prefect.deployment()
     study = deployment["parameter_openapi_schema"]["properties"]["study"]
     assert {"type": "string"} in study["anyOf"]
     assert {"$ref": "#/definitions/StudySpec"} in study["anyOf"]
-    refused = httpx.post(
-        f"{prefect.api}/deployments/{deployment['id']}/create_flow_run",
-        json={"parameters": {"study": {"study": "x"}}}, timeout=30,
-    )  # fmt: skip
-    assert refused.status_code == httpx.codes.CONFLICT
+    good = study_data(Path(".jfhpo"), family={"embedded": "instruct"}, task={"embedded": "instruct"}, target="m")
+    good |= {"trainer": {"name": "trl"}, "strategy": {"name": "random"}, "space": yaml.safe_load(SPACE)}
+    for change, code in (
+        ({}, httpx.codes.CREATED),
+        ({"budget": {"trial_seconds": -5}}, httpx.codes.CONFLICT),
+        ({"fidelity": {"horizon_prompts": "many"}}, httpx.codes.CONFLICT),
+        ({"budgt": {}}, httpx.codes.CONFLICT),
+        ({"space": {"learning_rate": {"type": "float", "low": "a", "high": 1}}}, httpx.codes.CONFLICT),
+    ):
+        answer = httpx.post(
+            f"{prefect.api}/deployments/{deployment['id']}/create_flow_run", timeout=30,
+            json={"parameters": {"study": good | change}, "state": {"type": "PAUSED"}},
+        )  # fmt: skip
+        assert answer.status_code == code, change
+
+
+SPACE = "learning_rate: {type: float, low: 1.0e-5, high: 1.0e-2, log: true}"
 
 
 def test_a_study_file_that_cannot_be_read_fails_the_run() -> None:

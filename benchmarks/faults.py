@@ -1,0 +1,583 @@
+"""Fault injection: searches that are disturbed at random moments, and what must hold after each disturbance.
+
+A search runs in a process of its own, with real checkpoints and a real MLflow store, and is killed, starved of disk or
+lied to; then it is started again, until the study is complete. It is compared with the same search undisturbed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field
+
+from benchmarks.runner import commit
+from jfhpo_core.dispatch import Dispatcher, Event, Finished, InlineDispatcher
+from jfhpo_core.errors import JfhpoError
+from jfhpo_core.ledger import Ledger, MemoryLedger
+from jfhpo_core.search import Progress, run_search
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.study import resolve
+from jfhpo_core.trainers import Job
+from jfhpo_core.trial import Outcome, SegmentResult, Trial
+from mlflow_plugin.ledger import HEADER, SEGMENT, MlflowLedger
+
+FILE = Path(__file__).parent / "results" / "faults" / "faults.jsonl"
+
+Kind = Literal[
+    "driver-kill", "driver-term", "disk-full", "checkpoint-damaged", "clock-jump", "duplicates", "late-result",
+    "worker-kill", "raylet-kill", "mlflow-kill",
+]  # fmt: skip
+
+KINDS: dict[Kind, str] = {
+    "driver-kill": "kill -9 of the process that searches (and, without Ray, trains)",
+    "driver-term": "SIGTERM, and kill -9 after a grace period of 0 to 0.3 s",
+    "disk-full": "the file system of checkpoints and database is full for up to 2 s",
+    "checkpoint-damaged": "kill -9, and a bit flipped in, or the end cut off, a file of a newest checkpoint",
+    "clock-jump": "the wall clock jumps by up to 30 days, forward or back",
+    "duplicates": "every event of the dispatcher is delivered twice",
+    "late-result": "a segment that is long committed is delivered again, with another bill",
+    "worker-kill": "kill -9 of the Ray worker that trains",
+    "raylet-kill": "kill -9 of the raylet",
+    "mlflow-kill": "kill -9 of the MLflow server, which comes back after a few seconds",
+}
+
+INLINE_KINDS: tuple[Kind, ...] = (
+    "driver-kill", "driver-kill", "driver-term", "driver-term", "disk-full", "clock-jump", "duplicates", "late-result",
+    "checkpoint-damaged",
+)  # fmt: skip
+"""What is drawn from for searches without Ray; what is named twice is drawn twice as often."""
+
+RAY_KINDS: tuple[Kind, ...] = ("worker-kill", "worker-kill", "worker-kill", "driver-kill", "raylet-kill")
+
+DISK_BYTES = 48 * 2**20
+LONGEST_DELAY_SECONDS = 1.5
+PATIENCE_SECONDS = 300.0
+EARLY_SHARE = 0.25
+"""Share of the faults that may come before the search has done anything new since it was started."""
+JUMP_SECONDS = 30 * 24 * 3600.0
+ENDING_SECONDS = 30.0
+"""Within this time every process of a search that has died must be gone."""
+
+FORK = multiprocessing.get_context("fork")
+"""What takes seconds to import is imported once; each search still is a process that can be killed."""
+
+
+class Record(BaseModel):
+    """One fault and what came of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int
+    number: int = Field(description="Among the faults of this seed, from 0.")
+    kind: Kind
+    ray: bool
+    after_seconds: float = Field(description="Since the process of the search was started.")
+    acknowledged: int = Field(description="Segments whose commit had been reported before the fault.")
+    ended: bool = Field(description="Whether the search ended by the fault; otherwise it went on.")
+    recovery_seconds: float | None = Field(description="From the next start to its first commit; None if none came.")
+    violations: tuple[str, ...]
+    commit: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A committed segment, as far as it must not depend on what happened around it."""
+
+    key: str
+    index: int
+    start: int
+    stop: int
+    outcome: Outcome
+    scores: tuple[tuple[int, float], ...]
+    charge: float
+
+    @classmethod
+    def of(cls, trial: Trial, result: SegmentResult) -> Piece:
+        """The piece of a trial."""
+        scores = tuple((evaluation.step, evaluation.score) for evaluation in result.evaluations)
+        segment = result.segment
+        return cls(
+            trial.key, segment.index, segment.start_step, segment.stop_step, result.outcome, scores,
+            round(result.charge_seconds, 6),
+        )  # fmt: skip
+
+
+def pieces(trials: Sequence[Trial]) -> list[Piece]:
+    """All committed segments in the order of their commits."""
+    done = [(result.committed, Piece.of(trial, result)) for trial in trials for result in trial.segments]
+    return [piece for _, piece in sorted(done, key=lambda item: item[0])]
+
+
+@dataclass
+class Disturbance:
+    """What a search's own process does to itself."""
+
+    clock_jump: tuple[float, float] | None = None
+    duplicates: bool = False
+    late: bool = False
+
+
+class Unreliable:
+    """A dispatcher that delivers twice, or again what was delivered before. See `Dispatcher`."""
+
+    def __init__(self, inner: Dispatcher, ledger: Ledger, how: Disturbance) -> None:
+        self.slots = inner.slots
+        self._inner, self._ledger, self._how = inner, ledger, how
+
+    def submit(self, job: Job) -> None:
+        """See `Dispatcher.submit`."""
+        self._inner.submit(job)
+
+    def wait(self, timeout_seconds: float) -> list[Event]:
+        """See `Dispatcher.wait`."""
+        events = self._inner.wait(timeout_seconds)
+        if self._how.duplicates:
+            events = [event for event in events for _ in range(2)]
+        if self._how.late:
+            done = [(trial.key, result) for trial in self._ledger.trials() for result in trial.segments]
+            events = [
+                *(Finished(key, result.model_copy(update={"seconds": 1e6}), ()) for key, result in done[:3]),
+                *events,
+            ]
+        return events
+
+    def now(self) -> float:
+        """See `Dispatcher.now`."""
+        return self._inner.now()
+
+    def cancel(self, key: str) -> None:
+        """See `Dispatcher.cancel`."""
+        self._inner.cancel(key)
+
+    def close(self) -> None:
+        """See `Dispatcher.close`."""
+        self._inner.close()
+
+
+def study_of(seed: int, folder: Path, ray: bool = False, uri: str | None = None) -> StudySpec:
+    """A small study that continues trials from checkpoints, stops some and trains on three sizes."""
+    return StudySpec.model_validate(
+        {
+            "study": f"faults-{seed}",
+            "family": [
+                {"name": name, "path": "simulated", "parameters": count}
+                for name, count in (("small", 100_000), ("medium", 300_000), ("large", 1_000_000))
+            ],
+            "target": "large",
+            "task": "instruct",
+            "trainer": {
+                "name": "simulated",
+                "settings": {"instance": seed, "real_seconds_per_step": 0.02 if ray else 0.002},
+            },
+            "space": "tiny",
+            "fidelity": {"horizon_prompts": 480, "rungs": 3},
+            "budget": {"trial_seconds": 200, "max_parallel": 1},
+            "strategy": {"name": "jfhpo", "settings": {"initial_trials": 5, "pool": 64, "fresh": 6, "local": 6}},
+            "baselines": [{"name": "recipe", "configuration": {"learning_rate": 1e-4}}],
+            "seeds": {"search": seed, "training": [0, 1]},
+            "cluster": {"address": "local" if ray else "inline", "segment_retries": 5},
+            "tracking": {"workspace": str(folder / "work"), "uri": uri or f"sqlite:///{folder / 'mlflow.db'}"},
+        }
+    )
+
+
+def undisturbed(seed: int) -> list[Piece]:
+    """What the study of a seed comes to when nothing happens."""
+    with tempfile.TemporaryDirectory(prefix="jfhpo-calm-") as folder:
+        calm = study_of(seed, Path(folder))
+        settings = {**calm.trainer.settings, "real_seconds_per_step": 0.0}
+        calm = calm.model_copy(update={"trainer": calm.trainer.model_copy(update={"settings": settings})})
+        ledger = MemoryLedger()
+        run_search(resolve(calm), ledger, InlineDispatcher(1))
+        return pieces(ledger.trials())
+
+
+def search(spec: StudySpec, journal: Path, how: Disturbance) -> None:
+    """Run or continue a study in this process; note every segment as soon as its commit has returned."""
+    _interrupt_on_sigterm()
+    if how.clock_jump is not None:
+        _jump(*how.clock_jump)
+    ledger = MlflowLedger()
+    inner: Dispatcher = InlineDispatcher(1)
+    if spec.cluster.address != "inline":
+        from jfhpo_core.ray_dispatch import RayDispatcher
+
+        inner = RayDispatcher(spec.cluster, 1, trainer=spec.trainer.name)
+    noted = len(_read(journal))
+
+    def note(progress: Progress) -> None:
+        nonlocal noted
+        done = pieces(progress.trials)
+        with journal.open("a", encoding="utf-8") as file:
+            file.writelines(f"{time.monotonic()} {_digest(piece)}\n" for piece in done[noted:])
+        noted = len(done)
+
+    try:
+        run_search(resolve(spec), ledger, Unreliable(inner, ledger, how), note)
+    finally:
+        inner.close()
+    journal.with_suffix(".complete").touch()
+
+
+def _interrupt_on_sigterm() -> None:
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _jump(after_seconds: float, by_seconds: float) -> None:
+    """Let the wall clock of this process jump."""
+    real, began = time.time, time.monotonic()
+    time.time = lambda: real() + (by_seconds if time.monotonic() - began > after_seconds else 0.0)
+
+
+def _read(journal: Path) -> list[tuple[float, str]]:
+    """When, by the monotonic clock, and what was acknowledged."""
+    if not journal.exists():
+        return []
+    lines = (line.split() for line in journal.read_text(encoding="utf-8").splitlines(keepends=True))
+    return [(float(line[0]), line[1]) for line in lines if len(line) == 2]
+
+
+def _digest(piece: Piece) -> str:
+    return hashlib.sha256(repr(piece).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Campaign:
+    """The searches of one seed, from fault to fault until the study is complete.
+
+    Args:
+        seed: Of the study and of the faults.
+        folder: Empty; takes the database and the workspace. A file system of its own if its disk is to be filled.
+        ray: Whether trials run on Ray.
+        kinds: What is drawn from.
+    """
+
+    seed: int
+    folder: Path
+    ray: bool
+    kinds: Sequence[Kind]
+    uri: str | None = None
+    records: list[Record] = field(default_factory=list)
+    _seen: list[str] = field(default_factory=list, init=False)
+
+    def run(self, most: int = 1000) -> list[Record]:
+        """Disturb the study until it is complete, at most so often; then let it end in peace."""
+        calm = undisturbed(self.seed)
+        draw = random.Random(self.seed)
+        spec = study_of(self.seed, self.folder, self.ray, self.uri)
+        exact = True
+        while not self._complete:
+            kind = draw.choice(self.kinds) if len(self.records) < most else None
+            acknowledged = self._noted()
+            began = time.monotonic()
+            after, ended = self._disturb(spec, kind, draw)
+            first = next((at for at, _ in self._noted()[len(acknowledged) :]), None)
+            if self.records and self.records[-1].recovery_seconds is None and first is not None:
+                recovered = self.records[-1].model_copy(update={"recovery_seconds": round(first - began, 2)})
+                self.records[-1] = recovered
+            found = self._violations(spec, calm if exact else None)
+            if kind is None:
+                if found:
+                    self.records[-1] = self.records[-1].model_copy(
+                        update={"violations": (*self.records[-1].violations, *found)}
+                    )
+                continue
+            if kind == "checkpoint-damaged":
+                # From here on a segment may be trained again from further back, and cost more than in peace.
+                exact = False
+            self.records.append(
+                Record(
+                    seed=self.seed, number=len(self.records), kind=kind, ray=self.ray, after_seconds=round(after, 2),
+                    acknowledged=len(self._noted()), ended=ended, recovery_seconds=None, violations=tuple(found),
+                    commit=commit(),
+                )
+            )  # fmt: skip
+        return self.records
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder.parent / f"{self.folder.name}.journal"
+
+    @property
+    def _complete(self) -> bool:
+        return self._journal.with_suffix(".complete").exists()
+
+    def _noted(self) -> list[tuple[float, str]]:
+        return _read(self._journal)
+
+    def _disturb(self, spec: StudySpec, kind: Kind | None, draw: random.Random) -> tuple[float, bool]:
+        """Start the search and disturb it; returns after how many seconds, and whether the search has ended by it."""
+        delay, early = draw.uniform(0.0, LONGEST_DELAY_SECONDS), draw.random() < EARLY_SHARE
+        how = Disturbance(
+            clock_jump=(delay, draw.uniform(-JUMP_SECONDS, JUMP_SECONDS)) if kind == "clock-jump" else None,
+            duplicates=kind == "duplicates",
+            late=kind == "late-result",
+        )
+        began, known = time.monotonic(), len(self._noted())
+        process = FORK.Process(target=_own_session, args=(spec, self._journal, how))
+        process.start()
+        assert process.pid is not None
+        started = {process.pid}
+        try:
+            if kind is None:
+                process.join(PATIENCE_SECONDS)
+                return time.monotonic() - began, False
+            itself = how.clock_jump is not None or how.duplicates or how.late
+            if self.ray or itself or not early:
+                _until(lambda: len(self._noted()) > known or not process.is_alive())
+            process.join(delay)
+            after = time.monotonic() - began
+            started |= _session(process.pid)
+            if itself and process.exitcode:
+                self._seen.append(f"the search ended by itself with exit code {process.exitcode}")
+            if kind == "disk-full":
+                with _full(self.folder):
+                    process.join(draw.uniform(0.0, 2.0))
+            elif kind == "driver-term":
+                os.kill(process.pid, signal.SIGTERM)
+                process.join(draw.uniform(0.0, 0.3))
+            elif kind in ("worker-kill", "raylet-kill"):
+                _kill_part(process.pid, "_WorkerProcess" if kind == "worker-kill" else "raylet/raylet")
+                known = len(self._noted())
+                _until(lambda: len(self._noted()) > known or not process.is_alive())
+            ended = not process.is_alive()
+            return after, ended or kind not in ("worker-kill", "disk-full")
+        finally:
+            started |= _session(process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            if kind == "checkpoint-damaged":
+                _damage(self.folder / "work" / spec.study / "checkpoints", draw)
+            self._seen += [f"a process is left: {command}" for command in _left(started)]
+
+    def _violations(self, spec: StudySpec, calm: list[Piece] | None) -> list[str]:
+        """What does not hold of the ledger and the machine as they are now.
+
+        Args:
+            spec: The study.
+            calm: Segments of the undisturbed search; None if this one may differ from it.
+        """
+        found, self._seen = self._seen, []
+        trials, runs = _in_process(_look, spec)
+        done = pieces(trials)
+        digests = [_digest(piece) for piece in done]
+        missing = {digest for _, digest in self._noted()} - set(digests)
+        found += [f"{len(missing)} acknowledged result(s) are missing or changed"] if missing else []
+        twice = [name for name, count in Counter((piece.key, piece.index) for piece in done).items() if count > 1]
+        twice += [name for name, count in Counter(runs).items() if count > 1]
+        found += [f"charged twice: {name}" for name in twice]
+        for trial in trials:
+            indices = [result.segment.index for result in trial.segments]
+            if indices != list(range(len(indices))):
+                found.append(f"trial {trial.key} has segments {indices}")
+        if calm is not None:
+            count = len(done)
+            if done != calm[:count]:
+                first = next(i for i, (one, other) in enumerate(zip(done, [*calm, None], strict=False)) if one != other)
+                found.append(f"segment {first} differs from that of the undisturbed search: {done[first]}")
+            opened = [(trial.key, trial.open_segment.index) for trial in trials if trial.open_segment is not None]
+            following = [(piece.key, piece.index) for piece in calm[count : count + 1]]
+            if opened and opened != following:
+                found.append(f"the next segment is {opened} instead of {following}")
+            if self._complete and count != len(calm):
+                found.append(f"{count} segments instead of {len(calm)}")
+        return found
+
+
+def _own_session(spec: StudySpec, journal: Path, how: Disturbance) -> None:
+    os.setsid()
+    log = os.open(journal.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    # Anything that a full disk, a lost worker or a signal may raise ends this process; the next one goes on.
+    with contextlib.suppress(KeyboardInterrupt):
+        search(spec, journal, how)
+
+
+def _look(spec: StudySpec) -> tuple[list[Trial], list[str]]:
+    """Trials as the ledger has them, and the trial key of each run in MLflow that has been charged."""
+    ledger = MlflowLedger()
+    if not ledger.look(spec):
+        return [], []
+    runs = ledger.client.search_runs([ledger.experiment_id], max_results=1000)
+    charged = [run.data.tags for run in runs if SEGMENT.format(0) in run.data.tags]
+    return ledger.trials(), [json.loads(tags[HEADER])["key"] for tags in charged]
+
+
+def _in_process(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a process of its own, so that no connection to a database is carried into the next one."""
+    there, here = FORK.Pipe()
+
+    def answer() -> None:
+        there.send(call(*arguments))
+
+    process = FORK.Process(target=answer)
+    process.start()
+    if not here.poll(PATIENCE_SECONDS):
+        raise JfhpoError("the ledger cannot be read")
+    result = here.recv()
+    process.join()
+    return result
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise JfhpoError("the search does not go on")
+        time.sleep(0.01)
+
+
+def _processes() -> list[tuple[int, int, str]]:
+    """Id, session and command of all running processes."""
+    listing = subprocess.run(
+        ["ps", "-A", "-o", "pid=,sid=,state=,command="], check=True, capture_output=True, text=True
+    ).stdout
+    rows = [line.split(None, 3) for line in listing.splitlines()]
+    return [(int(row[0]), int(row[1]), row[3]) for row in rows if len(row) == 4 and not row[2].startswith("Z")]
+
+
+def _session(leader: int) -> set[int]:
+    """A process and what it and its children have started, also in sessions of their own."""
+    parents = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
+    table = [tuple(map(int, line.split())) for line in parents.splitlines()]
+    found, frontier = {leader}, {leader}
+    while frontier:
+        frontier = {pid for pid, parent in table if parent in frontier} - found
+        found |= frontier
+    return found | {pid for pid, session, _ in _processes() if session == leader}
+
+
+def _left(started: set[int]) -> list[str]:
+    """Commands of those processes that do not end."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    while left := [command for pid, _, command in _processes() if pid in started]:
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
+    return []
+
+
+def _kill_part(leader: int, name: str) -> None:
+    mine = _session(leader)
+    for pid, _, command in _processes():
+        if pid in mine and name in command:
+            os.kill(pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _full(folder: Path) -> Iterator[None]:
+    """Fill the file system of a folder."""
+    ballast = folder / "ballast"
+    try:
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**16))
+        with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
+            while True:
+                file.write(bytes(1))
+        yield
+    finally:
+        ballast.unlink(missing_ok=True)
+
+
+def _damage(store: Path, draw: random.Random) -> None:
+    """Flip a bit of a file of a newest checkpoint, or cut its end off."""
+    newest = [max(folder.glob("step-*"), default=None) for folder in sorted(store.glob("[0-9a-f]*"))]
+    folders = [folder for folder in newest if folder is not None]
+    if not folders:
+        return
+    folder = draw.choice(folders)
+    path = draw.choice(sorted(file for file in folder.rglob("*") if file.is_file()))
+    content = bytearray(path.read_bytes())
+    if draw.random() < 0.5:
+        content = content[: len(content) // 2]
+    else:
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def disk() -> Iterator[Path | None]:
+    """A small file system of its own; None where the user may not mount one."""
+    with tempfile.TemporaryDirectory(prefix="jfhpo-faults-") as folder:
+        place = Path(folder) / "disk"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(place)]
+        if os.geteuid() != 0 or shutil.which("mount") is None or subprocess.run(command, check=False).returncode:
+            yield None
+            return
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def disturb_seed(seed: int, ray: bool = False, most: int = 1000) -> list[Record]:
+    """All faults of one seed.
+
+    Args:
+        seed: Of the study and of the faults.
+        ray: Whether trials run on Ray.
+        most: Faults after which the study is left in peace.
+    """
+    with disk() as place, tempfile.TemporaryDirectory(prefix="jfhpo-faults-") as folder:
+        if ray:
+            return Campaign(seed, Path(folder), ray, RAY_KINDS).run(most)
+        if place is None:
+            return Campaign(seed, Path(folder), ray, [kind for kind in INLINE_KINDS if kind != "disk-full"]).run(most)
+        return Campaign(seed, place, ray, INLINE_KINDS).run(most)
+
+
+def load(path: Path = FILE) -> list[Record]:
+    """All recorded faults."""
+    if not path.exists():
+        return []
+    return [Record.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def save(records: Sequence[Record], path: Path = FILE) -> None:
+    """Add the faults of a seed, in place of those that it may have had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        fresh = {(record.ray, record.seed) for record in records}
+        kept = [record for record in load(path) if (record.ray, record.seed) not in fresh]
+        merged = sorted([*kept, *records], key=lambda record: (record.ray, record.seed, record.number))
+        path.write_text("".join(f"{record.model_dump_json()}\n" for record in merged), encoding="utf-8")
+
+
+def run(faults: int, seeds: Sequence[int], ray: bool, path: Path = FILE, say: Callable[[str], None] = print) -> int:
+    """Disturb seed after seed until so many faults are on record; returns the number of violations among them."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    for seed in seeds:
+        mine = [record for record in load(path) if record.ray == ray]
+        if len(mine) >= faults:
+            break
+        if any(record.seed == seed for record in mine):
+            continue
+        records = disturb_seed(seed, ray)
+        save(records, path)
+        bad = [violation for record in records for violation in record.violations]
+        say(f"seed {seed}: {len(records)} faults, {len(bad)} violations{''.join(f'{chr(10)}  {text}' for text in bad)}")
+    return sum(len(record.violations) for record in load(path) if record.ray == ray)
