@@ -4,7 +4,9 @@
 
 Orphans of the command become children of this process (Linux: subreaper). When the command ends, or SIGTERM comes, or
 the thread that started this process dies (by SIGKILL, too), everything below is killed and collected; only then does
-this process end, with the command's exit code. It imports nothing but the standard library.
+this process end, with the command's exit code. Should this process itself be killed (Ray does so to the children of a
+killed worker), the kernel kills the command, and with it what the command has tied to itself, as Ray's daemons are.
+It imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -66,7 +68,11 @@ def main(parent: int, command: list[str]) -> int:
     code = 128 + signal.SIGTERM
     try:
         if os.getppid() == parent:
-            child = subprocess.Popen(command, start_new_session=True)  # noqa: S603
+            child = subprocess.Popen(  # noqa: S603
+                command,
+                start_new_session=True,
+                preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL),  # noqa: PLW1509  no other threads here
+            )
             pid = -1
             while pid != child.pid:
                 pid, status = os.waitpid(-1, 0)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 PYTHON_VARIABLE = "JFHPO_OPENRLHF_PYTHON"
 """Environment variable with the trainer's Python, for studies that do not name it."""
@@ -76,12 +76,6 @@ class OpenRlhfSettings(BaseModel):
     environment: dict[str, str] = Field(
         default_factory=dict, description="Further environment variables of the trainer, e.g. NCCL_SOCKET_IFNAME."
     )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.asynchronous and self.device == "cpu":
-            raise ValueError("asynchronous training needs GPUs of its own for rollouts; device 'cpu' has none")
-        return self
 
     @property
     def interpreter(self) -> str | None:

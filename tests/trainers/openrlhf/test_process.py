@@ -89,6 +89,18 @@ def test_nothing_survives_a_killed_driver(log: Path) -> None:
     assert not alive(daemon)
 
 
+def test_the_command_does_not_survive_a_killed_reaper(log: Path) -> None:
+    show = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    with TrainingProcess([sys.executable, "-c", show], {}, log) as process:
+        command = wait_for(log)
+        assert process._process is not None
+        process._process.kill()
+        deadline = time.monotonic() + 60
+        while alive(command) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive(command)
+
+
 def test_the_driver_keeps_its_environment_to_itself() -> None:
     base = {
         "PATH": "/bin", "RAY_ADDRESS": "10.0.0.1:6379", "RAY_AUTH_TOKEN": "secret", "PYTHONPATH": "/driver",

@@ -77,6 +77,7 @@ class Script:
 class Watcher:
     """Sees records as they come, and kills the training of the good configuration in the middle of its second part."""
 
+    folder: Path
     streamed: set[tuple[str, int]] = field(default_factory=set)
     killed: list[int] = field(default_factory=list)
 
@@ -85,18 +86,18 @@ class Watcher:
             self.streamed.add((key, record.step))
             trial = next(trial for trial in progress.trials if trial.key == key)
             if (trial.configuration, trial.model, record.step) == (GOOD, "m", 3) and not self.killed:
-                for pid in trainings():
+                for pid in trainings(self.folder):
                     os.kill(pid, signal.SIGKILL)
                     self.killed.append(pid)
 
 
-def trainings() -> list[int]:
-    """OpenRLHF's main processes on this machine that belong to this user's tests."""
+def trainings(workspace: Path) -> list[int]:
+    """OpenRLHF's main processes that train for a workspace."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            if arguments[1:3] == [b"-m", MODULE.encode()] and b"on-cpu" in b"".join(arguments):
+            if arguments[1:3] == [b"-m", MODULE.encode()] and str(workspace).encode() in b"".join(arguments):
                 found.append(int(folder.name))
     return found
 
@@ -136,7 +137,7 @@ def searched(trainer_python: str, tmp_path_factory: pytest.TempPathFactory) -> I
         cluster={"address": "local"},
     )
     resolved = resolve(spec)
-    ledger, watcher = MlflowLedger(), Watcher()
+    ledger, watcher = MlflowLedger(), Watcher(folder)
     ledger.open(spec)
     dispatcher = RayDispatcher(spec.cluster, slots=1, trainer="openrlhf")
     try:
@@ -216,7 +217,7 @@ def test_a_failing_reward_is_the_configurations_verdict(searched: Searched) -> N
 
 
 def test_nothing_is_left_of_the_trainings(searched: Searched) -> None:
-    assert trainings() == []
+    assert trainings(searched.folder) == []
     assert list((searched.study.store / "staging").iterdir()) == []
 
 
