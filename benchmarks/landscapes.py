@@ -123,6 +123,19 @@ class Problem:
             for proxy in study.ladder.proxies
         }
 
+    def proxy_regret(self, count: int = 1024) -> dict[str, float]:
+        """What is lost on the target by the configuration that is truly the best of random ones on each proxy.
+
+        No search that looks at the proxy alone can be expected to lose less, however much it trains there.
+        """
+        study = self._reference
+        configurations = fresh_configurations(study, (), 0, count)
+        return {
+            proxy.name: self.best_score
+            - self.true_score(max(configurations, key=lambda item: self.true_score(item, proxy.name)))
+            for proxy in study.ladder.proxies
+        }
+
     @property
     def default(self) -> Configuration:
         """What is used before a search has finished anything: the trainer's defaults."""

@@ -74,6 +74,12 @@ the trainer's defaults), at the cost spent plus what its full training on the ta
 noise-free score. Regret is what that lacks to the best score in the space.
 Intervals are 95 % bootstrap intervals over seeds."""
 
+LIMITS = """\
+Rank correlations are over random configurations at full length, collapsed runs included. The regret of the proxy's best
+is what the configuration lacks on the target that is truly the best of 1024 random ones on the proxy, without noise:
+where it is above the best peer's final regret, no search of that proxy alone comes there, and what is missing has to be
+learned on the target, at the target's price."""
+
 COST_RATIO = """\
 Regrets that are averaged over several landscapes are divided by the mean regret of the defaults on each landscape.
 Cost ratio: cost at which `{own}` first reaches the best peer's final mean regret, over the cost at which that peer
@@ -143,6 +149,15 @@ class Evidence:
         found = {}
         for name in self.landscapes:
             measured = [LANDSCAPES[name](FIRST_SEED + number).agreement() for number in range(AGREEMENT_SEEDS)]
+            found[name] = {proxy: float(np.mean([one[proxy] for one in measured])) for proxy in measured[0]}
+        return found
+
+    @cached_property
+    def proxy_regrets(self) -> dict[str, dict[str, float]]:
+        """Mean regret of what is truly the best on each proxy, by landscape."""
+        found = {}
+        for name in self.landscapes:
+            measured = [LANDSCAPES[name](FIRST_SEED + number).proxy_regret() for number in range(AGREEMENT_SEEDS)]
             found[name] = {proxy: float(np.mean([one[proxy] for one in measured])) for proxy in measured[0]}
         return found
 
@@ -249,18 +264,19 @@ def page(evidence: Evidence) -> str:
         _comparison(evidence, {name: [name] for name in evidence.landscapes}),
         "## What the landscapes are",
         table(
-            ["landscape", "what it is", "rank correlation with the target", "seeds"],
+            ["landscape", "what it is", "rank correlation with the target", "regret of the proxy's best", "seeds"],
             [
                 [
                     name,
                     _purpose(name),
                     ", ".join(f"{proxy} {value:.2f}" for proxy, value in evidence.agreements[name].items()),
+                    ", ".join(f"{proxy} {value:.3f}" for proxy, value in evidence.proxy_regrets[name].items()),
                     _range(seeds[name]),
                 ]
                 for name in evidence.landscapes
             ],
         ),
-        "Rank correlations are over random configurations at full length, collapsed runs included.",
+        LIMITS,
         "## Regret at the end",
         _finals(evidence),
         f"## Wins and losses of `{own}`",
