@@ -188,7 +188,7 @@ def study_of(seed: int, folder: Path, ray: bool = False, uri: str | None = None)
             },
             "space": "tiny",
             "fidelity": {"horizon_prompts": 480, "rungs": 3},
-            "budget": {"trial_seconds": 200, "max_parallel": 1},
+            "budget": {"trial_seconds": 100, "max_parallel": 1},
             "strategy": {"name": "jfhpo", "settings": {"initial_trials": 5, "pool": 64, "fresh": 6, "local": 6}},
             "baselines": [{"name": "recipe", "configuration": {"learning_rate": 1e-4}}],
             "seeds": {"search": seed, "training": [0, 1]},
@@ -581,3 +581,57 @@ def run(faults: int, seeds: Sequence[int], ray: bool, path: Path = FILE, say: Ca
         bad = [violation for record in records for violation in record.violations]
         say(f"seed {seed}: {len(records)} faults, {len(bad)} violations{''.join(f'{chr(10)}  {text}' for text in bad)}")
     return sum(len(record.violations) for record in load(path) if record.ray == ray)
+
+
+def write(records: Sequence[Record], folder: Path) -> None:
+    """Write the page of the docs."""
+    rows = []
+    for kind, what in KINDS.items():
+        mine = [record for record in records if record.kind == kind]
+        if not mine:
+            continue
+        seconds = sorted(record.recovery_seconds for record in mine if record.recovery_seconds is not None)
+        bad = sum(bool(record.violations) for record in mine)
+        median = f"{seconds[len(seconds) // 2]:.1f} s" if seconds else ""
+        rows.append(f"| `{kind}` | {what} | {len(mine)} | {bad} | {median} |")
+    searches = {(record.ray, record.seed) for record in records}
+    on_ray = sum(ray for ray, _ in searches)
+    commits = ", ".join(f"`{name}`" for name in sorted({record.commit for record in records}))
+    broken = [f"- seed {one.seed}, fault {one.number}, `{one.kind}`: {'; '.join(one.violations)}" for one in records
+              if one.violations]  # fmt: skip
+    text = PAGE.format(
+        faults=len(records), searches=len(searches), on_ray=on_ray, rows="\n".join(rows), commits=commits,
+        broken="None." if not broken else "\n".join(broken),
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "faults.md").write_text(text, encoding="utf-8")
+
+
+PAGE = """# Faults
+
+{faults} faults at random moments in {searches} searches ({on_ray} of them on Ray), each search in a process of its own with
+real checkpoints and a real MLflow store. After a fault the search is started again, until its study is complete. Made by
+`python -m benchmarks faults`, from commit {commits}.
+
+| Fault | What happens | Times | Times that something did not hold | Median time to the next new result |
+|---|---|---:|---:|---:|
+{rows}
+
+The time to the next new result is that from the next start of the search, and includes the repeated part of the segment
+that was cut off; the machine had other work to do meanwhile.
+
+## What must hold after each fault
+
+- No result is missing whose commit had been reported before the fault, and none has changed.
+- No segment is charged twice: neither within a trial nor by a second run of it in MLflow.
+- The search goes on as if nothing had happened: its committed segments are, in their order, with their configurations,
+  scores and charges, those of the same search undisturbed, and the one it begins next is the next one of that search.
+  After a checkpoint was damaged this is not asked any more: its segment is trained again from further back, and costs
+  more.
+- A search that is told something twice, or late, or whose clock jumps does not end by it.
+- 30 seconds later no process of a search that has died is left.
+
+## Where it did not hold
+
+{broken}
+"""
