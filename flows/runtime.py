@@ -16,11 +16,13 @@ from jfhpo_core.checkpoints import CheckpointStore
 from jfhpo_core.dispatch import Dispatcher, InlineDispatcher
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.fidelity import build_ladder
+from jfhpo_core.ledger import Ledger
+from jfhpo_core.outbox import Outbox
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
 from jfhpo_core.retention import Judgement, judge
 from jfhpo_core.search import Phase, Progress, SearchResult, conclude, plan_next, run_search
 from jfhpo_core.spec import StudySpec
-from jfhpo_core.strategies import Strategy, load_strategy
+from jfhpo_core.strategies import load_strategy
 from jfhpo_core.study import EarlierStudy, Study, resolve
 from jfhpo_core.trial import canonical_json
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 INLINE = "inline"
 LOCK = "run.lock"
+OUTBOX = "outbox.jsonl"
 PUBLISHED = "published"
 MODEL_URI = "model_uri"
 MODEL_NOTE = "model_note"
@@ -59,7 +62,7 @@ def run_study(
     spec: StudySpec,
     on_progress: Callable[[Progress], None] | None = None,
     on_status: Callable[[str], None] = lambda _: None,
-    on_open: Callable[[MlflowLedger], None] = lambda _: None,
+    on_open: Callable[[Ledger], None] = lambda _: None,
     around: Callable[[Dispatcher], Dispatcher] = lambda dispatcher: dispatcher,
 ) -> StudyOutcome:
     """Run or continue a study until it is done; a study that is done gives the same outcome again without training.
@@ -84,21 +87,23 @@ def run_study(
         on_status("opening the ledger" if reported else "starting workers and opening the ledger")
         dispatcher = None if reported else _start_dispatcher(spec)
         try:
-            ledger, strategy = _open(study)
+            strategy = load_strategy(study)  # first: one that is refused must leave no trace in the ledger
+            ledger, outbox = _open(study)
             with _shown(ledger):
-                on_open(ledger)
-                trials = ledger.trials()
+                on_open(outbox)
+                trials = outbox.trials()
                 if reported and plan_next(study, strategy, trials).phase is Phase.DONE:
                     result = conclude(study, trials, strategy, complete=True)
                 else:
                     dispatcher = around(dispatcher or _start_dispatcher(spec))
-                    result = run_search(study, ledger, dispatcher, on_progress, strategy)
+                    result = run_search(study, outbox, dispatcher, on_progress, strategy)
         finally:
             if dispatcher is not None:
                 on_status("releasing the workers")
                 dispatcher.close()
         on_status("writing the report and registering the model")
         with _shown(ledger):
+            outbox.deliver()
             return _publish(study, ledger, result)
 
 
@@ -214,14 +219,14 @@ def _exclusive(study: Study) -> Iterator[None]:
         lock.release()
 
 
-def _open(study: Study) -> tuple[MlflowLedger, Strategy]:
-    """The strategy first: one that is refused must leave no trace in the ledger."""
-    strategy = load_strategy(study)
+def _open(study: Study) -> tuple[MlflowLedger, Outbox]:
+    """The ledger, and what the search writes to instead: the search shall go on while an MLflow server is away."""
     from mlflow_plugin.ledger import MlflowLedger
 
     ledger = MlflowLedger()
-    ledger.open(study.spec)
-    return ledger, strategy
+    outbox = Outbox(ledger, study.folder / OUTBOX)
+    outbox.open(study.spec)
+    return ledger, outbox
 
 
 @contextmanager

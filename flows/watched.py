@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
@@ -28,14 +28,12 @@ from flows.runtime import INLINE, StudyOutcome, rebuild_report, run_study
 from flows.segments import TaskRuns
 from jfhpo_core.dispatch import Dispatcher
 from jfhpo_core.errors import InfrastructureError, JfhpoError
+from jfhpo_core.ledger import Ledger
 from jfhpo_core.report.summary import verdict
 from jfhpo_core.search import VALIDATION, Phase, Progress
 from jfhpo_core.spec import StudySpec, load_study
 from jfhpo_core.study import resolve
 from jfhpo_core.trainers import Job
-
-if TYPE_CHECKING:
-    from mlflow_plugin.ledger import MlflowLedger
 
 DEFAULT_STUDY = "examples/demo.yaml"
 
@@ -103,9 +101,9 @@ def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
     display = PlainDisplay(log.info)
     board = Board(spec.study, display.watch)
     gate = _Gate(spec) if approve_target else None
-    ledgers: list[MlflowLedger] = []
+    ledgers: list[Ledger] = []
 
-    def on_open(ledger: MlflowLedger) -> None:
+    def on_open(ledger: Ledger) -> None:
         ledgers.append(ledger)
         board.opened(ledger)
 

@@ -34,3 +34,7 @@ class CheckpointError(JfhpoError):
 
 class LedgerError(JfhpoError):
     """The ledger refused a write or holds a study that does not match the study file."""
+
+
+class LedgerUnavailable(LedgerError):  # noqa: N818  a state of the store, not a fault
+    """The ledger's store does not answer for now. What was to be written can be written again later."""

@@ -112,11 +112,15 @@ def _same(one: Record, other: Record) -> bool:
 
 
 class MemoryLedger:
-    """A ledger for simulations and tests; it ends with the process."""
+    """A ledger for simulations and tests; it ends with the process.
 
-    def __init__(self) -> None:
+    Args:
+        trials: What it holds to begin with.
+    """
+
+    def __init__(self, trials: Sequence[Trial] = ()) -> None:
         self._identity: str | None = None
-        self._trials: dict[str, Trial] = {}
+        self._trials = {trial.key: trial for trial in trials}
         self._records: dict[str, dict[int, StepRecord]] = {}
         self._facts: dict[str, str | float] = {}
 

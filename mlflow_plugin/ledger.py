@@ -12,6 +12,7 @@ is the one in `jfhpo.open`, unless it is committed already.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,7 @@ from mlflow.entities import Experiment, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ValidationError
 
-from jfhpo_core.errors import LedgerError, SpecError
+from jfhpo_core.errors import LedgerError, LedgerUnavailable, SpecError
 from jfhpo_core.fidelity import Ladder, build_ladder
 from jfhpo_core.ledger import check_begin, check_commit, mismatch_message
 from jfhpo_core.search import SearchResult
@@ -80,10 +81,46 @@ PARAMETERS_PER_CALL = 100
 STREAM_SECONDS = 2.0
 """Shortest time between two writes of a running trial's metrics: a write costs about 20 ms of CPU."""
 CONNECT_SECONDS = 10
+TRIAL_KEY = "jfhpo.trial_key"
+TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "ABORTED"}
+"""MLflow's codes for a server that is away, overloaded or about to restart."""
+REFUSALS = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
+HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+"""The outbox tries again by itself: the driver shall not stand still for the minutes that MLflow's defaults take."""
 
 logger = logging.getLogger(__name__)
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def _explained(method: Call) -> Call:
+    """Let a method of the ledger say in our words if the tracking server is away or refuses us."""
+
+    @functools.wraps(method)
+    def wrapped(self: MlflowLedger, *arguments: Any, **keywords: Any) -> Any:
+        from requests import RequestException
+
+        try:
+            return method(self, *arguments, **keywords)
+        except (MlflowException, RequestException) as error:
+            code = error.error_code if isinstance(error, MlflowException) else None
+            if code in REFUSALS:
+                raise LedgerError(
+                    f"the MLflow server refuses access ({_short(error)}); set MLFLOW_TRACKING_USERNAME and "
+                    "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to an account that may edit the experiment"
+                ) from error
+            if self._opened is None or not self.remote or (code is not None and code not in TRANSIENT):
+                raise
+            message = f"the MLflow server {self.tracking_uri} does not answer: {_short(error)}"
+            raise LedgerUnavailable(message) from error
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _short(error: Exception) -> str:
+    text = str(error)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 @dataclass
@@ -134,8 +171,10 @@ class MlflowLedger:
         self._source: dict[str, str]
         self._defaults: Configuration
         self._children: dict[str, _Child] = {}
+        self._uncertain: set[str] = set()
         self._facts: dict[str, str | float] = {}
 
+    @_explained
     def open(self, study: StudySpec) -> None:
         """See `Ledger.open`.
 
@@ -161,6 +200,7 @@ class MlflowLedger:
         if any(trial.open_segment is not None for trial in self.trials()):
             self._show(StudyState.RUNNING)
 
+    @_explained
     def look(self, study: StudySpec) -> bool:
         """Open for reading only, also while another process runs the study. Nothing is created or changed.
 
@@ -184,6 +224,7 @@ class MlflowLedger:
         self._children = self._read_children()
         return True
 
+    @_explained
     def recall(self, study: StudySpec, name: str) -> StudySpec:
         """Open an earlier study in the store of `study` for reading only, and return its study file.
 
@@ -210,24 +251,22 @@ class MlflowLedger:
         """See `Ledger.trials`."""
         return [child.trial for child in self._children.values()]
 
+    @_explained
     def begin(self, trial: Trial, segment: Segment) -> None:
         """See `Ledger.begin`."""
-        client = self._client
+        self._client  # noqa: B018  refuses a ledger that is not open
         child = self._children.get(trial.key)
         known = child.trial if child else trial.model_copy(update={"segments": (), "open_segment": None})
         check_begin(known, segment)
         if known.open_segment is not None:
+            if child is not None:
+                self._settle(child)
             return
         self._show(StudyState.RUNNING)
         begun = known.model_copy(update={"open_segment": segment})
         tags = {**_pack(OPEN, segment.model_dump_json()), **trial_labels(begun)}
         if child is None:
-            header = trial.model_copy(update={"segments": (), "open_segment": None}).model_dump_json()
-            run = client.create_run(
-                self._experiment_id,
-                tags={**self._source, PARENT: self.study_run_id, **_pack(HEADER, header), **tags},
-                run_name=run_name(begun),
-            )
+            run = self._found_run(trial.key) or self._create_run(begun, tags)
             child = _Child(run.info.run_id, begun, False, run.info.status, run.info.run_name, records={})
             self._children[trial.key] = child
         else:
@@ -235,19 +274,23 @@ class MlflowLedger:
             child.trial = begun
         self._settle(child)
 
+    @_explained
     def stream(self, key: str, records: Sequence[StepRecord]) -> None:
         """See `Ledger.stream`; written at most every `STREAM_SECONDS`."""
         child = self._child(key)
         child.waiting.extend(records)
         if time.monotonic() - child.streamed_at >= STREAM_SECONDS:
-            self._log(child.run_id, self._unseen(child, child.waiting))
+            self._log(child.run_id, step_metrics(_unseen(child, child.waiting), _now()))
+            child.shown.update({record.step: record for record in child.waiting})
             child.waiting = []
             child.streamed_at = time.monotonic()
 
+    @_explained
     def commit(self, key: str, result: SegmentResult, records: Sequence[StepRecord]) -> None:
         """See `Ledger.commit`."""
         child = self._child(key)
         if not check_commit(child.trial, result):
+            self._settle(child)
             return
         trial = child.trial.model_copy(update={"segments": (*child.trial.segments, result), "open_segment": None})
         known = self._records(child)
@@ -255,9 +298,13 @@ class MlflowLedger:
         self._client.log_text(child.run_id, lines, _records_file(result.segment.index))
         self._index(child, trial)
         model_id = child.checkpoint.model_id if child.checkpoint is not None else None
+        steps = step_metrics(_unseen(child, records), _now())
         self._log(
             child.run_id,
-            [*self._unseen(child, records), *result_metrics(trial, result, _now(), model_id, self._data)],
+            [
+                *steps,
+                *result_metrics(trial, result, _now(), model_id, self._data),
+            ],
             tags={**_pack(SEGMENT.format(result.segment.index), result.model_dump_json()), **trial_labels(trial)},
         )
         child.trial, child.waiting, child.shown = trial, [], {}
@@ -268,6 +315,7 @@ class MlflowLedger:
             self.study_run_id, study_metrics(self._study, trials, _now()), tags={NOTE: study_note(self._study, trials)}
         )
 
+    @_explained
     def step_records(self, key: str) -> list[StepRecord]:
         """See `Ledger.step_records`."""
         if key not in self._children:
@@ -275,6 +323,7 @@ class MlflowLedger:
         records = self._records(self._children[key])
         return [records[step] for step in sorted(records)]
 
+    @_explained
     def summarize(self, facts: Mapping[str, str | float], artifacts: Sequence[Path] = ()) -> None:
         """See `Ledger.summarize`."""
         for path in artifacts:
@@ -283,6 +332,7 @@ class MlflowLedger:
         self._log(self.study_run_id, tags=_pack(FACTS, json.dumps(known, ensure_ascii=False)))
         self._facts = known
 
+    @_explained
     def present(self, result: SearchResult, plots: Sequence[Path] = ()) -> None:
         """Show an outcome on the study's run: as its description, as metrics, and as plots among its artifacts."""
         for path in plots:
@@ -336,6 +386,11 @@ class MlflowLedger:
         return _without_password(self._client.tracking_uri)
 
     @property
+    def remote(self) -> bool:
+        """Whether the tracking store is a server, which may be away for a while."""
+        return _is_server(self._client.tracking_uri)
+
+    @property
     def experiment_id(self) -> str:
         """MLflow's id of the study's experiment."""
         self._client  # noqa: B018  refuses a ledger that is not open
@@ -375,6 +430,26 @@ class MlflowLedger:
     def _create_study(self) -> Run:
         tags = {STUDY: self._study.study, IDENTITY: self._study.identity(), STATE: StudyState.RUNNING.value}
         return self._client.create_run(self._experiment_id, tags={**self._source, **tags}, run_name=self._study.study)
+
+    def _create_run(self, trial: Trial, tags: Mapping[str, str]) -> Run:
+        header = trial.model_copy(update={"segments": (), "open_segment": None}).model_dump_json()
+        self._uncertain.add(trial.key)
+        run = self._client.create_run(
+            self._experiment_id,
+            tags={
+                **self._source, PARENT: self.study_run_id, TRIAL_KEY: trial.key, **_pack(HEADER, header), **tags,
+            },
+            run_name=run_name(trial),
+        )  # fmt: skip
+        self._uncertain.discard(trial.key)
+        return run
+
+    def _found_run(self, key: str) -> Run | None:
+        """The run of a trial that was created, but whose creation was not answered, if there is one."""
+        if key not in self._uncertain:
+            return None
+        condition = f"tags.`{PARENT}` = '{self.study_run_id}' and tags.`{TRIAL_KEY}` = '{key}'"
+        return next(iter(_search(self._client, self._experiment_id, condition)), None)
 
     def _show(self, state: StudyState) -> None:
         """Bring state and status of the study's run up to date."""
@@ -454,12 +529,6 @@ class MlflowLedger:
             checkpoint_store(self._study),
         )
 
-    def _unseen(self, child: _Child, records: Sequence[StepRecord]) -> list[Metric]:
-        """Metrics of those records that are not logged yet."""
-        new = [record for record in records if child.shown.get(record.step) != record]
-        child.shown.update({record.step: record for record in new})
-        return step_metrics(new, _now())
-
     def _records(self, child: _Child) -> dict[int, StepRecord]:
         if child.records is None:
             child.records = {}
@@ -509,6 +578,8 @@ def connect(study: StudySpec) -> MlflowClient:
     if _is_server(uri):
         import requests
 
+        for name, value in HTTP_SETTINGS.items():
+            os.environ.setdefault(name, value)
         try:
             requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS)
         except requests.exceptions.SSLError:
@@ -616,6 +687,11 @@ def _read_child(run: Run, entries: Mapping[str, checkpoints.Entry]) -> _Child | 
     return _Child(
         run_id, trial, bool(run.data.params), run.info.status, run.info.run_name, checkpoint=entries.get(run_id)
     )
+
+
+def _unseen(child: _Child, records: Sequence[StepRecord]) -> list[StepRecord]:
+    """Those records that are not logged as metrics yet."""
+    return [record for record in records if child.shown.get(record.step) != record]
 
 
 def _defaults(study: StudySpec) -> Configuration:

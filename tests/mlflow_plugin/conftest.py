@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -8,10 +9,13 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+PASSWORD = "correct horse battery staple"
 
 
 @pytest.fixture(scope="session")
@@ -43,35 +47,116 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[str]:
-    """A real tracking server that stores artifacts for its clients."""
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copyfile(empty_database, folder / "mlflow.db")
-    port = _free_port()
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files"),
-        ],
-        cwd=folder,
-        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=(folder / "log").open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
+class TrackingServer:
+    """A real tracking server that stores artifacts for its clients. It can be killed and started again.
+
+    Args:
+        folder: Where database and artifacts lie.
+        options: Further options of `mlflow server`.
+        environment: Further environment variables.
+    """
+
+    def __init__(self, folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+        self.folder, self.port = folder, _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._options, self._environment = options, environment or {}
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        folder = self.folder
+        self._process = subprocess.Popen(
+            [
+                sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
+                "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+                "--artifacts-destination", str(folder / "files"), *self._options,
+            ],
+            cwd=folder,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **self._environment},
+            stdout=(folder / "log").open("a"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+        )  # fmt: skip
         deadline = time.monotonic() + 180
         while True:
             try:
-                urllib.request.urlopen(f"{url}/health", timeout=5).read()
-                break
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).read()
             except OSError:
-                assert process.poll() is None, (folder / "log").read_text()
+                assert self._process.poll() is None, (folder / "log").read_text()
                 assert time.monotonic() < deadline, (folder / "log").read_text()
                 time.sleep(0.5)
-        yield url
+            else:
+                return
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """End it, by default without a chance to clean up."""
+        if self._process is not None:
+            os.killpg(self._process.pid, number)
+            self._process.wait(30)
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[str]:
+    """A server without authentication."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copyfile(empty_database, folder / "mlflow.db")
+    server = TrackingServer(folder)
+    try:
+        server.start()
+        yield server.url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        server.kill(signal.SIGTERM)
+
+
+@pytest.fixture
+def guarded_server(tmp_path: Path, empty_database: Path) -> Iterator[TrackingServer]:
+    """A server that asks for user and password: admin, with `PASSWORD`."""
+    folder = tmp_path / "guarded"
+    folder.mkdir()
+    shutil.copyfile(empty_database, folder / "mlflow.db")
+    # Checking a password takes a tenth of a second; it is remembered for a while.
+    (folder / "auth.ini").write_text(
+        "[mlflow]\ndefault_permission = READ\nadmin_username = admin\nauth_cache_ttl_seconds = 600\n"
+        f"database_uri = sqlite:///{folder}/auth.db\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    secrets = {
+        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "of no use elsewhere",
+    }
+    server = TrackingServer(folder, ["--app-name", "basic-auth"], secrets)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def postgres(tmp_path: Path) -> Iterator[str]:
+    """URI of an empty PostgreSQL database of its own."""
+    found = shutil.which("pg_ctl") or next(iter(sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))), None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed (no pg_ctl); on Debian: apt-get install postgresql")
+    binaries, data = Path(found).resolve().parent, tmp_path / "postgres"
+    # It refuses to run as root.
+    user: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.getuid() == 0 else {}
+    data.mkdir()
+    if user:
+        shutil.chown(data, "postgres", "postgres")
+        for folder in (tmp_path, *tmp_path.parents):
+            if folder.owner() == "root" and not folder.stat().st_mode & 0o001:
+                folder.chmod(folder.stat().st_mode | 0o011)
+    port = _free_port()
+    run = functools.partial(subprocess.run, check=True, capture_output=True, cwd=data, **user)
+    run([binaries / "initdb", "-D", data / "db", "-U", "jfhpo", "--auth", "trust", "--no-sync"])
+    settings = f"-c listen_addresses=127.0.0.1 -p {port} -k {data} -c fsync=off"
+    run([binaries / "pg_ctl", "-D", data / "db", "-w", "-o", settings, "-l", data / "log", "start"])
+    try:
+        run([binaries / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "jfhpo", "mlflow"])
+        yield f"postgresql://jfhpo@127.0.0.1:{port}/mlflow"
+    finally:
+        run([binaries / "pg_ctl", "-D", data / "db", "-m", "immediate", "stop"])
