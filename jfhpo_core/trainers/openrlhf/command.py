@@ -193,8 +193,10 @@ def build_flags(job: Job, settings: OpenRlhfSettings, placement: Placement, file
             "ds.lora.rank": settings.lora.rank,
             "ds.lora.alpha": settings.lora.alpha,
             "ds.lora.dropout": settings.lora.dropout,
-            "ds.lora.target_modules": tuple(settings.lora.target_modules),
         }
+        # OpenRLHF's default is the word; given as an argument it would become a list of one, which PEFT takes literally.
+        if settings.lora.target_modules != "all-linear":
+            flags["ds.lora.target_modules"] = tuple(settings.lora.target_modules)
     return flags
 
 

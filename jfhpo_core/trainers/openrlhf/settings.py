@@ -19,7 +19,10 @@ class LoraSettings(BaseModel):
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1, description="Adapters are scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: list[str] = Field(default=["all-linear"], min_length=1)
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        default="all-linear",
+        description="Names of the adapted modules; 'all-linear' is every linear layer but the head.",
+    )
 
 
 class OpenRlhfSettings(BaseModel):

@@ -21,12 +21,12 @@ from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.tasks import Row, load_task, reward_reference
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.openrlhf.command import MODULE, Files, build_flags, evaluation_interval, to_argv
-from jfhpo_core.trainers.openrlhf.failures import FATAL, explain
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
-from jfhpo_core.trainers.openrlhf.log import LogTail, StepLine, read_line
+from jfhpo_core.trainers.openrlhf.log import StepLine, read_line
 from jfhpo_core.trainers.openrlhf.placement import place
 from jfhpo_core.trainers.openrlhf.process import TrainingProcess, environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
+from jfhpo_core.trainers.openrlhf.watch import Watch
 from jfhpo_core.trial import Evaluation, StepRecord
 
 AGENT = Path(__file__).with_name("inside") / "agent.py"
@@ -36,24 +36,14 @@ PROGRESS = "jfhpo-progress.json"
 EVALUATION_SEED = 20240213
 """As in the `trl` trainer: every evaluation of every trial samples with these random numbers."""
 
-POLL_SECONDS = 0.1
 BEAT_SECONDS = 5.0
 """The agent hears from us this often."""
 
 ORPHAN_SECONDS = 900.0
 """A training that has not heard from its driver for so long ends itself. Longer than any pause of a shared disk."""
 
-HANG_FACTOR = 20.0
-"""A silence of so many of the training's own median steps counts as hung, if it also exceeds `hang_seconds`."""
-
 UNBOUNDED = 10**9
 """More steps than any training has."""
-
-LAST_WORDS_SECONDS = 5.0
-"""After a fatal line: for the rest of what is said about it."""
-
-LOG_LINES = 50_000
-"""Of a log are kept, to find the cause of a failure in."""
 
 SETTLE_SECONDS = 1.0
 """A checkpoint is complete when its files have not changed for so long after its last part appeared."""
@@ -213,14 +203,10 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.step = 0 if self.fresh else self.job.segment.start_step
-        self._tail = LogTail(self.files.log)
-        self._lines: deque[str] = deque(maxlen=LOG_LINES)
+        self._watch = Watch(self.process, self.files, self.settings.startup_seconds, self.settings.hang_seconds)
         self._steps: deque[StepLine] = deque()
         self._native_steps: list[int] = []
-        self._heard = time.monotonic()
         self._beaten = 0.0
-        self._lost: float | None = None
-        self._intervals: list[float] = []
         self._interval = evaluation_interval(self.job)
         self._released = -1
         self._evaluate: int | None = None
@@ -281,13 +267,10 @@ class _Loop:
             )
         metrics = line.metrics
         total, generation = metrics["timing/step_total"], metrics["timing/generation"]
-        now = time.monotonic()
-        if self.startup_seconds:
-            self._intervals.append(now - self._heard)
-        else:
+        if not self.startup_seconds:
             evaluated = sum(evaluation.seconds for evaluation in self.evaluations)
-            self.startup_seconds = max(math.ulp(1.0), now - self.began - total - evaluated)
-        self._heard = now
+            self.startup_seconds = max(math.ulp(1.0), time.monotonic() - self.began - total - evaluated)
+        self._watch.hear(step=True)
         self.step = line.step
         samples, length = round(metrics["rollout/num_samples"]), metrics["rollout/response_length_mean"]
         self.tokens += round(samples * length)
@@ -343,7 +326,7 @@ class _Loop:
 
     def _evaluation(self, path: Path) -> Evaluation:
         content = json.loads(path.read_text(encoding="utf-8"))
-        self._heard = time.monotonic()
+        self._watch.hear(step=False)
         return score(content["rewards"], self.step, self.step * self.job.prompts_per_step, content["seconds"])
 
     def _follow(self) -> None:
@@ -356,38 +339,9 @@ class _Loop:
                 self._native_steps.append(event.step)
 
     def _poll(self, *, may_end: bool = False) -> list[str]:
-        """New lines of the log, after a short sleep.
-
-        Raises:
-            TrialFailure, InfrastructureError: The training has ended, or hangs.
-        """
-        time.sleep(POLL_SECONDS)
         if time.monotonic() - self._beaten > BEAT_SECONDS:
             self._tell()
-        # In this order: what is printed before the end is read.
-        exit_code = self.process.exit_code
-        lines = self._tail.read()
-        self._lines += lines
-        if exit_code is not None and not lines and not (may_end and exit_code == 0):
-            raise explain(list(self._lines), exit_code, str(self.files.log))
-        if self._lost is None and any(FATAL.search(line) for line in lines):
-            self._lost = time.monotonic()
-        if self._lost is not None and time.monotonic() - self._lost > LAST_WORDS_SECONDS:
-            raise explain(list(self._lines), None, str(self.files.log))
-        self._refuse_silence()
-        return lines
-
-    def _refuse_silence(self) -> None:
-        median = statistics.median(self._intervals or [0.0])
-        limit = max(self.settings.hang_seconds, HANG_FACTOR * median)
-        if not self._intervals:
-            limit = max(limit, self.settings.startup_seconds)
-        if time.monotonic() - self._heard > limit:
-            last = next((line for line in reversed(self._lines) if line.strip()), "nothing was printed")
-            raise InfrastructureError(
-                f"the training hangs: no step for {limit:.0f} s after step {self.step} (a step takes {median:.1f} s); "
-                f"last line: {last[:200]} (log: {self.files.log})"
-            )
+        return self._watch.poll(may_end=may_end)
 
 
 def score(rewards: list[tuple[int, float]], step: int, prompts: int, seconds: float) -> Evaluation:

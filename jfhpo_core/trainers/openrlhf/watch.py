@@ -1,0 +1,90 @@
+"""Watching a training from outside: its log as it grows, its end, and its silence."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+
+from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.trainers.openrlhf.command import Files
+from jfhpo_core.trainers.openrlhf.failures import FATAL, explain
+from jfhpo_core.trainers.openrlhf.log import LogTail
+from jfhpo_core.trainers.openrlhf.process import TrainingProcess
+
+POLL_SECONDS = 0.1
+
+HANG_FACTOR = 20.0
+"""A silence of so many of the training's own median steps counts as hung, if it also exceeds `hang_seconds`."""
+
+LAST_WORDS_SECONDS = 5.0
+"""After a fatal line: for the rest of what is said about it."""
+
+LOG_LINES = 50_000
+"""Of a log are kept, to find the cause of a failure in."""
+
+
+class Watch:
+    """Follows a training process.
+
+    Args:
+        process: The training.
+        files: Where its log is.
+        startup_seconds: Silence allowed before its first step.
+        hang_seconds: Silence always allowed after it.
+    """
+
+    def __init__(self, process: TrainingProcess, files: Files, startup_seconds: float, hang_seconds: float) -> None:
+        self._process = process
+        self._log = str(files.log)
+        self._tail = LogTail(files.log)
+        self._lines: deque[str] = deque(maxlen=LOG_LINES)
+        self._startup_seconds = startup_seconds
+        self._hang_seconds = hang_seconds
+        self._heard = time.monotonic()
+        self._lost: float | None = None
+        self._intervals: list[float] = []
+        self._started = False
+
+    def hear(self, *, step: bool) -> None:
+        """The training has shown progress: a step, or something that takes as long as it takes."""
+        now = time.monotonic()
+        if step and self._started:
+            self._intervals.append(now - self._heard)
+        self._started |= step
+        self._heard = now
+
+    def poll(self, *, may_end: bool = False) -> list[str]:
+        """New lines of the log, after a short sleep.
+
+        Args:
+            may_end: Whether the training may have come to a good end.
+
+        Raises:
+            TrialFailure, InfrastructureError: The training has ended, or hangs.
+        """
+        time.sleep(POLL_SECONDS)
+        # In this order: what is printed before the end is read.
+        exit_code = self._process.exit_code
+        lines = self._tail.read()
+        self._lines += lines
+        if exit_code is not None and not lines and not (may_end and exit_code == 0):
+            raise explain(list(self._lines), exit_code, self._log)
+        if self._lost is None and any(FATAL.search(line) for line in lines):
+            self._lost = time.monotonic()
+        if self._lost is not None and time.monotonic() - self._lost > LAST_WORDS_SECONDS:
+            raise explain(list(self._lines), None, self._log)
+        self._refuse_silence()
+        return lines
+
+    def _refuse_silence(self) -> None:
+        median = statistics.median(self._intervals or [0.0])
+        limit = max(self._hang_seconds, HANG_FACTOR * median)
+        if not self._started:
+            limit = max(limit, self._startup_seconds)
+        if time.monotonic() - self._heard > limit:
+            last = next((line for line in reversed(self._lines) if line.strip()), "nothing was printed")
+            raise InfrastructureError(
+                f"the training hangs: silent for {limit:.0f} s after {len(self._intervals) + self._started} steps (of "
+                f"{median:.1f} s each); last line: {last[:200]} (log: {self._log})"
+            )
