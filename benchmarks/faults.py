@@ -609,9 +609,9 @@ def write(records: Sequence[Record], folder: Path) -> None:
 
 PAGE = """# Faults
 
-{faults} faults at random moments in {searches} searches ({on_ray} of them on Ray), each search in a process of its own with
-real checkpoints and a real MLflow store. After a fault the search is started again, until its study is complete. Made by
-`python -m benchmarks faults`, from commit {commits}.
+{faults} faults at random moments in {searches} searches ({on_ray} of them on Ray), each search in a process of its own
+with real checkpoints and a real MLflow store. After a fault the search is started again, until its study is complete.
+Made by `python -m benchmarks faults`, from commit {commits}.
 
 | Fault | What happens | Times | Times that something did not hold | Median time to the next new result |
 |---|---|---:|---:|---:|

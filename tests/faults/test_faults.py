@@ -1,0 +1,52 @@
+"""Searches that are disturbed, with real processes. `python -m benchmarks faults` does so hundreds of times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import faults
+from benchmarks.faults import Campaign, Disturbance, Unreliable, disturb_seed, pieces, study_of
+from jfhpo_core.dispatch import InlineDispatcher
+from jfhpo_core.ledger import MemoryLedger
+from jfhpo_core.search import run_search
+from jfhpo_core.spec import StrategySpec
+from jfhpo_core.study import resolve
+
+
+@pytest.mark.parametrize("how", [Disturbance(duplicates=True), Disturbance(late=True)])
+def test_what_comes_twice_or_late_counts_once(tmp_path: Path, how: Disturbance) -> None:
+    study = resolve(study_of(3, tmp_path).model_copy(update={"strategy": StrategySpec(name="random")}))
+    found = []
+    for disturbance in (Disturbance(), how):
+        ledger = MemoryLedger()
+        run_search(study, ledger, Unreliable(InlineDispatcher(2), ledger, disturbance))
+        found.append(pieces(ledger.trials()))
+    assert len(found[0]) > 3
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_what_does_not_hold_is_noticed(tmp_path: Path) -> None:
+    campaign = Campaign(5, tmp_path / "disk", ray=False, kinds=())
+    campaign.folder.mkdir()
+    spec = study_of(5, campaign.folder)
+    calm = faults.undisturbed(5)
+    assert campaign.run(most=0) == []
+    assert campaign._violations(spec, calm) == []
+    assert campaign._violations(spec, calm[1:]) != []
+    assert campaign._violations(spec, [*calm, calm[-1]]) != []
+    with campaign._journal.open("a") as journal:
+        journal.write("0 0123456789abcdef\n")
+    assert campaign._violations(spec, calm) == ["1 acknowledged result(s) are missing or changed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "on_ray", "most"), [(0, False, 8), (1, True, 3)])
+def test_a_disturbed_search_loses_nothing_repeats_nothing_and_leaves_nothing(
+    seed: int, on_ray: bool, most: int
+) -> None:
+    records = disturb_seed(seed, on_ray, most)
+    assert len(records) == most
+    assert [record.violations for record in records] == [()] * most
