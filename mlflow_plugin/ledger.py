@@ -43,6 +43,7 @@ from jfhpo_core.trainers import load_trainer
 from jfhpo_core.trial import Configuration, Segment, SegmentResult, StepRecord, Trial, canonical_json
 from mlflow_plugin import checkpoints
 from mlflow_plugin.presentation import (
+    EXPERIMENT_NOTE,
     NOTE,
     STATE,
     STATUS,
@@ -635,7 +636,7 @@ def _experiment(client: MlflowClient, study: StudySpec) -> Experiment:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         folder = _artifact_folder(client.tracking_uri, name)
-        return client.get_experiment(client.create_experiment(name, folder))
+        return client.get_experiment(client.create_experiment(name, folder, tags={NOTE: EXPERIMENT_NOTE}))
     if experiment.lifecycle_stage != "active":
         raise LedgerError(
             f"MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore --experiment-id "

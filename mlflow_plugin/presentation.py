@@ -33,6 +33,11 @@ from mlflow_plugin.provenance import TaskData
 
 NOTE = "mlflow.note.content"
 STATE = "jfhpo.state"
+EXPERIMENT_NOTE = (
+    "Hyperparameter studies of jfhpo: one run for each study, with its trials nested below. Choose *Model training* at "
+    "the top left, then the view *Trials* above the table of runs."
+)
+"""Description of an experiment that the ledger creates."""
 NOTE_LIMIT = 5000
 """Characters of a description; MLflow servers before 2.15 refuse longer tags."""
 
