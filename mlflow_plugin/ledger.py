@@ -192,7 +192,8 @@ class MlflowLedger:
         self._opened, self._study, self._experiment_id = client, study, experiment.experiment_id
         self._parent = parent if parent is not None else self._create_study()
         self._facts = read_facts(self._parent)
-        self._state = StudyState(self._parent.data.tags.get(STATE, StudyState.RUNNING))
+        shown = self._parent.data.tags.get(STATE)
+        self._state = next((state for state in StudyState if state.value == shown), StudyState.RUNNING)
         self._children = self._read_children()
         self._describe_study()
         for child in self._children.values():
