@@ -188,15 +188,6 @@ def build_flags(job: Job, settings: OpenRlhfSettings, placement: Placement, file
             "critic.value_clip": chosen.value_clip,
             "critic.freezing_steps": -1,
         }
-    if settings.lora is not None:
-        flags |= {
-            "ds.lora.rank": settings.lora.rank,
-            "ds.lora.alpha": settings.lora.alpha,
-            "ds.lora.dropout": settings.lora.dropout,
-        }
-        # OpenRLHF's default is the word; given as an argument it would become a list of one, which PEFT takes literally.
-        if settings.lora.target_modules != "all-linear":
-            flags["ds.lora.target_modules"] = tuple(settings.lora.target_modules)
     return flags
 
 

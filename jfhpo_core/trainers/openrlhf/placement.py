@@ -17,9 +17,6 @@ GIB = 2**30
 
 WEIGHT_BYTES, GRADIENT_BYTES, OPTIMIZER_BYTES = 2, 2, 12
 
-LORA_SHARE = 0.02
-"""Adapters of a usual rank are about this share of the weights."""
-
 USABLE = 0.85
 """Share of a GPU's memory that a plan may fill: the rest goes to CUDA, NCCL and fragments."""
 
@@ -65,11 +62,10 @@ class Placement:
 
 
 def training_bytes(
-    parameters: int, gpus: int, zero_stage: int, *, offload: bool, lora: bool, reference: bool, critic: bool
+    parameters: int, gpus: int, zero_stage: int, *, offload: bool, reference: bool, critic: bool
 ) -> float:
     """Memory that weights, gradients, optimizer and reference take on each of `gpus` GPUs, without activations."""
-    trained = parameters * (LORA_SHARE if lora else 1.0)
-    shared = (GRADIENT_BYTES + (0 if offload else OPTIMIZER_BYTES)) * trained / gpus
+    shared = (GRADIENT_BYTES + (0 if offload else OPTIMIZER_BYTES)) * parameters / gpus
     weights = WEIGHT_BYTES * parameters / (gpus if zero_stage == 3 else 1)
     return (weights + shared) * (2 if critic else 1) + (weights if reference else 0.0)
 
@@ -111,14 +107,13 @@ def place(
         )
     usable = settings.gpu_memory_gib * GIB * USABLE * share
     available = usable * (1 - ACTIVATION_SHARE)
-    lora = settings.lora is not None
     choices = [
         (stage, offload)
         for stage, offload in ((2, False), (3, False), (3, True))
         if settings.zero_stage in (None, stage) and settings.offload_optimizer in (None, offload)
     ] or [(settings.zero_stage or 2, bool(settings.offload_optimizer))]
     needs = [
-        training_bytes(parameters, training, stage, offload=offload, lora=lora, reference=reference, critic=critic)
+        training_bytes(parameters, training, stage, offload=offload, reference=reference, critic=critic)
         for stage, offload in choices
     ]
     fitting = next((number for number, need in enumerate(needs) if need <= available), None)
@@ -128,7 +123,7 @@ def place(
                 count
                 for count in (2**power for power in range(12))
                 if training_bytes(
-                    parameters, count, choices[-1][0], offload=choices[-1][1], lora=lora, reference=reference,
+                    parameters, count, choices[-1][0], offload=choices[-1][1], reference=reference,
                     critic=critic,
                 ) <= available
             ),
@@ -138,7 +133,7 @@ def place(
             f"family: a model of {parameters:,} parameters needs about {min(needs) / GIB:.0f} GiB on each of "
             f"{training} GPUs to train, and {available / GIB:.0f} GiB are left beside activations (gpu_memory_gib "
             f"{settings.gpu_memory_gib:g}, share {share:g}); "
-            + (f"give it `devices: {enough}`, or train LoRA adapters" if enough else "train LoRA adapters")
+            + (f"give it `devices: {enough}`" if enough else "no number of GPUs of this size is enough")
         )
     stage, offload = choices[fitting or 0]
     memory = settings.vllm_memory_share or (0.9 if settings.asynchronous else 0.55)

@@ -11,20 +11,6 @@ PYTHON_VARIABLE = "JFHPO_OPENRLHF_PYTHON"
 """Environment variable with the trainer's Python, for studies that do not name it."""
 
 
-class LoraSettings(BaseModel):
-    """Train low-rank adapters (LoRA, arXiv 2106.09685) instead of all weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rank: int = Field(default=16, ge=1)
-    alpha: int = Field(default=32, ge=1, description="Adapters are scaled by alpha / rank.")
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: list[str] | Literal["all-linear"] = Field(
-        default="all-linear",
-        description="Names of the adapted modules; 'all-linear' is every linear layer but the head.",
-    )
-
-
 class OpenRlhfSettings(BaseModel):
     """Settings of trainer `openrlhf`."""
 
@@ -47,7 +33,6 @@ class OpenRlhfSettings(BaseModel):
         description="Generate the next rollouts during training, on GPUs of their own: faster, one step off-policy. A "
         "trial that a rule stops is then not evaluated at that very step.",
     )
-    lora: LoraSettings | None = Field(default=None, description="None trains all weights.")
     chat_template: bool = Field(
         default=False, description="Give prompts to the model as a user's message, in the model's chat template."
     )

@@ -48,6 +48,11 @@ class OpenRlhfTrainer:
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`."""
+        if "lora" in study.trainer.settings:
+            raise SpecError(
+                "trainer.settings.lora: OpenRLHF 0.11.2 cannot train adapters with vLLM (it sends the engine the names "
+                "of PEFT's modules, which the engine does not know); leave it out, or use trainer 'trl'"
+            )
         chosen = settings(study)
         if chosen.interpreter is None or shutil.which(chosen.interpreter) is None:
             raise SpecError(

@@ -203,7 +203,7 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.step = 0 if self.fresh else self.job.segment.start_step
-        self._watch = Watch(self.process, self.files, self.settings.startup_seconds, self.settings.hang_seconds)
+        self._watch = Watch(self.process, self.files.log, self.settings.startup_seconds, self.settings.hang_seconds)
         self._steps: deque[StepLine] = deque()
         self._native_steps: list[int] = []
         self._beaten = 0.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
+from pathlib import Path
 
 from jfhpo_core.errors import InfrastructureError
-from jfhpo_core.trainers.openrlhf.command import Files
 from jfhpo_core.trainers.openrlhf.failures import FATAL, explain
 from jfhpo_core.trainers.openrlhf.log import LogTail
 from jfhpo_core.trainers.openrlhf.process import TrainingProcess
@@ -29,15 +29,15 @@ class Watch:
 
     Args:
         process: The training.
-        files: Where its log is.
+        log: Everything that it prints.
         startup_seconds: Silence allowed before its first step.
         hang_seconds: Silence always allowed after it.
     """
 
-    def __init__(self, process: TrainingProcess, files: Files, startup_seconds: float, hang_seconds: float) -> None:
+    def __init__(self, process: TrainingProcess, log: Path, startup_seconds: float, hang_seconds: float) -> None:
         self._process = process
-        self._log = str(files.log)
-        self._tail = LogTail(files.log)
+        self._log = str(log)
+        self._tail = LogTail(log)
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
         self._startup_seconds = startup_seconds
         self._hang_seconds = hang_seconds

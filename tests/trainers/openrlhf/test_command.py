@@ -75,16 +75,6 @@ def test_the_cpu_needs_neither_nccl_nor_flash_attention() -> None:
     assert built["vllm.enable_sleep"] is False
 
 
-def test_lora_and_the_lack_of_it() -> None:
-    adapted = flags(settings={"lora": {"rank": 8}})
-    assert adapted["ds.lora.rank"] == 8
-    # Its default is the word 'all-linear'; as an argument it would become a list.
-    assert "ds.lora.target_modules" not in adapted
-    named = flags(settings={"lora": {"target_modules": ["q_proj", "v_proj"]}})
-    assert named["ds.lora.target_modules"] == ("q_proj", "v_proj")
-    assert "ds.lora.rank" not in flags()
-
-
 def test_no_reference_means_no_kl_loss() -> None:
     assert flags(kl_coefficient=0.0)["algo.kl.use_loss"] is False
 

@@ -71,7 +71,7 @@ def command_lines() -> list[Flags]:
     for scheduler in SCHEDULERS:
         add(scheduler=scheduler, warmup_ratio=0.1)
     add({"device": "cpu"})
-    add({"lora": {"rank": 8, "target_modules": ["q_proj", "v_proj"]}, "chat_template": True})
+    add({"chat_template": True})
     add({"asynchronous": True}, devices=4)
     add({"gpus_per_node": 8}, devices=16, parameters=32_000_000_000)
     add(dual_clip=3.0, mini_batches=2, epochs=2, entropy_coefficient=0.01, kl_coefficient=0.0)

@@ -145,6 +145,7 @@ def test_a_ray_job_is_submitted_and_stopped_by_its_name() -> None:
         ({"settings": {"device": "cuda", "python": "python3"}}, "gpus_per_device"),
         ({"settings": {"device": "cpu", "python": "/no/such/python"}}, "make openrlhf-env"),
         ({"settings": {"device": "cpu", "python": "python3", "nodes": 2}}, "settings.nodes"),
+        ({"settings": {"device": "cpu", "python": "python3", "lora": {}}}, "cannot train adapters"),
         ({"fixed": {"n_samples": 1}, "settings": {"device": "cpu", "python": "python3"}}, "would train nothing"),
     ],
 )

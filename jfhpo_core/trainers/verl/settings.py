@@ -1,0 +1,55 @@
+"""What a study may set of trainer `verl`: the section `trainer.settings`, and its hyperparameters."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from jfhpo_core.hyperparameters import Hyperparameters
+
+PYTHON_VARIABLE = "JFHPO_VERL_PYTHON"
+"""Environment variable with verl's Python, for studies that do not name it."""
+
+
+class VerlSettings(BaseModel):
+    """Settings of trainer `verl`. Prompts are always given in the model's chat template: verl knows no other way."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    python: str | None = Field(
+        default=None,
+        description=f"Python of verl's environment, the same path on every node; None: ${PYTHON_VARIABLE}.",
+    )
+    max_prompt_tokens: int = Field(default=1024, ge=1, description="A longer prompt ends the trial with an error.")
+    gpus_per_node: int = Field(default=8, ge=1, description="GPUs of a node; a training stays within one.")
+    gpu_memory_gib: float = Field(default=80.0, gt=0, description="Memory of one GPU, for the placement.")
+    tensor_parallel: int | None = Field(default=None, ge=1, description="GPUs per vLLM engine; None: few.")
+    vllm_memory_share: float | None = Field(default=None, gt=0, lt=1, description="None: from the placement.")
+    gradient_checkpointing: bool = Field(default=True, description="Save memory by computing activations twice.")
+    startup_seconds: float = Field(default=1800.0, gt=0, description="Silence allowed before the first step.")
+    hang_seconds: float = Field(default=900.0, gt=0, description="Silence always allowed after it.")
+    environment: dict[str, str] = Field(default_factory=dict, description="Further environment variables of verl.")
+
+    @property
+    def interpreter(self) -> str | None:
+        """Verl's Python, if any is named."""
+        return self.python or os.environ.get(PYTHON_VARIABLE) or None
+
+
+class VerlHyperparameters(Hyperparameters):
+    """The hyperparameters that all trainers share, as far as verl has them."""
+
+    scheduler: Literal["constant", "cosine"] = Field(
+        default="constant", description="Learning-rate schedule over the full horizon."
+    )
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.prompts_per_step % self.mini_batches:
+            raise ValueError(
+                f"verl parts a step by its prompts, and prompts_per_step={self.prompts_per_step} is no multiple of "
+                f"mini_batches={self.mini_batches}; change one of the two"
+            )
+        return self

@@ -1,0 +1,69 @@
+"""What a study may ask of the trainer `verl`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.tasks import load_task
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
+from jfhpo_core.trainers.openrlhf.trainer import FEWEST_HELDOUT
+from jfhpo_core.trainers.verl.settings import PYTHON_VARIABLE, VerlHyperparameters, VerlSettings
+
+
+class VerlTrainer:
+    """verl 0.9 on Ray with vLLM and FSDP; see `VerlHyperparameters` and `VerlSettings`.
+
+    verl goes on while a step is being judged. A rule that stops a trial therefore stops it a step late, and without an
+    evaluation at that step, unless it is a rung.
+    """
+
+    name: ClassVar[str] = "verl"
+    hyperparameters: ClassVar[type[BaseModel]] = VerlHyperparameters
+
+    def check(self, study: StudySpec) -> None:
+        """See `Trainer.check`."""
+        chosen = settings(study)
+        if chosen.interpreter is None or shutil.which(chosen.interpreter) is None:
+            raise SpecError(
+                f"trainer.settings.python: {chosen.interpreter!r} is no Python here; verl lives in an environment of "
+                f"its own (`pip install verl[vllm]`): name its python, or set {PYTHON_VARIABLE}"
+            )
+        if study.cluster.gpus_per_device != 1:
+            raise SpecError(
+                f"cluster.gpus_per_device: trainer 'verl' needs whole GPUs that Ray gives to its workers; set 1 "
+                f"instead of {study.cluster.gpus_per_device:g}"
+            )
+        for model in study.family.models:
+            if model.devices > chosen.gpus_per_node:
+                raise SpecError(
+                    f"family: model {model.name!r} asks for {model.devices} devices, and a training of trainer 'verl' "
+                    f"stays within a node of {chosen.gpus_per_node} (trainer.settings.gpus_per_node)"
+                )
+        task = load_task(study.task)
+        if len(task.heldout[: study.evaluation.prompts]) < FEWEST_HELDOUT:
+            raise SpecError(f"task.heldout: one row gives no standard error; give at least {FEWEST_HELDOUT}")
+
+    def warm_up(self) -> None:
+        """See `Trainer.warm_up`."""
+        from jfhpo_core.trainers.verl import training  # noqa: F401
+
+    def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+        """See `Trainer.run`."""
+        from jfhpo_core.trainers.verl.training import train
+
+        return train(job, settings(job.study), start, stage, observe)
+
+
+def settings(study: StudySpec) -> VerlSettings:
+    """The study's trainer settings.
+
+    Raises:
+        SpecError: A setting is unknown or out of bounds.
+    """
+    return read_settings(VerlSettings, study, "verl")

@@ -1,0 +1,255 @@
+"""One job of the `verl` trainer: start verl, read what it writes, judge every step, take its checkpoint.
+
+verl writes a step's metrics to a file (logger `file`) once the step, its checkpoint and its validation are done, and
+every completion with its score to files of their own. All that is measured comes from these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.tasks import Row, load_task, reward_reference
+from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.openrlhf.log import LogTail
+from jfhpo_core.trainers.openrlhf.placement import Placement, place
+from jfhpo_core.trainers.openrlhf.process import TrainingProcess, environment
+from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
+from jfhpo_core.trainers.openrlhf.training import PROGRESS, prompt_order, score
+from jfhpo_core.trainers.openrlhf.watch import Watch
+from jfhpo_core.trainers.verl.command import MODULE, VerlFiles, build_overrides, to_argv
+from jfhpo_core.trainers.verl.settings import VerlSettings
+from jfhpo_core.trial import Evaluation, StepRecord
+
+REWARD = Path(__file__).with_name("inside") / "reward.py"
+LATEST = "latest_checkpointed_iteration.txt"
+
+
+def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+    """See `Trainer.run`."""
+    began = time.monotonic()
+    folder = Path(job.store).absolute().parent / "trainings" / job.trial_key
+    folder /= f"{job.segment.index:02d}-{uuid.uuid4().hex[:6]}"
+    folder.mkdir(parents=True)
+    files = VerlFiles(folder, stage.absolute().with_name(f"{stage.name}.work"))
+    try:
+        tokens = prepare(job, start, files)
+        overrides = build_overrides(job, settings, placement(job, settings), files, fresh=start is None)
+        assert settings.interpreter is not None
+        command = [settings.interpreter, "-m", MODULE, *to_argv(overrides)]
+        (folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
+        variables = environment(OpenRlhfSettings(environment=settings.environment), os.environ, job.devices)
+        variables["VERL_FILE_LOGGER_PATH"] = str(files.metrics)
+        with TrainingProcess(command, variables, files.log) as process:
+            loop = Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
+            loop.run()
+        if not loop.stopped:
+            take_checkpoint(files, stage, job.segment.stop_step, loop.tokens)
+    finally:
+        shutil.rmtree(files.checkpoints.parent, ignore_errors=True)
+    return TrainingResult(
+        end_step=loop.step,
+        end_prompts=loop.step * job.prompts_per_step,
+        evaluations=tuple(loop.evaluations),
+        startup_seconds=loop.startup_seconds,
+        evaluation_seconds=sum(evaluation.seconds for evaluation in loop.evaluations),
+    )
+
+
+def placement(job: Job, settings: VerlSettings) -> Placement:
+    """FSDP shares weights, gradients and optimizer as ZeRO stage 3 does."""
+    chosen = OpenRlhfSettings(
+        gpus_per_node=settings.gpus_per_node,
+        gpu_memory_gib=settings.gpu_memory_gib,
+        tensor_parallel=settings.tensor_parallel,
+        vllm_memory_share=settings.vllm_memory_share,
+        zero_stage=3,
+    )
+    reference = float(job.configuration["kl_coefficient"]) > 0
+    return place(chosen, job.parameters, job.devices, reference=reference, critic=False)
+
+
+def prepare(job: Job, start: Path | None, files: VerlFiles) -> int:
+    """Write everything that the training reads. Returns the completion tokens generated before it."""
+    task = load_task(job.study.task)
+    rows = prompt_order(task.train, job.total_steps * job.prompts_per_step, job.seed)
+    _write_rows(files.prompts, rows, "train")
+    _write_rows(files.heldout, list(task.heldout[: job.study.evaluation.prompts]), "heldout")
+    files.plan.write_text(json.dumps({"reward": reward_reference(job.study.task)}), encoding="utf-8")
+    shutil.copyfile(REWARD, files.reward)
+    files.checkpoints.mkdir(parents=True)
+    if start is None:
+        return 0
+    step = job.segment.start_step
+    target = files.checkpoints / f"global_step_{step}"
+    shutil.copytree(start / "checkpoints", target, copy_function=_link)
+    (files.checkpoints / LATEST).write_text(str(step), encoding="utf-8")
+    return int(json.loads((start / PROGRESS).read_text(encoding="utf-8"))["tokens"])
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+    return target
+
+
+def _write_rows(path: Path, rows: list[Row], source: str) -> None:
+    """Verl's schema: the prompt as a chat, and the row itself as the ground truth."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = [
+        {
+            "data_source": source,
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "reward_model": {"style": "rule", "ground_truth": json.dumps(row)},
+            "extra_info": {"index": number},
+        }
+        for number, row in enumerate(rows)
+    ]
+    pq.write_table(pa.Table.from_pylist(table), path)
+
+
+class Loop:
+    """Follows a training from its first to its last step of a segment."""
+
+    def __init__(
+        self,
+        job: Job,
+        settings: VerlSettings,
+        files: VerlFiles,
+        process: TrainingProcess,
+        observe: Observer,
+        began: float,
+        tokens: int,
+        *,
+        fresh: bool,
+    ) -> None:
+        self.step = 0 if fresh else job.segment.start_step
+        self.tokens = tokens
+        self.stopped = False
+        self.evaluations: list[Evaluation] = []
+        self.startup_seconds = 0.0
+        self._job = job
+        self._files = files
+        self._observe = observe
+        self._began = began
+        self._fresh = fresh
+        self._watch = Watch(process, files.log, settings.startup_seconds, settings.hang_seconds)
+        self._metrics = LogTail(files.metrics)
+        self._entries: deque[dict[str, Any]] = deque()
+
+    def run(self) -> None:
+        """Train up to the segment's end, or a rule's stop."""
+        if self._fresh and 0 in self._job.evaluation_steps:
+            self._take(self._evaluation(self._next(0)["data"]))
+        while self.step < self._job.segment.stop_step and not self.stopped:
+            data = self._next(self.step + 1)["data"]
+            self.step += 1
+            self.stopped = self._take(self._record(data))
+            scored = self._files.validations / f"{self.step}.jsonl"
+            wanted = self.stopped or self.step in self._job.evaluation_steps
+            if wanted and any(name.startswith("val-") for name in data):
+                self._wait_for(scored)
+                self.stopped |= self._take(self._evaluation(data))
+
+    def _take(self, event: StepRecord | Evaluation) -> bool:
+        """Report what was measured. Whether a rule stops the training."""
+        if isinstance(event, Evaluation):
+            self.evaluations.append(event)
+        decision = self._observe(event)
+        return decision is not None and decision.stop
+
+    def _next(self, step: int) -> dict[str, Any]:
+        """The metrics of a step, as soon as they are written.
+
+        Raises:
+            InfrastructureError: Another step came.
+        """
+        while not self._entries:
+            self._poll()
+            self._entries += [json.loads(line) for line in self._metrics.read()]
+        entry = self._entries.popleft()
+        if entry["step"] != step:
+            raise InfrastructureError(
+                f"verl reported step {entry['step']} where step {step} was due: its checkpoint was not loaded; nothing "
+                f"of this training counts (log: {self._files.log})"
+            )
+        self._watch.hear(step=step > 0)
+        return entry
+
+    def _poll(self) -> None:
+        self._watch.poll(may_end=self.step + 1 >= self._job.total_steps)
+
+    def _wait_for(self, path: Path) -> None:
+        """Verl writes completions in a thread of their own."""
+        before = -1
+        while not (path.exists() and path.stat().st_size == before):
+            before = path.stat().st_size if path.exists() else -1
+            self._poll()
+
+    def _record(self, data: dict[str, float]) -> StepRecord:
+        """A step in our terms. Rewards come from the completions: of their metrics there is no standard deviation."""
+        path = self._files.rollouts / f"{self.step}.jsonl"
+        self._wait_for(path)
+        groups = _groups(path)
+        rewards = [reward for group in groups.values() for reward in group]
+        length = data["response_length/mean"]
+        self.tokens += round(len(rewards) * length)
+        total, generation = data["timing_s/step"], data.get("timing_s/gen", 0.0)
+        if not self.startup_seconds:
+            evaluated = sum(evaluation.seconds for evaluation in self.evaluations)
+            self.startup_seconds = max(0.0, time.monotonic() - self._began - total - evaluated)
+        return StepRecord(
+            step=self.step,
+            prompts=self.step * self._job.prompts_per_step,
+            tokens=self.tokens,
+            reward=float(np.mean(rewards)),
+            reward_std=float(np.std(rewards)),
+            zero_variance_share=float(np.mean([max(group) == min(group) for group in groups.values()])),
+            kl=data.get("actor/kl_loss", data.get("actor/reward_kl_penalty")),
+            entropy=data.get("actor/entropy"),
+            clip_fraction=data.get("actor/pg_clipfrac"),
+            grad_norm=data.get("actor/grad_norm"),
+            completion_tokens=length,
+            truncated_share=data["response_length/clip_ratio"],
+            learning_rate=data.get("actor/lr"),
+            generation_seconds=generation,
+            training_seconds=max(0.0, total - generation),
+        )
+
+    def _evaluation(self, data: dict[str, float]) -> Evaluation:
+        path = self._files.validations / f"{self.step}.jsonl"
+        self._wait_for(path)
+        rewards = [(row, reward) for row, group in enumerate(_groups(path).values()) for reward in group]
+        return score(rewards, self.step, self.step * self._job.prompts_per_step, data.get("timing_s/testing", 0.0))
+
+
+def _groups(path: Path) -> dict[str, list[float]]:
+    """Rewards of a file of completions, by prompt."""
+    groups: dict[str, list[float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        # PROMPT_ROLLOUT_OUTPUT
+        groups.setdefault(entry["uid"].rsplit("_", 2)[0], []).append(float(entry["score"]))
+    return groups
+
+
+def take_checkpoint(files: VerlFiles, stage: Path, step: int, tokens: int) -> None:
+    """Move a checkpoint into the stage: verl's own state below `checkpoints`, the model itself at the top."""
+    source = files.checkpoints / f"global_step_{step}"
+    for path in (source / "actor" / "huggingface").iterdir():
+        path.rename(stage / path.name)
+    source.rename(stage / "checkpoints")
+    (stage / PROGRESS).write_text(json.dumps({"step": step, "tokens": tokens}), encoding="utf-8")

@@ -1,0 +1,256 @@
+"""The adapter for verl, without verl: what it would be started with, and what is made of its files.
+
+With `JFHPO_VERL_PYTHON` naming a Python that has verl, hydra-core and omegaconf (no GPU needed), every override is also
+checked against verl's own configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jfhpo_core.errors import InfrastructureError, SpecError
+from jfhpo_core.spec import StudySpec
+from jfhpo_core.trainers import Job, load_trainer
+from jfhpo_core.trainers.openrlhf.process import TrainingProcess
+from jfhpo_core.trainers.verl import VerlTrainer
+from jfhpo_core.trainers.verl.command import VerlFiles, build_overrides, to_argv
+from jfhpo_core.trainers.verl.settings import PYTHON_VARIABLE, VerlHyperparameters, VerlSettings
+from jfhpo_core.trainers.verl.training import REWARD, Loop, placement, prepare, take_checkpoint
+from jfhpo_core.trial import Decision, Evaluation, StepRecord
+from tests.trainers.openrlhf import conftest as common
+
+COMPOSE = """
+import importlib.util, json, sys
+from pathlib import Path
+from hydra import compose, initialize_config_dir
+root = Path(importlib.util.find_spec("verl").submodule_search_locations[0])
+with initialize_config_dir(config_dir=str(root / "trainer" / "config"), version_base=None):
+    for overrides in json.load(sys.stdin):
+        compose(config_name="ppo_trainer", overrides=overrides)
+print("COMPOSED")
+"""
+
+# Writes what verl 0.9.1 writes for two steps, with a validation before the first and after the second.
+FAKE = """
+import json, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+def generations(name, step, rewards):
+    (folder / name).mkdir(exist_ok=True)
+    lines = [
+        {"input": "", "output": "", "gts": None, "score": reward, "step": step, "uid": f"p{place // 2}_{place % 2}_0"}
+        for place, reward in enumerate(rewards)
+    ]
+    (folder / name / f"{step}.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+def log(step, data):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "data": data}) + "\\n")
+first = int(sys.argv[2])
+generations("validations", 0, [0, 1, 1, 1])
+if first < 2:
+    log(0, {"val-core/heldout/reward/mean@2": 0.75})
+for step in (first, first + 1):
+    generations("rollouts", step, [1, 1, 0, 1])
+    val = {"val-core/heldout/reward/mean@2": 0.5, "timing_s/testing": 2.0} if step == first + 1 else {}
+    if val:
+        generations("validations", step, [0, 1, 0, 1])
+    log(step, {
+        "response_length/mean": 5.0, "response_length/clip_ratio": 0.25, "timing_s/step": 3.0, "timing_s/gen": 1.0,
+        "actor/kl_loss": 0.01 * step, "actor/entropy": 0.4, "actor/pg_clipfrac": 0.02, "actor/grad_norm": 0.3,
+        "actor/lr": 1e-6, **val,
+    })
+time.sleep(600)
+"""
+
+
+def study(**settings: Any) -> StudySpec:
+    return common.study(
+        trainer={"name": "verl", "fixed": {"prompts_per_step": 2, "n_samples": 2}, "settings": settings},
+        cluster={"gpus_per_device": 1},
+    )
+
+
+def job(folder: Path, *, start: int = 0, stop: int = 2, **hyper: Any) -> Job:
+    spec = study()
+    base = common.job(common.study(), folder, start=start, stop=stop)
+    full = VerlHyperparameters.model_validate({**spec.trainer.fixed, **hyper}).model_dump()
+    return base.model_copy(update={"study": spec, "configuration": full, "prompts_per_step": 2})
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> VerlFiles:
+    (tmp_path / "folder").mkdir()
+    return VerlFiles(tmp_path / "folder", tmp_path / "work")
+
+
+def overrides(folder: Path, *, fresh: bool = True, start: int = 0, stop: int = 2, **hyper: Any) -> dict[str, Any]:
+    task = job(folder, start=start, stop=stop, **hyper)
+    return build_overrides(
+        task, VerlSettings(), placement(task, VerlSettings()), VerlFiles(folder, folder), fresh=fresh
+    )
+
+
+def test_it_is_registered() -> None:
+    assert load_trainer("verl").name == "verl"
+
+
+def test_segments_differ_in_where_they_save_and_validate_only(tmp_path: Path) -> None:
+    first, second = overrides(tmp_path), overrides(tmp_path, fresh=False, start=2, stop=6)
+    assert {name for name in first if first[name] != second[name]} == {
+        "trainer.resume_mode", "trainer.save_freq", "trainer.test_freq", "trainer.val_before_train",
+    }  # fmt: skip
+    assert first["trainer.total_training_steps"] == 6
+
+
+def test_algorithms(tmp_path: Path) -> None:
+    rloo = overrides(tmp_path, loss_type="rloo")
+    assert (rloo["algorithm.adv_estimator"], rloo["algorithm.use_kl_in_reward"]) == ("rloo", True)
+    assert rloo["actor_rollout_ref.actor.use_kl_loss"] is False
+    plain = overrides(tmp_path, loss_type="dr_grpo", kl_coefficient=0.0)
+    assert plain["algorithm.norm_adv_by_std_in_grpo"] is False
+    assert plain["actor_rollout_ref.actor.use_kl_loss"] is False
+    assert overrides(tmp_path, prompts_per_step=8, mini_batches=4)["actor_rollout_ref.actor.ppo_mini_batch_size"] == 2
+
+
+def test_values_in_hydras_notation() -> None:
+    argv = to_argv({"a.b": True, "c": None, "d": 1e-6, "e": ["x", "y"], "f": "it's a=b"})
+    assert argv == ["a.b=true", "c=null", "d=1e-06", "e=['x','y']", "f='it\\'s a=b'"]
+
+
+def test_verls_configuration_knows_every_override(tmp_path: Path) -> None:
+    python = os.environ.get(PYTHON_VARIABLE)
+    if not python or shutil.which(python) is None:
+        pytest.skip(f"needs a Python with verl, hydra-core and omegaconf in {PYTHON_VARIABLE}")
+    lines = [to_argv(overrides(tmp_path, loss_type=kind)) for kind in ("grpo", "dapo", "dr_grpo", "rloo")]
+    lines.append(to_argv(overrides(tmp_path / "it's a=b", fresh=False, start=2, stop=4, scheduler="cosine")))
+    done = subprocess.run(
+        [python, "-c", COMPOSE], input=json.dumps(lines), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert "COMPOSED" in done.stdout, done.stderr[-2000:]
+
+
+def test_what_it_reads(tmp_path: Path, files: VerlFiles) -> None:
+    import pyarrow.parquet as pq
+
+    assert prepare(job(tmp_path), None, files) == 0
+    rows = pq.read_table(files.prompts).to_pylist()
+    assert len(rows) == 12
+    row = json.loads(rows[0]["reward_model"]["ground_truth"])
+    assert rows[0]["prompt"] == [{"role": "user", "content": row["prompt"]}]
+    assert set(row) == {"prompt", "answer"}
+
+
+def test_its_reward_is_ours(tmp_path: Path) -> None:
+    shutil.copyfile(REWARD, tmp_path / "reward.py")
+    (tmp_path / "own.py").write_text(
+        "def score(prompts, completions, answer):\n"
+        "    return [1 / 0 if completions == ['x'] else float(completions == answer)]\n"
+    )
+    (tmp_path / "plan.json").write_text(json.dumps({"reward": f"{tmp_path / 'own.py'}:score"}))
+    program = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("r", sys.argv[1] + "/reward.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+row = json.dumps({"prompt": "p", "answer": "34"})
+print(module.compute_score("d", "34", row), module.compute_score("d", "35", row))
+module.compute_score("d", "x", row)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.stdout.splitlines()[0] == "1.0 0.0"
+    assert "jfhpo: the reward failed: it raised ZeroDivisionError" in done.stdout
+    assert done.returncode != 0
+
+
+def follow(
+    task: Job, files: VerlFiles, first: int, decide: Decision | None = None
+) -> tuple[Loop, list[StepRecord | Evaluation]]:
+    seen: list[StepRecord | Evaluation] = []
+
+    def observe(event: StepRecord | Evaluation) -> Decision | None:
+        seen.append(event)
+        return decide if isinstance(event, StepRecord) else None
+
+    command = [sys.executable, "-c", FAKE, str(files.metrics.parent), str(first)]
+    with TrainingProcess(command, {}, files.log) as process:
+        fresh = task.segment.start_step == 0
+        loop = Loop(task, VerlSettings(), files, process, observe, time.monotonic(), 10, fresh=fresh)
+        loop.run()
+    return loop, seen
+
+
+def test_records_and_evaluations_from_its_files(tmp_path: Path, files: VerlFiles) -> None:
+    loop, seen = follow(job(tmp_path), files, 1)
+    base, one, two, rung = seen
+    assert isinstance(base, Evaluation)
+    assert (base.step, base.score, base.samples) == (0, 0.75, 4)
+    assert base.standard_error == pytest.approx(0.25)
+    assert isinstance(one, StepRecord)
+    assert (one.step, one.prompts, one.tokens, one.reward) == (1, 2, 30, 0.75)
+    assert (one.zero_variance_share, one.kl, one.clip_fraction, one.learning_rate) == (0.5, 0.01, 0.02, 1e-6)
+    assert one.reward_std == pytest.approx(0.75**0.5 / 2)
+    assert isinstance(two, StepRecord)
+    assert two.tokens == 50
+    assert isinstance(rung, Evaluation)
+    assert (rung.step, rung.score, rung.seconds) == (2, 0.5, 2.0)
+    assert not loop.stopped
+
+
+def test_a_rule_stops_it(tmp_path: Path, files: VerlFiles) -> None:
+    stop = Decision(stop=True, rule="test", signal="kl", value=1.0, threshold=0.5, step=1)
+    loop, seen = follow(job(tmp_path), files, 1, stop)
+    assert loop.stopped
+    assert [event.step for event in seen] == [0, 1]
+
+
+def test_a_continuation_that_begins_at_the_wrong_step_does_not_count(tmp_path: Path, files: VerlFiles) -> None:
+    with pytest.raises(InfrastructureError, match="reported step 0 where step 3 was due"):
+        follow(job(tmp_path, start=2, stop=4).model_copy(update={"evaluation_steps": ()}), files, 0)
+
+
+def test_a_checkpoint_comes_and_goes(tmp_path: Path, files: VerlFiles) -> None:
+    actor = files.checkpoints / "global_step_2" / "actor"
+    (actor / "huggingface").mkdir(parents=True)
+    (actor / "huggingface" / "model.safetensors").write_text("weights")
+    (actor / "model_world_size_1_rank_0.pt").write_text("shard")
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    take_checkpoint(files, stage, 2, tokens=7)
+    assert (stage / "model.safetensors").read_text() == "weights"
+
+    again = VerlFiles(tmp_path / "folder", tmp_path / "again")
+    assert prepare(job(tmp_path, start=2, stop=4), stage, again) == 7
+    assert (again.checkpoints / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert (again.checkpoints / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt").read_text() == "shard"
+
+
+@pytest.mark.parametrize(
+    ("settings", "cluster", "message"),
+    [
+        ({"python": "/no/such"}, 1, "is no Python here"),
+        ({"python": sys.executable}, 0, "whole GPUs"),
+        ({"python": sys.executable, "engines": 2}, 1, "settings.engines"),
+    ],
+)
+def test_studies_that_cannot_run_are_refused(settings: dict[str, Any], cluster: float, message: str) -> None:
+    spec = study(**settings).model_copy(
+        update={"cluster": study().cluster.model_copy(update={"gpus_per_device": cluster})}
+    )
+    with pytest.raises(SpecError, match=message):
+        VerlTrainer().check(spec)
+
+
+def test_steps_are_parted_by_prompts() -> None:
+    with pytest.raises(ValueError, match="no multiple of mini_batches"):
+        VerlHyperparameters(prompts_per_step=6, mini_batches=4)
