@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast openrlhf-env test-openrlhf lint docs clean
+.PHONY: help setup demo test test-fast openrlhf-env test coverage-openrlhf lint docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -40,11 +40,14 @@ demo: $(READY) ## Search hyperparameters for a tiny language model on this machi
 	@$(BIN)/jfhpo search examples/demo.yaml
 
 # Tests neither phone home nor look anything up on a model hub.
-test test-fast: export DO_NOT_TRACK = true
-test test-fast: export HF_HUB_OFFLINE = 1
-test test-fast: export RAY_USAGE_STATS_ENABLED = 0
+test coverage test-fast: export DO_NOT_TRACK = true
+test coverage test-fast: export HF_HUB_OFFLINE = 1
+test coverage test-fast: export RAY_USAGE_STATS_ENABLED = 0
 
-test: $(READY) ## Run the whole test suite, with coverage
+test: $(READY) ## Run the whole test suite
+	@$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile
+
+coverage: $(READY) ## Run the whole test suite and say which lines it has not run (slower)
 	@$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 test-fast: $(READY) ## Run the tests that take seconds
