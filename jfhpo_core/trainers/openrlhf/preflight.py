@@ -56,6 +56,8 @@ def preflight(study: Study, settings: OpenRlhfSettings, ineffective: dict[str, s
         yield from _versions(probe["versions"], settings)
         if settings.device == "cuda" and settings.jobs_address is None:
             yield _gpus(study, settings, probe["gpus"])
+        if settings.jobs_address is not None:
+            yield _jobs(settings, settings.jobs_address)
     for model in study.ladder.models:
         yield _fit(study, settings, model)
     for name, reason in ineffective.items():
@@ -95,6 +97,23 @@ def _versions(versions: dict[str, str | None], settings: OpenRlhfSettings) -> It
         yield Finding(Level.WARNING, "trainer", f"{name} is {own}; the adapter was tested with {TESTED[name]}")
     if not missing and not other:
         yield Finding(Level.OK, "trainer", ", ".join(f"{name} {versions[name]}" for name in TESTED))
+
+
+def _jobs(settings: OpenRlhfSettings, address: str) -> Finding:
+    """Whether the cluster's job server answers, and lets us in."""
+    assert settings.interpreter is not None
+    done = subprocess.run(  # noqa: S603
+        [settings.interpreter, "-m", "ray.scripts.scripts", "job", "list", "--address", address],
+        env=environment(settings, os.environ, 1), capture_output=True, text=True, check=False, timeout=PROBE_SECONDS,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return Finding(Level.OK, "jobs", f"the job server at {address} answers")
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return Finding(
+        Level.FAILURE, "jobs",
+        f"no use of the job server at {address}: {last}; check trainer.settings.jobs_address, and RAY_AUTH_MODE and "
+        "RAY_AUTH_TOKEN if the cluster asks for a token",
+    )  # fmt: skip
 
 
 def _gpus(study: Study, settings: OpenRlhfSettings, found: list[int]) -> Finding:
