@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import Artifact, LinkArtifact, MarkdownArtifact, ProgressArtifact, TableArtifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
+from prefect.runtime import flow_run
 
 from flows.display import Watch, bill, duration, next_steps, show_quality, show_score, show_value, standings
 from flows.runtime import StudyOutcome
@@ -20,6 +24,8 @@ from jfhpo_core.ledger import Ledger
 from jfhpo_core.report.summary import caveats, contrasts, interval, verdict
 from jfhpo_core.search import Progress, SearchResult
 from jfhpo_core.trial import Trial, TrialState
+
+logger = logging.getLogger(__name__)
 
 UPDATE_SECONDS = 5.0
 """Shortest time between two updates."""
@@ -82,14 +88,31 @@ class Board:
         self._show(what, MarkdownArtifact(markdown=text, description=description), text)
 
     def _show(self, what: str, artifact: Artifact, data: Any) -> None:
-        """Create an artifact, or change the one of this flow run in its place."""
-        if what in self._shown:
-            with get_client(sync_client=True) as client:
-                client.update_artifact(self._shown[what], ArtifactUpdate(data=data, description=artifact.description))
-        else:
-            artifact.key = artifact_key(self._study, what)
-            created: Any = artifact.create(_sync=True)  # type: ignore[call-arg]  # Prefect's dispatch adds it
-            self._shown[what] = created.id
+        """Show an artifact; if the server is away the search goes on, and the next update shows it."""
+        try:
+            self._put(what, artifact, data)
+        except httpx.HTTPError as error:
+            logger.warning("Prefect's server did not take artifact %r: %s", what, error)
+
+    def _put(self, what: str, artifact: Artifact, data: Any) -> None:
+        """Create an artifact, or change the one of this flow run in its place, also after a suspension."""
+        key = artifact_key(self._study, what)
+        with get_client(sync_client=True) as client:
+            if what not in self._shown and (known := client.read_artifacts(artifact_filter=_mine(key))):
+                self._shown[what] = known[0].id
+            if what in self._shown:
+                change = ArtifactUpdate(data=data, description=artifact.description)
+                client.update_artifact(self._shown[what], change)
+                return
+        artifact.key = key
+        created: Any = artifact.create(_sync=True)  # type: ignore[call-arg]  # Prefect's dispatch adds it
+        self._shown[what] = created.id
+
+
+def _mine(key: str) -> ArtifactFilter:
+    """This flow run's artifact of a key."""
+    run = [UUID(str(flow_run.id))] if flow_run.id else []
+    return ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=run), key=ArtifactFilterKey(any_=[key]))
 
 
 def artifact_key(study: str, what: str) -> str:
