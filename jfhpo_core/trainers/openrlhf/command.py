@@ -67,6 +67,11 @@ class Files:
         return self.folder / "train.log"
 
     @property
+    def runtime(self) -> Path:
+        """Environment of a Ray job."""
+        return self.work / "runtime-env.yaml"
+
+    @property
     def checkpoints(self) -> Path:
         """OpenRLHF's checkpoint folder."""
         return self.work / "checkpoints"

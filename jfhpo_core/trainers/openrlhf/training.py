@@ -70,7 +70,7 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
         tokens = _prepare(job, settings, start, files)
         argv = to_argv(build_flags(job, settings, placement, files, resume=start is not None))
         variables = environment(settings, os.environ, job.devices)
-        command, stop = _launch(settings, argv, variables, job.environment)
+        command, stop = _launch(settings, argv, variables, job.environment, files)
         (files.folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
         with TrainingProcess(command, variables, files.log, stop) as process:
             loop = _Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
@@ -159,11 +159,12 @@ def _link(source: str, target: str) -> str:
 
 
 def _launch(
-    settings: OpenRlhfSettings, argv: list[str], variables: dict[str, str], tracking: dict[str, str]
+    settings: OpenRlhfSettings, argv: list[str], variables: dict[str, str], tracking: dict[str, str], files: Files
 ) -> tuple[list[str], list[str] | None]:
     """The command that runs the training, and the one that stops it elsewhere.
 
-    A job's variables are those that the driver does not have, or has for tracking only.
+    A job's variables are those that the driver does not have, or has for tracking only. They go by a file that is
+    nobody else's to read: in a command line all of this machine would see them.
     """
     assert settings.interpreter is not None
     program = [settings.interpreter, "-m", MODULE, *argv]
@@ -178,9 +179,11 @@ def _launch(
         for name, value in variables.items()
         if (name in tracking or os.environ.get(name) != value) and name not in taken and not name.startswith("RAY_")
     }
+    files.runtime.touch(mode=0o600)
+    files.runtime.write_text(json.dumps({"env_vars": remote}), encoding="utf-8")
     submit = [
         *ray, "submit", "--address", settings.jobs_address, "--submission-id", identity,
-        "--runtime-env-json", json.dumps({"env_vars": remote}), "--", *program,
+        "--runtime-env", str(files.runtime), "--", *program,
     ]  # fmt: skip
     return submit, [*ray, "stop", "--address", settings.jobs_address, identity]
 

@@ -126,17 +126,18 @@ def test_a_checkpoint_holds_the_model_and_all_that_resuming_needs(files: Files, 
     assert json.loads(again.plan.read_text())["start_step"] == 4
 
 
-def test_a_ray_job_is_submitted_and_stopped_by_its_name() -> None:
+def test_a_ray_job_is_submitted_and_stopped_by_its_name(files: Files) -> None:
     settings = OpenRlhfSettings(python="/env/python", jobs_address="http://head:8265", environment={"A": "b"})
     variables = {"RAY_AUTH_TOKEN": "secret", "TOKENIZERS_PARALLELISM": "false", "A": "b", "HOME": os.environ["HOME"]}
-    submit, stop = _launch(settings, ["--x", "1"], variables, {})
+    submit, stop = _launch(settings, ["--x", "1"], variables, {}, files)
     assert stop is not None
     identity = submit[submit.index("--submission-id") + 1]
     assert stop[-1] == identity
     assert submit[-5:] == ["/env/python", "-m", "openrlhf.cli.train_ppo_ray", "--x", "1"]
-    variables = json.loads(submit[submit.index("--runtime-env-json") + 1])["env_vars"]
-    assert variables == {"A": "b"}
-    assert "secret" not in " ".join(submit)
+    runtime = Path(submit[submit.index("--runtime-env") + 1])
+    assert json.loads(runtime.read_text())["env_vars"] == {"A": "b"}
+    assert runtime.stat().st_mode & 0o077 == 0
+    assert "secret" not in " ".join(submit) + runtime.read_text()
 
 
 @pytest.mark.parametrize(
