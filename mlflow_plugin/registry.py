@@ -304,7 +304,10 @@ def _compare(version: ModelVersion, champion: ModelVersion | None) -> tuple[str,
     if champion.version == version.version:
         return CHAMPION, "it is the champion already"
     if champion.tags.get(MEASURE) != version.tags[MEASURE]:
-        return CHALLENGER, f"version {champion.version}, the champion, has no score on the same task and evaluation"
+        return (
+            CHALLENGER,
+            f"version {champion.version}, the champion, was scored on other held-out rows or in another way",
+        )
     score, error = float(version.tags[SCORE]), float(version.tags[ERROR])
     held, held_error = float(champion.tags[SCORE]), float(champion.tags[ERROR])
     noise = BEYOND_NOISE * (error**2 + held_error**2) ** 0.5
