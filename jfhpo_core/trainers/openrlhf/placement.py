@@ -23,6 +23,9 @@ USABLE = 0.85
 ACTIVATION_SHARE = 0.2
 """Share of the usable memory kept for activations and logits."""
 
+COLOCATED_SHARE, APART_SHARE = 0.55, 0.9
+"""Of a GPU's memory for vLLM, where it takes turns with the training and where it is alone."""
+
 KV_CACHE_SHARE = 0.3
 """Share of vLLM's memory that shall at least be left for its cache."""
 
@@ -136,7 +139,7 @@ def place(
             + (f"give it `devices: {enough}`" if enough else "no number of GPUs of this size is enough")
         )
     stage, offload = choices[fitting or 0]
-    memory = settings.vllm_memory_share or (0.9 if settings.asynchronous else 0.55)
+    memory = settings.vllm_memory_share or (APART_SHARE if settings.asynchronous else COLOCATED_SHARE)
     sampling = rollout or training
     tensor_parallel = settings.tensor_parallel or _tensor_parallel(
         parameters, sampling, settings.gpu_memory_gib * GIB * memory * share

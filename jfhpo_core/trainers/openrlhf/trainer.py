@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 FEWEST_HELDOUT = 2
 
+SEPARATORS = "@,"
+
 BATCHING = ("prompts_per_step", "n_samples", "mini_batches", "loss_type")
 """Hyperparameters that decide whether a step can be laid out at all."""
 
@@ -60,6 +62,12 @@ class OpenRlhfTrainer:
                 f"of its own: build it (`make openrlhf-env`) and name its python, or set {PYTHON_VARIABLE}"
             )
         _check_gpus(study, chosen)
+        workspace = str(Path(study.tracking.workspace).absolute())
+        if any(mark in workspace for mark in SEPARATORS):
+            raise SpecError(
+                f"tracking.workspace: OpenRLHF reads '@' and ',' in the names of data files as separators; choose "
+                f"another folder than {workspace}"
+            )
         task = load_task(study.task)
         if len(task.heldout[: study.evaluation.prompts]) < FEWEST_HELDOUT:
             raise SpecError(f"task.heldout: one row gives no standard error; give at least {FEWEST_HELDOUT}")

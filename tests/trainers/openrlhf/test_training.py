@@ -163,6 +163,14 @@ def test_gpus_are_counted_once() -> None:
         )
 
 
+def test_a_workspace_that_openrlhf_would_misread_is_refused() -> None:
+    settings = {"device": "cpu", "python": "python3"}
+    with pytest.raises(SpecError, match="separators"):
+        OpenRlhfTrainer().check(
+            study(trainer={"name": "openrlhf", "settings": settings}, tracking={"workspace": "/home/me@work"})
+        )
+
+
 def test_a_missing_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
     with pytest.raises(SpecError, match=PYTHON_VARIABLE):
