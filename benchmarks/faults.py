@@ -42,7 +42,7 @@ FILE = Path(__file__).parent / "results" / "faults" / "faults.jsonl"
 
 Kind = Literal[
     "driver-kill", "driver-term", "disk-full", "checkpoint-damaged", "clock-jump", "duplicates", "late-result",
-    "worker-kill", "raylet-kill", "mlflow-kill",
+    "worker-kill", "raylet-kill",
 ]  # fmt: skip
 
 KINDS: dict[Kind, str] = {
@@ -55,7 +55,6 @@ KINDS: dict[Kind, str] = {
     "late-result": "a segment that is long committed is delivered again, with another bill",
     "worker-kill": "kill -9 of the Ray worker that trains",
     "raylet-kill": "kill -9 of the raylet",
-    "mlflow-kill": "kill -9 of the MLflow server, which comes back after a few seconds",
 }
 
 INLINE_KINDS: tuple[Kind, ...] = (
@@ -90,7 +89,6 @@ class Record(BaseModel):
     ray: bool
     after_seconds: float = Field(description="Since the process of the search was started.")
     acknowledged: int = Field(description="Segments whose commit had been reported before the fault.")
-    ended: bool = Field(description="Whether the search ended by the fault; otherwise it went on.")
     recovery_seconds: float | None = Field(description="From the next start to its first commit; None if none came.")
     violations: tuple[str, ...]
     commit: str
@@ -171,7 +169,7 @@ class Unreliable:
         self._inner.close()
 
 
-def study_of(seed: int, folder: Path, ray: bool = False, uri: str | None = None) -> StudySpec:
+def study_of(seed: int, folder: Path, ray: bool = False) -> StudySpec:
     """A small study that continues trials from checkpoints, stops some and trains on three sizes."""
     return StudySpec.model_validate(
         {
@@ -193,7 +191,7 @@ def study_of(seed: int, folder: Path, ray: bool = False, uri: str | None = None)
             "baselines": [{"name": "recipe", "configuration": {"learning_rate": 1e-4}}],
             "seeds": {"search": seed, "training": [0, 1]},
             "cluster": {"address": "local" if ray else "inline", "segment_retries": 5},
-            "tracking": {"workspace": str(folder / "work"), "uri": uri or f"sqlite:///{folder / 'mlflow.db'}"},
+            "tracking": {"workspace": str(folder / "work"), "uri": f"sqlite:///{folder / 'mlflow.db'}"},
         }
     )
 
@@ -276,7 +274,6 @@ class Campaign:
     folder: Path
     ray: bool
     kinds: Sequence[Kind]
-    uri: str | None = None
     records: list[Record] = field(default_factory=list)
     _seen: list[str] = field(default_factory=list, init=False)
 
@@ -284,35 +281,34 @@ class Campaign:
         """Disturb the study until it is complete, at most so often; then let it end in peace."""
         calm = undisturbed(self.seed)
         draw = random.Random(self.seed)
-        spec = study_of(self.seed, self.folder, self.ray, self.uri)
+        spec = study_of(self.seed, self.folder, self.ray)
         exact = True
         while not self._complete:
             kind = draw.choice(self.kinds) if len(self.records) < most else None
-            acknowledged = self._noted()
-            began = time.monotonic()
-            after, ended = self._disturb(spec, kind, draw)
-            first = next((at for at, _ in self._noted()[len(acknowledged) :]), None)
+            acknowledged, began = len(self._noted()), time.monotonic()
+            hits = self._disturb(spec, kind, draw)
+            first = next((at for at, _ in self._noted()[acknowledged:]), None)
             if self.records and self.records[-1].recovery_seconds is None and first is not None:
-                recovered = self.records[-1].model_copy(update={"recovery_seconds": round(first - began, 2)})
-                self.records[-1] = recovered
-            found = self._violations(spec, calm if exact else None)
-            if kind is None:
-                if found:
-                    self.records[-1] = self.records[-1].model_copy(
-                        update={"violations": (*self.records[-1].violations, *found)}
-                    )
-                continue
+                self._amend(recovery_seconds=round(first - began, 2))
             if kind == "checkpoint-damaged":
                 # From here on a segment may be trained again from further back, and cost more than in peace.
                 exact = False
-            self.records.append(
-                Record(
-                    seed=self.seed, number=len(self.records), kind=kind, ray=self.ray, after_seconds=round(after, 2),
-                    acknowledged=len(self._noted()), ended=ended, recovery_seconds=None, violations=tuple(found),
-                    commit=commit(),
-                )
-            )  # fmt: skip
+            found = tuple(self._violations(spec, calm if exact else None))
+            for name, after in hits:
+                self.records.append(
+                    Record(
+                        seed=self.seed, number=len(self.records), kind=name, ray=self.ray,
+                        after_seconds=round(after, 2), acknowledged=len(self._noted()), recovery_seconds=None,
+                        violations=found, commit=commit(),
+                    )
+                )  # fmt: skip
+            if found and not hits:
+                self._amend(violations=(*self.records[-1].violations, *found))
         return self.records
+
+    def _amend(self, **change: Any) -> None:
+        """Complete the last record by what was seen after the next start."""
+        self.records[-1] = self.records[-1].model_copy(update=change)
 
     @property
     def _journal(self) -> Path:
@@ -325,47 +321,64 @@ class Campaign:
     def _noted(self) -> list[tuple[float, str]]:
         return _read(self._journal)
 
-    def _disturb(self, spec: StudySpec, kind: Kind | None, draw: random.Random) -> tuple[float, bool]:
-        """Start the search and disturb it; returns after how many seconds, and whether the search has ended by it."""
+    def _disturb(self, spec: StudySpec, kind: Kind | None, draw: random.Random) -> list[tuple[Kind, float]]:
+        """Start the search and disturb it until it has ended.
+
+        Returns:
+            The faults that have hit it, each with the seconds since the start: none if it was complete before. What it
+            survives is followed by a kill.
+        """
         delay, early = draw.uniform(0.0, LONGEST_DELAY_SECONDS), draw.random() < EARLY_SHARE
         how = Disturbance(
             clock_jump=(delay, draw.uniform(-JUMP_SECONDS, JUMP_SECONDS)) if kind == "clock-jump" else None,
             duplicates=kind == "duplicates",
             late=kind == "late-result",
         )
+        itself = how.clock_jump is not None or how.duplicates or how.late
+        hits: list[tuple[Kind, float]] = []
         began, known = time.monotonic(), len(self._noted())
         process = FORK.Process(target=_own_session, args=(spec, self._journal, how))
         process.start()
         assert process.pid is not None
         started = {process.pid}
+
+        def hit(what: Kind) -> None:
+            hits.append((what, time.monotonic() - began))
+
         try:
             if kind is None:
                 process.join(PATIENCE_SECONDS)
-                return time.monotonic() - began, False
-            itself = how.clock_jump is not None or how.duplicates or how.late
-            if self.ray or itself or not early:
+            elif self.ray or itself or not early:
+                # Ray has to come up, and what the process does to itself shall be done to a segment at least.
                 _until(lambda: len(self._noted()) > known or not process.is_alive())
             process.join(delay)
-            after = time.monotonic() - began
             started |= _session(process.pid)
-            if itself and process.exitcode:
-                self._seen.append(f"the search ended by itself with exit code {process.exitcode}")
+            if itself and kind is not None:
+                hit(kind)
+                if process.exitcode:
+                    self._seen.append(f"the search ended by itself with exit code {process.exitcode}")
+            if not process.is_alive():
+                return hits
             if kind == "disk-full":
+                hit(kind)
                 with _full(self.folder):
                     process.join(draw.uniform(0.0, 2.0))
             elif kind == "driver-term":
-                os.kill(process.pid, signal.SIGTERM)
+                hit(kind)
+                _signal(process.pid, signal.SIGTERM)
                 process.join(draw.uniform(0.0, 0.3))
+                return hits
             elif kind in ("worker-kill", "raylet-kill"):
-                _kill_part(process.pid, "_WorkerProcess" if kind == "worker-kill" else "raylet/raylet")
+                hit(kind)
                 known = len(self._noted())
+                _kill_part(process.pid, "_WorkerProcess" if kind == "worker-kill" else "raylet/raylet")
                 _until(lambda: len(self._noted()) > known or not process.is_alive())
-            ended = not process.is_alive()
-            return after, ended or kind not in ("worker-kill", "disk-full")
+            if process.is_alive():
+                hit("checkpoint-damaged" if kind == "checkpoint-damaged" else "driver-kill")
+            return hits
         finally:
             started |= _session(process.pid)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
+            _signal(process.pid, signal.SIGKILL)
             process.join()
             if kind == "checkpoint-damaged":
                 _damage(self.folder / "work" / spec.study / "checkpoints", draw)
@@ -441,6 +454,12 @@ def _in_process(call: Callable[..., Any], *arguments: Any) -> Any:
     return result
 
 
+def _signal(pid: int, number: signal.Signals) -> None:
+    """Send a signal; the process may have ended a moment ago."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
 def _until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
@@ -483,7 +502,7 @@ def _kill_part(leader: int, name: str) -> None:
     mine = _session(leader)
     for pid, _, command in _processes():
         if pid in mine and name in command:
-            os.kill(pid, signal.SIGKILL)
+            _signal(pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
