@@ -66,12 +66,15 @@ def environment(settings: OpenRlhfSettings, base: Mapping[str, str], gpus: int) 
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_worker_niceness": "0",
         }
+    # DeepSpeed compiles its kernels with tools that lie beside the interpreter.
+    tools = [] if settings.interpreter is None else [str(Path(settings.interpreter).parent)]
+    path = {"PATH": os.pathsep.join([*tools, base.get("PATH", os.defpath)])}
     cpu: dict[str, str] = {}
     if settings.device == "cpu":
         cpu = {**ON_CPU, "PYTHONPATH": str(CPU_SHIM)}
         if settings.jobs_address is None:
             cpu["RAY_OVERRIDE_RESOURCES"] = f'{{"GPU": {gpus}, "CPU": {gpus + 1}}}'
-    return {**inherited, **COMMON, **ray, **cpu, **settings.environment}
+    return {**inherited, **path, **COMMON, **ray, **cpu, **settings.environment}
 
 
 class TrainingProcess:

@@ -173,7 +173,8 @@ def _launch(
     identity = f"jfhpo-{uuid.uuid4().hex}"
     ray = [settings.interpreter, "-m", "ray.scripts.scripts", "job"]
     # Merged with the variables that OpenRLHF sets itself; the same name in both would be refused.
-    taken = {"TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"}
+    # Programs lie elsewhere on the nodes.
+    taken = {"TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "PATH"}
     remote = {
         name: value
         for name, value in variables.items()

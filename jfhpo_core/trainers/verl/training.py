@@ -47,7 +47,9 @@ def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, obs
         assert settings.interpreter is not None
         command = [settings.interpreter, "-m", MODULE, *to_argv(overrides)]
         (folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
-        variables = environment(OpenRlhfSettings(environment=settings.environment), os.environ, job.devices)
+        variables = environment(
+            OpenRlhfSettings(python=settings.interpreter, environment=settings.environment), os.environ, job.devices
+        )
         variables["VERL_FILE_LOGGER_PATH"] = str(files.metrics)
         with TrainingProcess(command, variables, files.log) as process:
             loop = Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)

@@ -113,6 +113,9 @@ def test_the_driver_keeps_its_environment_to_itself() -> None:
     assert (local["CUDA_VISIBLE_DEVICES"], local["MLFLOW_RUN_ID"], local["NCCL_DEBUG"]) == ("2,3", "abc", "INFO")
     assert "RAY_OVERRIDE_RESOURCES" not in local
 
+    named = environment(OpenRlhfSettings(python="/env/bin/python"), base, 1)
+    assert named["PATH"] == "/env/bin:/bin"
+
     cluster = environment(OpenRlhfSettings(jobs_address="http://head:8265"), base, 2)
     assert cluster["RAY_AUTH_TOKEN"] == "secret"
     assert "RAY_ADDRESS" not in cluster

@@ -104,12 +104,12 @@ class _Coordinator:
         place = self._admitted.setdefault(position, len(self._admitted))
         step = self._plan["start_step"] + place // self._plan["prompts"]
         while True:
+            if time.monotonic() - self._heard > self._plan["orphan_seconds"]:
+                raise RuntimeError(f"{ORPHANED} no sign of it for {self._plan['orphan_seconds']} s")
             if self._asked is not None and self._asked.open:
                 return [self._asked.open.popleft() for _ in range(min(CHUNK, len(self._asked.open)))]
             if self._asked is None and step <= self._released:
                 return None
-            if time.monotonic() - self._heard > self._plan["orphan_seconds"]:
-                raise RuntimeError(f"{ORPHANED} no sign of it for {self._plan['orphan_seconds']} s")
             await asyncio.sleep(POLL_SECONDS)
 
     def report(self, results: list[tuple[int, float, bool]]) -> None:
