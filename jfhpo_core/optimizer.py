@@ -102,7 +102,7 @@ class Beliefs:
         observations = observe(study, trials)
         if not len(observations):
             return None
-        commits = max(result.committed for trial in trials for result in trial.segments)
+        commits = max((result.committed for trial in trials for result in trial.segments), default=0)
         basis = observe(study, as_of(trials, milestone(commits)))
         surrogate = fitted_surrogate(
             observations, basis if len(basis) else observations, study.space.dimension, study.space.shifting_coordinates

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.runtime import informed, look, run_study
+from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import LedgerError, SpecError
 from jfhpo_core.evidence import observe
+from jfhpo_core.ledger import MemoryLedger
+from jfhpo_core.search import run_search
 from jfhpo_core.spec import StudySpec
-from jfhpo_core.study import resolve
+from jfhpo_core.strategies import RandomSearch, load_strategy
+from jfhpo_core.study import EarlierStudy, resolve
 from tests.studies import study_data
 
 
@@ -56,3 +61,15 @@ def test_an_unknown_earlier_study_is_refused_before_anything_is_trained(tmp_path
 def test_a_study_cannot_learn_from_itself(tmp_path: Path) -> None:
     with pytest.raises((SpecError, ValueError), match="is this study itself"):
         spec(tmp_path, warm_start=["test"])
+
+
+def test_a_study_without_baselines_begins_with_what_the_earlier_one_tells(tmp_path: Path) -> None:
+    first = spec(tmp_path)
+    earlier = resolve(first)
+    ledger = MemoryLedger()
+    run_search(earlier, ledger, InlineDispatcher(1), strategy=RandomSearch())
+    second = resolve(spec(tmp_path, study="second", baselines=[]))
+    study = replace(second, earlier=(EarlierStudy(first, earlier.ladder, tuple(ledger.trials())),))
+    strategy = load_strategy(study)
+    assert strategy.rank(study, []) == []
+    assert strategy.suggest(study, [], 60.0, 0) is not None
