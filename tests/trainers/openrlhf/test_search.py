@@ -85,7 +85,7 @@ class Watcher:
         for key, record in progress.live.items():
             self.streamed.add((key, record.step))
             trial = next(trial for trial in progress.trials if trial.key == key)
-            if (trial.configuration, trial.model, record.step) == (GOOD, "m", 3) and not self.killed:
+            if (trial.configuration, trial.model) == (GOOD, "m") and 3 <= record.step < 6 and not self.killed:
                 for pid in trainings(self.folder):
                     os.kill(pid, signal.SIGKILL)
                     self.killed.append(pid)
