@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from flows.nights import RecordedStudy, tonight
+from flows.nights import RecordedStudy, look_up, recorded_studies, tonight
+from flows.runtime import run_study
 from jfhpo_core.errors import SpecError
 from jfhpo_core.spec import StudySpec
 from tests.studies import study_data
@@ -61,3 +63,21 @@ def test_a_night_that_was_cut_off_is_continued_unless_it_means_something_else(ba
 def test_a_name_that_becomes_too_long_is_refused(base: StudySpec) -> None:
     with pytest.raises(SpecError, match=r"is too long; shorten"):
         night(base.model_copy(update={"study": "x" * 60}))
+
+
+@pytest.mark.slow
+def test_nights_are_found_in_the_ledger_and_learned_from(tmp_path: Path) -> None:
+    base = StudySpec.model_validate(
+        study_data(
+            tmp_path, cluster={"address": "inline"}, budget={"trial_seconds": 40}, seeds={"training": [0]},
+            strategy={"name": "jfhpo", "settings": {"initial_trials": 2}}, baselines=[],
+            tracking={"workspace": str(tmp_path), "uri": f"sqlite:///{tmp_path}/mlflow.db"},
+        )
+    )  # fmt: skip
+    for name, warm_start in (("test-2026-11-23", []), ("test-2026-11-23-2", ["test-2026-11-23"])):
+        spec = tonight(base, recorded_studies(base), partial(look_up, base), DAY)
+        assert (spec.study, spec.warm_start) == (name, warm_start)
+        limited = spec.budget.model_copy(update={"wall_seconds": 1e-6})
+        assert not run_study(spec.model_copy(update={"budget": limited})).result.complete
+        assert tonight(base, recorded_studies(base), partial(look_up, base), DAY) == spec, "it is to be continued"
+        assert run_study(spec).result.complete
