@@ -636,8 +636,12 @@ Made by `python -m benchmarks faults`, from commit {commits}.
 |---|---|---:|---:|---:|
 {rows}
 
-The time to the next new result is that from the next start of the search, and includes the repeated part of the segment
-that was cut off; the machine had other work to do meanwhile.
+The time to the next new result is that from the next start of the search, imports excluded, and includes the repeated
+part of the segment that was cut off; the machine had much other work to do meanwhile. A search that survives a fault is
+killed at the end of it, which counts as a fault of its own; the checks then follow both.
+
+Not among them are faults of services beside the search. That an MLflow server is killed and comes back is tested in
+`tests/mlflow_plugin`, that a flow run is cancelled and its workers end, in `tests/flows`.
 
 ## What must hold after each fault
 
