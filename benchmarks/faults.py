@@ -616,10 +616,16 @@ def write(records: Sequence[Record], folder: Path) -> None:
     searches = {(record.ray, record.seed) for record in records}
     on_ray = sum(ray for ray, _ in searches)
     commits = ", ".join(f"`{name}`" for name in sorted({record.commit for record in records}))
+    damaged = {
+        key: min((one.number for one in records if (one.ray, one.seed) == key and one.kind == "checkpoint-damaged"),
+                 default=len(records))
+        for key in searches
+    }  # fmt: skip
+    exact = sum(record.number < damaged[record.ray, record.seed] for record in records)
     broken = [f"- seed {one.seed}, fault {one.number}, `{one.kind}`: {'; '.join(one.violations)}" for one in records
               if one.violations]  # fmt: skip
     text = PAGE.format(
-        faults=len(records), searches=len(searches), on_ray=on_ray, rows="\n".join(rows), commits=commits,
+        faults=len(records), exact=exact, searches=len(searches), on_ray=on_ray, rows="\n".join(rows), commits=commits,
         broken="None." if not broken else "\n".join(broken),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -649,8 +655,8 @@ Not among them are faults of services beside the search. That an MLflow server i
 - No segment is charged twice: neither within a trial nor by a second run of it in MLflow.
 - The search goes on as if nothing had happened: its committed segments are, in their order, with their configurations,
   scores and charges, those of the same search undisturbed, and the one it begins next is the next one of that search.
-  After a checkpoint was damaged this is not asked any more: its segment is trained again from further back, and costs
-  more.
+  After a checkpoint was damaged this is not asked of a search any more: a segment may be trained again from further back,
+  and cost more. {exact} of the faults came before that and were held to it.
 - A search that is told something twice, or late, or whose clock jumps does not end by it.
 - 30 seconds later no process of a search that has died is left.
 
