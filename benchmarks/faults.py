@@ -655,8 +655,8 @@ Not among them are faults of services beside the search. That an MLflow server i
 - No segment is charged twice: neither within a trial nor by a second run of it in MLflow.
 - The search goes on as if nothing had happened: its committed segments are, in their order, with their configurations,
   scores and charges, those of the same search undisturbed, and the one it begins next is the next one of that search.
-  After a checkpoint was damaged this is not asked of a search any more: a segment may be trained again from further back,
-  and cost more. {exact} of the faults came before that and were held to it.
+  After a checkpoint was damaged this is not asked of a search any more: a segment may be trained again from further
+  back, and cost more. {exact} of the faults came before that and were held to it.
 - A search that is told something twice, or late, or whose clock jumps does not end by it.
 - 30 seconds later no process of a search that has died is left.
 
