@@ -562,11 +562,12 @@ def disturb_seed(seed: int, ray: bool = False, most: int = 1000) -> list[Record]
         most: Faults after which the study is left in peace.
     """
     with disk() as place, tempfile.TemporaryDirectory(prefix="jfhpo-faults-") as folder:
-        if ray:
-            return Campaign(seed, Path(folder), ray, RAY_KINDS).run(most)
-        if place is None:
-            return Campaign(seed, Path(folder), ray, [kind for kind in INLINE_KINDS if kind != "disk-full"]).run(most)
-        return Campaign(seed, place, ray, INLINE_KINDS).run(most)
+        kinds = RAY_KINDS if ray else INLINE_KINDS
+        if place is not None and not ray:
+            return Campaign(seed, place, ray, kinds).run(most)
+        plain = Path(folder) / "disk"
+        plain.mkdir()
+        return Campaign(seed, plain, ray, [kind for kind in kinds if kind != "disk-full"]).run(most)
 
 
 def load(path: Path = FILE) -> list[Record]:
