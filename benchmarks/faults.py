@@ -28,9 +28,12 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.runner import commit
+from benchmarks.tracking_server import TrackingServer
+from flows.runtime import OUTBOX
 from jfhpo_core.dispatch import Dispatcher, Event, Finished, InlineDispatcher
 from jfhpo_core.errors import JfhpoError
 from jfhpo_core.ledger import Ledger, MemoryLedger
+from jfhpo_core.outbox import Outbox, waiting
 from jfhpo_core.search import Progress, run_search
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.study import resolve
@@ -42,8 +45,11 @@ FILE = Path(__file__).parent / "results" / "faults" / "faults.jsonl"
 
 Kind = Literal[
     "driver-kill", "driver-term", "disk-full", "checkpoint-damaged", "clock-jump", "duplicates", "late-result",
-    "worker-kill", "raylet-kill",
+    "worker-kill", "raylet-kill", "mlflow-kill",
 ]  # fmt: skip
+
+Place = Literal["inline", "ray", "server"]
+"""Where a search runs: in one process, with Ray workers, or in one process with its ledger on an MLflow server."""
 
 KINDS: dict[Kind, str] = {
     "driver-kill": "kill -9 of the process that searches (and, without Ray, trains)",
@@ -55,21 +61,30 @@ KINDS: dict[Kind, str] = {
     "late-result": "a segment that is long committed is delivered again, with another bill",
     "worker-kill": "kill -9 of the Ray worker that trains",
     "raylet-kill": "kill -9 of the raylet",
+    "mlflow-kill": "kill -9 of the MLflow server, which is started again after 0 to 6 s and then takes some more",
 }
 
-INLINE_KINDS: tuple[Kind, ...] = (
-    "driver-kill", "driver-kill", "driver-term", "driver-term", "disk-full", "clock-jump", "duplicates", "late-result",
-    "checkpoint-damaged",
-)  # fmt: skip
-"""What is drawn from for searches without Ray; what is named twice is drawn twice as often."""
-
-RAY_KINDS: tuple[Kind, ...] = ("worker-kill", "worker-kill", "worker-kill", "driver-kill", "raylet-kill")
+DRAWN: dict[Place, tuple[Kind, ...]] = {
+    "inline": (
+        "driver-kill", "driver-kill", "driver-term", "driver-term", "disk-full", "clock-jump", "duplicates",
+        "late-result", "checkpoint-damaged",
+    ),
+    "ray": ("worker-kill", "raylet-kill", "raylet-kill", "driver-kill"),
+    "server": ("mlflow-kill", "mlflow-kill", "driver-kill"),
+}  # fmt: skip
+"""Faults of a search, drawn without replacement until each was drawn as often as it is named here; then anew."""
 
 DISK_BYTES = 48 * 2**20
 LONGEST_DELAY_SECONDS = 1.5
 PATIENCE_SECONDS = 300.0
 EARLY_SHARE = 0.25
 """Share of the faults that may come before the search has done anything new since it was started."""
+LONGEST_ABSENCE_SECONDS = 6.0
+"""Between the end of a server and its next start, which takes some seconds itself."""
+RESULTS_WITHOUT_RAYLET = 4
+"""A search that goes on when its raylet is gone is left alone until it has so many more."""
+DELIVERED_SHARE = 0.5
+"""Share of the absences after which the search may deliver what it has kept; else the next process has to."""
 JUMP_SECONDS = 30 * 24 * 3600.0
 ENDING_SECONDS = 30.0
 """Within this time every process of a search that has died must be gone."""
@@ -86,7 +101,7 @@ class Record(BaseModel):
     seed: int
     number: int = Field(description="Among the faults of this seed, from 0.")
     kind: Kind
-    ray: bool
+    place: Place
     after_seconds: float = Field(description="Since the process of the search was started.")
     acknowledged: int = Field(description="Segments whose commit had been reported before the fault.")
     recovery_seconds: float | None = Field(description="From the next start to its first commit; None if none came.")
@@ -169,8 +184,15 @@ class Unreliable:
         self._inner.close()
 
 
-def study_of(seed: int, folder: Path, ray: bool = False) -> StudySpec:
-    """A small study that continues trials from checkpoints, stops some and trains on three sizes."""
+def study_of(seed: int, folder: Path, place: Place = "inline", uri: str | None = None) -> StudySpec:
+    """A small study that continues trials from checkpoints, stops some and trains on three sizes.
+
+    Args:
+        seed: Of the search and of the landscape.
+        folder: Takes the workspace.
+        place: Where the search runs.
+        uri: Of the MLflow store; None for a database in the folder.
+    """
     return StudySpec.model_validate(
         {
             "study": f"faults-{seed}",
@@ -182,7 +204,7 @@ def study_of(seed: int, folder: Path, ray: bool = False) -> StudySpec:
             "task": "instruct",
             "trainer": {
                 "name": "simulated",
-                "settings": {"instance": seed, "real_seconds_per_step": 0.02 if ray else 0.002},
+                "settings": {"instance": seed, "real_seconds_per_step": 0.02 if place == "ray" else 0.002},
             },
             "space": "tiny",
             "fidelity": {"horizon_prompts": 480, "rungs": 3},
@@ -190,8 +212,8 @@ def study_of(seed: int, folder: Path, ray: bool = False) -> StudySpec:
             "strategy": {"name": "jfhpo", "settings": {"initial_trials": 5, "pool": 64, "fresh": 6, "local": 6}},
             "baselines": [{"name": "recipe", "configuration": {"learning_rate": 1e-4}}],
             "seeds": {"search": seed, "training": [0, 1]},
-            "cluster": {"address": "local" if ray else "inline", "segment_retries": 5},
-            "tracking": {"workspace": str(folder / "work"), "uri": f"sqlite:///{folder / 'mlflow.db'}"},
+            "cluster": {"address": "local" if place == "ray" else "inline", "segment_retries": 5},
+            "tracking": {"workspace": str(folder / "work"), "uri": uri or f"sqlite:///{folder / 'mlflow.db'}"},
         }
     )
 
@@ -212,7 +234,8 @@ def search(spec: StudySpec, journal: Path, how: Disturbance) -> None:
     _interrupt_on_sigterm()
     if how.clock_jump is not None:
         _jump(*how.clock_jump)
-    ledger = MlflowLedger()
+    study = resolve(spec)
+    ledger = Outbox(MlflowLedger(), study.folder / OUTBOX)
     inner: Dispatcher = InlineDispatcher(1)
     if spec.cluster.address != "inline":
         from jfhpo_core.ray_dispatch import RayDispatcher
@@ -228,9 +251,10 @@ def search(spec: StudySpec, journal: Path, how: Disturbance) -> None:
         noted = len(done)
 
     try:
-        run_search(resolve(spec), ledger, Unreliable(inner, ledger, how), note)
+        run_search(study, ledger, Unreliable(inner, ledger, how), note)
     finally:
         inner.close()
+    ledger.deliver()
     journal.with_suffix(".complete").touch()
 
 
@@ -266,14 +290,16 @@ class Campaign:
     Args:
         seed: Of the study and of the faults.
         folder: Empty; takes the database and the workspace. A file system of its own if its disk is to be filled.
-        ray: Whether trials run on Ray.
-        kinds: What is drawn from.
+        place: Where the search runs.
+        kinds: What is drawn from, see `DRAWN`.
+        server: Holds the ledger, running; None for a database in the folder.
     """
 
     seed: int
     folder: Path
-    ray: bool
+    place: Place
     kinds: Sequence[Kind]
+    server: TrackingServer | None = None
     records: list[Record] = field(default_factory=list)
     _seen: list[str] = field(default_factory=list, init=False)
 
@@ -281,10 +307,12 @@ class Campaign:
         """Disturb the study until it is complete, at most so often; then let it end in peace."""
         calm = undisturbed(self.seed)
         draw = random.Random(self.seed)
-        spec = study_of(self.seed, self.folder, self.ray)
+        spec = study_of(self.seed, self.folder, self.place, self.server.url if self.server is not None else None)
         exact = True
+        bag: list[Kind] = []
         while not self._complete:
-            kind = draw.choice(self.kinds) if len(self.records) < most else None
+            bag = bag or draw.sample(self.kinds, len(self.kinds))
+            kind = bag.pop() if len(self.records) < most else None
             acknowledged, began = len(self._noted()), time.monotonic()
             hits = self._disturb(spec, kind, draw)
             first = next((at for at, _ in self._noted()[acknowledged:]), None)
@@ -297,7 +325,7 @@ class Campaign:
             for name, after in hits:
                 self.records.append(
                     Record(
-                        seed=self.seed, number=len(self.records), kind=name, ray=self.ray,
+                        seed=self.seed, number=len(self.records), kind=name, place=self.place,
                         after_seconds=round(after, 2), acknowledged=len(self._noted()), recovery_seconds=None,
                         violations=found, commit=commit(),
                     )
@@ -348,7 +376,7 @@ class Campaign:
         try:
             if kind is None:
                 process.join(PATIENCE_SECONDS)
-            elif self.ray or itself or not early:
+            elif self.place == "ray" or itself or not early:
                 # Ray has to come up, and what the process does to itself shall be done to a segment at least.
                 _until(lambda: len(self._noted()) > known or not process.is_alive())
             process.join(delay)
@@ -372,7 +400,20 @@ class Campaign:
                 hit(kind)
                 known = len(self._noted())
                 _kill_part(process.pid, "_WorkerProcess" if kind == "worker-kill" else "raylet/raylet")
-                _until(lambda: len(self._noted()) > known or not process.is_alive())
+                # What a worker has begun may end well without the raylet; the search shall feel that it is gone.
+                some = 1 if kind == "worker-kill" else RESULTS_WITHOUT_RAYLET
+                _until(lambda: len(self._noted()) >= known + some or not process.is_alive())
+            elif kind == "mlflow-kill" and self.server is not None:
+                hit(kind)
+                opened, known = len(self._noted()) > known, len(self._noted())
+                self.server.kill()
+                process.join(draw.uniform(0.0, LONGEST_ABSENCE_SECONDS))
+                self.server.start()
+                if draw.random() < DELIVERED_SHARE:
+                    outbox = resolve(spec).folder / OUTBOX
+                    _until(lambda: not (process.is_alive() and (outbox.exists() or len(self._noted()) <= known)))
+                if opened and process.exitcode:
+                    self._seen.append(f"the search ended with exit code {process.exitcode} for want of its server")
             if process.is_alive():
                 hit("checkpoint-damaged" if kind == "checkpoint-damaged" else "driver-kill")
             return hits
@@ -429,13 +470,16 @@ def _own_session(spec: StudySpec, journal: Path, how: Disturbance) -> None:
 
 
 def _look(spec: StudySpec) -> tuple[list[Trial], list[str]]:
-    """Trials as the ledger has them, and the trial key of each run in MLflow that has been charged."""
+    """Trials as ledger and outbox have them, and the trial key of each run in MLflow that has been charged."""
     ledger = MlflowLedger()
     if not ledger.look(spec):
         return [], []
     runs = ledger.client.search_runs([ledger.experiment_id], max_results=1000)
     charged = [run.data.tags for run in runs if SEGMENT.format(0) in run.data.tags]
-    return ledger.trials(), [json.loads(tags[HEADER])["key"] for tags in charged]
+    whole = MemoryLedger(ledger.trials())
+    for entry in waiting(resolve(spec).folder / OUTBOX):
+        entry.deliver(whole)
+    return whole.trials(), [json.loads(tags[HEADER])["key"] for tags in charged]
 
 
 def _in_process(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -553,21 +597,28 @@ def disk() -> Iterator[Path | None]:
             subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def disturb_seed(seed: int, ray: bool = False, most: int = 1000) -> list[Record]:
+def disturb_seed(seed: int, place: Place = "inline", most: int = 1000) -> list[Record]:
     """All faults of one seed.
 
     Args:
         seed: Of the study and of the faults.
-        ray: Whether trials run on Ray.
+        place: Where the search runs.
         most: Faults after which the study is left in peace.
     """
-    with disk() as place, tempfile.TemporaryDirectory(prefix="jfhpo-faults-") as folder:
-        kinds = RAY_KINDS if ray else INLINE_KINDS
-        if place is not None and not ray:
-            return Campaign(seed, place, ray, kinds).run(most)
-        plain = Path(folder) / "disk"
+    kinds = DRAWN[place]
+    with disk() as small, tempfile.TemporaryDirectory(prefix="jfhpo-faults-") as name:
+        if place == "inline" and small is not None:
+            return Campaign(seed, small, place, kinds).run(most)
+        plain = Path(name) / "disk"
         plain.mkdir()
-        return Campaign(seed, plain, ray, [kind for kind in kinds if kind != "disk-full"]).run(most)
+        if place != "server":
+            return Campaign(seed, plain, place, [kind for kind in kinds if kind != "disk-full"]).run(most)
+        server = TrackingServer(plain)
+        try:
+            server.start()
+            return Campaign(seed, plain, place, kinds, server).run(most)
+        finally:
+            server.kill()
 
 
 def load(path: Path = FILE) -> list[Record]:
@@ -581,26 +632,26 @@ def save(records: Sequence[Record], path: Path = FILE) -> None:
     """Add the faults of a seed, in place of those that it may have had."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        fresh = {(record.ray, record.seed) for record in records}
-        kept = [record for record in load(path) if (record.ray, record.seed) not in fresh]
-        merged = sorted([*kept, *records], key=lambda record: (record.ray, record.seed, record.number))
+        fresh = {(record.place, record.seed) for record in records}
+        kept = [record for record in load(path) if (record.place, record.seed) not in fresh]
+        merged = sorted([*kept, *records], key=lambda record: (record.place, record.seed, record.number))
         path.write_text("".join(f"{record.model_dump_json()}\n" for record in merged), encoding="utf-8")
 
 
-def run(faults: int, seeds: Sequence[int], ray: bool, path: Path = FILE, say: Callable[[str], None] = print) -> int:
+def run(faults: int, seeds: Sequence[int], place: Place, path: Path = FILE, say: Callable[[str], None] = print) -> int:
     """Disturb seed after seed until so many faults are on record; returns the number of violations among them."""
     os.environ["OMP_NUM_THREADS"] = "1"
     for seed in seeds:
-        mine = [record for record in load(path) if record.ray == ray]
+        mine = [record for record in load(path) if record.place == place]
         if len(mine) >= faults:
             break
         if any(record.seed == seed for record in mine):
             continue
-        records = disturb_seed(seed, ray)
+        records = disturb_seed(seed, place)
         save(records, path)
         bad = [violation for record in records for violation in record.violations]
         say(f"seed {seed}: {len(records)} faults, {len(bad)} violations{''.join(f'{chr(10)}  {text}' for text in bad)}")
-    return sum(len(record.violations) for record in load(path) if record.ray == ray)
+    return sum(len(record.violations) for record in load(path) if record.place == place)
 
 
 def write(records: Sequence[Record], folder: Path) -> None:
@@ -614,19 +665,20 @@ def write(records: Sequence[Record], folder: Path) -> None:
         bad = sum(bool(record.violations) for record in mine)
         median = f"{seconds[len(seconds) // 2]:.1f} s" if seconds else ""
         rows.append(f"| `{kind}` | {what} | {len(mine)} | {bad} | {median} |")
-    searches = {(record.ray, record.seed) for record in records}
-    on_ray = sum(ray for ray, _ in searches)
+    searches = {(record.place, record.seed) for record in records}
+    places = Counter(place for place, _ in searches)
     commits = ", ".join(f"`{name}`" for name in sorted({record.commit for record in records}))
     damaged = {
-        key: min((one.number for one in records if (one.ray, one.seed) == key and one.kind == "checkpoint-damaged"),
+        key: min((one.number for one in records if (one.place, one.seed) == key and one.kind == "checkpoint-damaged"),
                  default=len(records))
         for key in searches
     }  # fmt: skip
-    exact = sum(record.number < damaged[record.ray, record.seed] for record in records)
+    exact = sum(record.number < damaged[record.place, record.seed] for record in records)
     broken = [f"- seed {one.seed}, fault {one.number}, `{one.kind}`: {'; '.join(one.violations)}" for one in records
               if one.violations]  # fmt: skip
     text = PAGE.format(
-        faults=len(records), exact=exact, searches=len(searches), on_ray=on_ray, rows="\n".join(rows), commits=commits,
+        faults=len(records), exact=exact, searches=len(searches), on_ray=places["ray"],
+        on_server=places["server"], rows="\n".join(rows), commits=commits,
         broken="None." if not broken else "\n".join(broken),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -635,8 +687,9 @@ def write(records: Sequence[Record], folder: Path) -> None:
 
 PAGE = """# Faults
 
-{faults} faults at random moments in {searches} searches ({on_ray} of them on Ray), each search in a process of its own
-with real checkpoints and a real MLflow store. After a fault the search is started again, until its study is complete.
+{faults} faults at random moments in {searches} searches ({on_ray} of them on Ray, {on_server} with their ledger on an
+MLflow server), each search in a process of its own with real checkpoints and a real MLflow store. After a fault the
+search is started again, until its study is complete.
 Made by `python -m benchmarks faults`, from commit {commits}.
 
 | Fault | What happens | Times | Times that something did not hold | Median time to the next new result |

@@ -74,8 +74,9 @@ class Outbox:
             LedgerUnavailable: The store is away.
         """
         self._ledger.open(study)
-        self._waiting = deque(_read(self._path))
+        self._waiting = deque(waiting(self._path))
         self.deliver()
+        self._path.unlink(missing_ok=True)  # the rest of a line that a crash has cut off must not spoil the next one
         self._mirror = MemoryLedger(self._ledger.trials())
 
     def trials(self) -> list[Trial]:
@@ -185,7 +186,7 @@ class Outbox:
                 time.sleep(min(RETRY_SECONDS, self._patience_seconds))
 
 
-def _read(path: Path) -> list[Entry]:
+def waiting(path: Path) -> list[Entry]:
     """What waits in a file. A last line that a crash has cut off was never acknowledged.
 
     Raises:

@@ -101,6 +101,19 @@ def test_what_waits_survives_the_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_waiting")
+def test_what_a_crash_has_cut_off_does_not_spoil_what_waits_next(tmp_path: Path) -> None:
+    store, path = FarLedger(), tmp_path / "outbox.jsonl"
+    path.write_text('{"trial": {"key"')
+    outbox = begun(store, path)
+    store.away = lambda: True
+    outbox.commit(make_trial(0).key, make_result(make_segment(0, 0, 4)), make_records(0, 4))
+    store.away = lambda: False
+    after = Outbox(store, path)
+    after.open(make_study())
+    assert after.trials() == outbox.trials()
+
+
+@pytest.mark.usefixtures("no_waiting")
 def test_an_edited_file_is_refused(tmp_path: Path) -> None:
     store, path = FarLedger(), tmp_path / "outbox.jsonl"
     outbox = begun(store, path)
