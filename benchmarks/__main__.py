@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -142,13 +142,16 @@ def compare_surrogates(
 def inject_faults(
     faults: Annotated[int, typer.Option(help="Seeds are run until so many faults are on record.")] = 200,
     seeds: Annotated[str, typer.Option(help="1000:1050 or 3,5,8.")] = "1000:1100",
-    on_ray: Annotated[bool, typer.Option("--ray", help="Train on Ray, and kill its workers and raylets, too.")] = False,
+    place: Annotated[
+        Literal["inline", "ray", "server"],
+        typer.Option(help="ray: workers and raylets are killed, too; server: the MLflow server that holds the ledger."),
+    ] = "inline",
     folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
 ) -> None:
     """Disturb searches at random moments, as far as it is missing, and write the page of the docs."""
     from benchmarks import faults as injection
 
-    violations = injection.run(faults, _seeds(seeds), on_ray)
+    violations = injection.run(faults, _seeds(seeds), place)
     injection.write(injection.load(), folder)
     if violations:
         raise typer.Exit(1)

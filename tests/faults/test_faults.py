@@ -29,7 +29,7 @@ def test_what_comes_twice_or_late_counts_once(tmp_path: Path, how: Disturbance) 
 
 @pytest.mark.slow
 def test_what_does_not_hold_is_noticed(tmp_path: Path) -> None:
-    campaign = Campaign(5, tmp_path / "disk", ray=False, kinds=())
+    campaign = Campaign(5, tmp_path / "disk", "inline", kinds=())
     campaign.folder.mkdir()
     spec = study_of(5, campaign.folder)
     calm = faults.undisturbed(5)

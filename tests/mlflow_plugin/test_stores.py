@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from benchmarks.tracking_server import TrackingServer
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.ledger import Ledger, MemoryLedger
@@ -16,7 +17,7 @@ from jfhpo_core.search import run_search
 from jfhpo_core.study import Study
 from jfhpo_core.trainers import Job
 from mlflow_plugin.ledger import MlflowLedger
-from tests.mlflow_plugin.conftest import PASSWORD, TrackingServer
+from tests.mlflow_plugin.conftest import PASSWORD
 from tests.studies import simulated_study
 
 DIES_AT, BACK_AT = 3, 7
