@@ -154,7 +154,9 @@ class EvaluationSpec(_Section):
     """How a score is measured on the held-out set."""
 
     prompts: int | None = Field(default=512, ge=2, description="Held-out prompts scored; None means all.")
-    samples_per_prompt: int = Field(default=1, ge=1, description="Completions sampled per prompt.")
+    samples_per_prompt: int = Field(
+        default=1, ge=1, description="Completions sampled per prompt; with 2 or more, pass@n is recorded as well."
+    )
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature of the evaluation.")
 
 

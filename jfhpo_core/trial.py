@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
-from typing import Literal
+from statistics import fmean, stdev
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -49,6 +51,32 @@ class StepRecord(Record):
     training_seconds: float = Field(ge=0)
 
 
+class PassAtN(Record):
+    """The held-out set with n completions of each prompt, the best of which counts.
+
+    If the reward is 0 or 1, the score is pass@n: the share of prompts that at least one of n completions solves.
+    """
+
+    n: int = Field(ge=2, description="Completions of each prompt.")
+    score: float = Field(description="Mean over held-out prompts of the reward of the best completion.")
+    standard_error: float = Field(ge=0, description="Standard error of the score over the held-out prompts.")
+
+    @classmethod
+    def of(cls, rewards: Iterable[Sequence[float]]) -> Self | None:
+        """From the rewards of each prompt's completions, for two prompts or more.
+
+        None if the prompts have one completion each, or not all the same number of them.
+        """
+        groups = list(rewards)
+        n = len(groups[0])
+        if n == 1 or any(len(group) != n for group in groups):
+            return None
+        best = [max(group) for group in groups]
+        # All prompts scoring alike does not prove a noiseless score; half a prompt's weight is the least to claim.
+        error = max(stdev(best) / math.sqrt(len(best)), 0.5 / len(best))
+        return cls(n=n, score=fmean(best), standard_error=error)
+
+
 class Evaluation(Record):
     """A measurement on the held-out set."""
 
@@ -58,6 +86,9 @@ class Evaluation(Record):
     standard_error: float = Field(ge=0, description="Standard error of the score over the held-out prompts.")
     samples: int = Field(ge=1, description="Completions scored.")
     seconds: float = Field(ge=0)
+    pass_at_n: PassAtN | None = Field(
+        default=None, description="None with one completion per prompt, or where the trainer does not tell."
+    )
 
 
 class Decision(Record):

@@ -202,7 +202,7 @@ def result_metrics(
             dataset_digest=heldout.digest if heldout is not None else None,
         )
         for evaluation in result.evaluations
-        for name, value in _scores(evaluation)
+        for name, value in (score_metrics(evaluation) | {"time/evaluation_seconds": evaluation.seconds}).items()
     ]
     if result.checkpoint is not None:
         # As metrics, because MLflow compares tags and parameters of logged models as texts only.
@@ -217,12 +217,13 @@ def result_metrics(
     ]
 
 
-def _scores(evaluation: Evaluation) -> list[tuple[str, float]]:
-    return [
-        ("eval/score", evaluation.score),
-        ("eval/standard_error", evaluation.standard_error),
-        ("time/evaluation_seconds", evaluation.seconds),
-    ]
+def score_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """What an evaluation measured, by metric. Pass@n has n in its name, so that different n never share a chart."""
+    metrics = {"eval/score": evaluation.score, "eval/standard_error": evaluation.standard_error}
+    if (best := evaluation.pass_at_n) is not None:
+        name = f"eval/pass_at_{best.n}"
+        metrics |= {name: best.score, f"{name}_standard_error": best.standard_error}
+    return metrics
 
 
 def study_metrics(study: StudySpec, trials: Sequence[Trial], timestamp: int) -> list[Metric]:
@@ -299,10 +300,12 @@ def _trial_note(trial: Trial) -> str:
     if trial.evaluations:
         last = trial.evaluations[-1]
         low, high = interval(last.score, last.standard_error)
+        best = "" if (of_n := last.pass_at_n) is None else f"Pass@{of_n.n} is {number(of_n.score)}. "
         lines += [
             (
                 f"**How sure:** held-out score {number(last.score)} at step {last.step}, 95 % interval {number(low)} "
-                f"to {number(high)} from {last.samples} completions. The spread between training seeds comes on top."
+                f"to {number(high)} from {last.samples} completions. {best}The spread between training seeds comes on "
+                "top."
             ),
             "",
         ]

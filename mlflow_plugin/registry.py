@@ -31,7 +31,7 @@ from jfhpo_core.study import Study
 from jfhpo_core.tasks import load_task
 from jfhpo_core.trial import Checkpoint, Evaluation, Trial, canonical_json
 from mlflow_plugin.ledger import MlflowLedger
-from mlflow_plugin.presentation import configuration_text
+from mlflow_plugin.presentation import configuration_text, score_metrics
 from mlflow_plugin.provenance import task_data
 
 CHAMPION = "champion"
@@ -167,9 +167,10 @@ def _metrics(study: Study, trial: Trial, final: Evaluation, model_id: str) -> li
     """The final evaluation, for the page of the logged model."""
     heldout = task_data(study.spec.task).heldout
     named = {} if heldout is None else {"dataset_name": heldout.name, "dataset_digest": heldout.digest}
-    values = {"eval/score": final.score, "eval/standard_error": final.standard_error}
     now = int(time.time() * 1000)
-    return [Metric(name, value, now, trial.step, model_id=model_id, **named) for name, value in values.items()]
+    return [
+        Metric(name, value, now, trial.step, model_id=model_id, **named) for name, value in score_metrics(final).items()
+    ]
 
 
 def _description(study: Study, result: SearchResult, trial: Trial, final: Evaluation) -> str:

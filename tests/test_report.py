@@ -28,6 +28,7 @@ from jfhpo_core.trial import (
     Evaluation,
     FailureKind,
     Outcome,
+    PassAtN,
     Segment,
     SegmentResult,
     StepRecord,
@@ -258,6 +259,21 @@ def test_one_model_and_no_baselines(tmp_path: Path) -> None:
     assert "This study has no proxies" in page.text
     assert "The recommended configuration scores 0.500 on large (0.461 to 0.539, 1 seed)." in page.text
     assert contrasts(result) == []
+
+
+def test_pass_at_n_stands_beside_the_score(tmp_path: Path) -> None:
+    study = resolve(parse_study(STUDY))
+    trial = trained(study.new_trial(0, {"learning_rate": 1e-4}, "large", 0), [0.5])
+    (segment,) = trial.segments
+    (plain,) = segment.evaluations
+    best = plain.model_copy(update={"pass_at_n": PassAtN(n=8, score=0.75, standard_error=0.0625)})
+    several = trial.model_copy(update={"segments": (segment.model_copy(update={"evaluations": (best,)}),)})
+    for number, (one, shown) in enumerate([(several, True), (trial, False)]):
+        result = conclude(study, [one], RandomSearch(), complete=False)
+        page = page_of(write_report(result, {}, tmp_path / str(number)))
+        assert "0.500 ± 0.020" in page.text
+        assert ("pass@8 0.750 ± 0.062" in page.text) == shown
+        assert ("pass@" in page.text) == shown
 
 
 def test_only_stopped_and_failed_trials(tmp_path: Path) -> None:

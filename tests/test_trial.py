@@ -8,8 +8,10 @@ from pydantic import ValidationError
 from jfhpo_core.trial import (
     Checkpoint,
     Decision,
+    Evaluation,
     FailureKind,
     Outcome,
+    PassAtN,
     SegmentResult,
     StepRecord,
     Trial,
@@ -159,3 +161,29 @@ def test_keys_do_not_change_between_releases() -> None:
 
 def test_canonical_json_is_sorted_and_compact() -> None:
     assert canonical_json({"b": [1, 2.5], "a": "é"}) == '{"a":"é","b":[1,2.5]}'
+
+
+def test_pass_at_n_counts_each_prompt_with_its_best_completion() -> None:
+    # Solved by one of three, all, none and two: three prompts of four.
+    found = PassAtN.of([(0, 1, 0), (1, 1, 1), (0, 0, 0), (1, 0, 1)])
+    assert found is not None
+    assert (found.n, found.score) == (3, 0.75)
+    assert found.standard_error == pytest.approx(math.sqrt(0.25 / 4))
+    graded = PassAtN.of([(0.2, 0.5), (-1.0, -2.0)])
+    assert graded is not None
+    assert (graded.n, graded.score) == (2, pytest.approx(-0.25))
+    assert graded.standard_error == pytest.approx(0.75)
+
+
+def test_pass_at_n_of_prompts_that_are_all_solved_has_a_standard_error() -> None:
+    assert PassAtN.of([(0, 1)] * 5) == PassAtN(n=2, score=1.0, standard_error=0.1)
+
+
+def test_no_pass_at_n_is_claimed_from_single_or_unequally_many_completions() -> None:
+    assert PassAtN.of([(1,), (0,)]) is None
+    assert PassAtN.of([(1, 0), (0,)]) is None
+
+
+def test_evaluations_of_before_pass_at_n_are_read() -> None:
+    old = '{"step":4,"prompts":64,"score":0.5,"standard_error":0.02,"samples":512,"seconds":0.3}'
+    assert Evaluation.model_validate_json(old).pass_at_n is None

@@ -46,6 +46,9 @@ TRAINING = {
 }
 """Further columns of trainings.parquet; the hyperparameters stand between `KEY` and these."""
 
+UNRECORDED = {"pass_at_n"}
+"""Fields of an evaluation that are no columns: the design has one completion per prompt."""
+
 
 def pack(parts: Path, data: Path) -> None:
     """Write the finished trainings of a folder as a table.
@@ -78,14 +81,14 @@ def write(parts: Sequence[Part], data: Path) -> None:
     _write(data / "steps.parquet", [_key(part) | record.model_dump() for part in parts for record in part.steps])
     _write(
         data / "evaluations.parquet",
-        [_key(part) | evaluation.model_dump() for part in parts for evaluation in part.evaluations],
+        [_key(part) | evaluation.model_dump(exclude=UNRECORDED) for part in parts for evaluation in part.evaluations],
     )
 
 
 def unpack(data: Path, parts: Path) -> None:
     """Write the table's trainings as parts again, where the folder lacks them, so that `generate` need not make them.
 
-    Packing them once more gives the same table. What it does not hold (seconds of the final test) is lost.
+    Packing them once more gives the same table. What it does not hold (seconds and pass@n of the final test) is lost.
     """
     if not (data / "trainings.parquet").exists():
         return
@@ -253,7 +256,7 @@ Measurements are 32-bit floats, hyperparameters 64-bit ones. NaN was measured as
 
 
 def _described(kind: type[BaseModel]) -> dict[str, str]:
-    return {name: field.description or "" for name, field in kind.model_fields.items()}
+    return {name: field.description or "" for name, field in kind.model_fields.items() if name not in UNRECORDED}
 
 
 def _schema(columns: dict[str, str]) -> str:

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from jfhpo_core.tasks import Row, Task, columns_of
-from jfhpo_core.trial import Evaluation
+from jfhpo_core.trial import Evaluation, PassAtN
 
 EVALUATION_SEED = 20240213
 """Every evaluation of every trial samples with these random numbers: configurations are compared on equal terms."""
@@ -155,7 +155,8 @@ def evaluate(
         texts = [row["prompt"] for row in repeated]
         completions = sampler.decode(sampler.sample(model, sampler.encode(texts), temperature))
         rewards = task.reward(prompts=texts, completions=completions, **columns_of(repeated))
-    means = np.array(rewards).reshape(len(rows), samples).mean(axis=1)
+    groups = np.array(rewards).reshape(len(rows), samples)
+    means = groups.mean(axis=1)
     # All prompts scoring alike does not prove a noiseless score; half a completion's weight is the least to claim.
     floor = 0.5 / len(rewards)
     return Evaluation(
@@ -165,4 +166,5 @@ def evaluate(
         standard_error=max(float(means.std(ddof=1)) / math.sqrt(len(rows)), floor),
         samples=len(rewards),
         seconds=time.perf_counter() - began,
+        pass_at_n=PassAtN.of(groups.tolist()),
     )

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.rl_table import rules, transfer
@@ -31,6 +32,7 @@ from jfhpo_core.trial import Evaluation
 from tests.studies import step_record
 
 STEPS = 16
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "rl_table" / "data"
 
 
 def part(training: Training, final: float = 0.6, steps: int = STEPS) -> Part:
@@ -137,6 +139,8 @@ def test_a_table_is_unpacked_to_parts_that_give_the_same_table(tmp_path: Path) -
     (again / mine.name).write_bytes(mine.read_bytes())
     unpack(data, again)
     assert (again / mine.name).read_bytes() == mine.read_bytes()
+    recorded = pq.read_schema(RECORDED / "evaluations.parquet")
+    assert pq.read_schema(data / "evaluations.parquet").equals(recorded)
     pack(again, other)
     assert {file.name: file.read_bytes() for file in data.iterdir()} == {
         file.name: file.read_bytes() for file in other.iterdir()

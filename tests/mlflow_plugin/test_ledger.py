@@ -24,7 +24,7 @@ from jfhpo_core.report.page import write_plots
 from jfhpo_core.search import run_search
 from jfhpo_core.spec import StudySpec, TrackingSpec
 from jfhpo_core.study import resolve
-from jfhpo_core.trial import Decision, FailureKind, Outcome, Trial
+from jfhpo_core.trial import Decision, FailureKind, Outcome, PassAtN, Trial
 from mlflow_plugin.ledger import TAG_LIMIT, MlflowLedger
 from mlflow_plugin.presentation import StudyState
 from tests.ledger.conformance import (
@@ -105,6 +105,23 @@ def test_what_people_see_of_a_trial(ledger: MlflowLedger) -> None:
     assert run.data.metrics["cost/device_seconds"] == pytest.approx(5.0)
     for words in ("Stopped", "it looked good", "it went on well", "kl-growth", "95 % interval", "gain 0.01"):
         assert words in run.data.tags["mlflow.note.content"]
+
+
+def test_pass_at_n_is_shown_with_its_n(ledger: MlflowLedger) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    best = PassAtN(n=8, score=0.75, standard_error=0.02)
+    (plain,) = make_result(segment).evaluations
+    ledger.commit(trial.key, make_result(segment, evaluations=(plain.model_copy(update={"pass_at_n": best}),)), [])
+    run = run_of(ledger, trial)
+    assert run.data.metrics["eval/score"] == pytest.approx(0.4)
+    assert {name: value for name, value in run.data.metrics.items() if "pass_at" in name} == {
+        "eval/pass_at_8": 0.75,
+        "eval/pass_at_8_standard_error": 0.02,
+    }
+    (shown,) = ledger.client.get_metric_history(run.info.run_id, "eval/pass_at_8")
+    assert shown.step == 4
+    assert "Pass@8 is 0.750." in run.data.tags["mlflow.note.content"]
 
 
 def test_an_infeasible_trial_is_told_apart(ledger: MlflowLedger) -> None:

@@ -330,9 +330,12 @@ def test_an_evaluation_scores_the_heldout_rows_with_its_standard_error(
 ) -> None:
     case = make_case()
     spec = case.study.evaluation.model_copy(update={"prompts": 4, "samples_per_prompt": 3})
-    # Rewards that do not depend on the completion: prompt k is worth k.
+    # Rewards that do not depend on the completion's text: the three completions of prompt k are worth k, k+1 and k+2.
     reward = tmp_path / "reward.py"
-    reward.write_text("def reward(prompts, completions, weight):\n    return [float(p[-3:-1]) for p in prompts]\n")
+    reward.write_text(
+        "def reward(prompts, completions, weight):\n"
+        "    return [float(p[-3:-1]) + number % 3 for number, p in enumerate(prompts)]\n"
+    )
     task = case.study.task.model_copy(update={"reward": str(reward)})
     case = Case(
         case.study.model_copy(update={"evaluation": spec, "task": task}),
@@ -341,11 +344,15 @@ def test_an_evaluation_scores_the_heldout_rows_with_its_standard_error(
         case.other,
     )
     result = run_job(case.job(0, 1, tmp_path / "store", [0, 1]), case.trainer, lambda record: None)
-    worth = [10.0, 11.0, 12.0, 13.0]
+    assert [evaluation.step for evaluation in result.evaluations] == [0, 1]
     for evaluation in result.evaluations:
-        assert evaluation.score == pytest.approx(sum(worth) / 4)
+        # Means 11 to 14, best completions 12 to 15.
+        assert evaluation.score == pytest.approx(12.5)
         assert evaluation.samples == 12
         assert evaluation.standard_error == pytest.approx(math.sqrt(5 / 3) / 2)
+        assert evaluation.pass_at_n is not None
+        assert (evaluation.pass_at_n.n, evaluation.pass_at_n.score) == (3, pytest.approx(13.5))
+        assert evaluation.pass_at_n.standard_error == pytest.approx(math.sqrt(5 / 3) / 2)
 
 
 def test_a_reward_alike_for_all_prompts_still_has_a_standard_error(make_case: MakeCase, tmp_path: Path) -> None:
@@ -358,6 +365,7 @@ def test_a_reward_alike_for_all_prompts_still_has_a_standard_error(make_case: Ma
     result = run_job(case.job(0, 1, tmp_path / "store", [1]), case.trainer, records.append)
     assert result.evaluations[0].score == 1
     assert result.evaluations[0].standard_error == pytest.approx(0.5 / result.evaluations[0].samples)
+    assert result.evaluations[0].pass_at_n is None
     assert records[0].zero_variance_share == 1
     assert records[0].reward_std == 0
 

@@ -27,7 +27,7 @@ from jfhpo_core.trainers.openrlhf.placement import place
 from jfhpo_core.trainers.openrlhf.process import TrainingProcess, environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from jfhpo_core.trainers.openrlhf.watch import Watch
-from jfhpo_core.trial import Evaluation, StepRecord
+from jfhpo_core.trial import Evaluation, PassAtN, StepRecord
 
 AGENT = Path(__file__).with_name("inside") / "agent.py"
 PROGRESS = "jfhpo-progress.json"
@@ -349,7 +349,7 @@ class _Loop:
 
 
 def score(rewards: list[tuple[int, float]], step: int, prompts: int, seconds: float) -> Evaluation:
-    """Mean over held-out prompts and its standard error, from (row, reward) of every completion."""
+    """Mean over held-out prompts, its standard error, and pass@n, from (row, reward) of every completion."""
     by_row: dict[int, list[float]] = {}
     for row, reward in rewards:
         by_row.setdefault(row, []).append(reward)
@@ -362,6 +362,7 @@ def score(rewards: list[tuple[int, float]], step: int, prompts: int, seconds: fl
         standard_error=max(float(means.std(ddof=1)) / math.sqrt(len(means)), 0.5 / len(rewards)),
         samples=len(rewards),
         seconds=seconds,
+        pass_at_n=PassAtN.of(by_row.values()),
     )
 
 

@@ -93,6 +93,15 @@ def test_what_the_training_reads(files: Files) -> None:
     assert (plan["start_step"], plan["prompts"], plan["samples"]) == (0, 8, 4)
 
 
+def test_pass_at_n_is_over_prompts_whatever_the_order_of_completions() -> None:
+    found = score([(2, 0.0), (0, 1.0), (1, 0.0), (0, 0.0), (2, 0.0), (1, 1.0)], 2, 16, 1.0)
+    assert (found.score, found.samples) == (pytest.approx(1 / 3), 6)
+    assert found.pass_at_n is not None
+    assert (found.pass_at_n.n, found.pass_at_n.score) == (2, pytest.approx(2 / 3))
+    assert found.pass_at_n.standard_error == pytest.approx(1 / 3)
+    assert score([(0, 1.0), (1, 0.0)], 2, 16, 1.0).pass_at_n is None
+
+
 def checkpoint(files: Files, step: int) -> None:
     """A checkpoint as OpenRLHF lays it out."""
     tag = f"global_step{step}"

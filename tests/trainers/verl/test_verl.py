@@ -25,7 +25,7 @@ from jfhpo_core.trainers.verl import VerlTrainer
 from jfhpo_core.trainers.verl.command import VerlFiles, build_overrides, to_argv
 from jfhpo_core.trainers.verl.settings import PYTHON_VARIABLE, VerlHyperparameters, VerlSettings
 from jfhpo_core.trainers.verl.training import REWARD, Loop, placement, prepare, take_checkpoint
-from jfhpo_core.trial import Decision, Evaluation, StepRecord
+from jfhpo_core.trial import Decision, Evaluation, PassAtN, StepRecord
 from tests.trainers.openrlhf import conftest as common
 
 COMPOSE = """
@@ -196,6 +196,7 @@ def test_records_and_evaluations_from_its_files(tmp_path: Path, files: VerlFiles
     assert isinstance(base, Evaluation)
     assert (base.step, base.score, base.samples) == (0, 0.75, 4)
     assert base.standard_error == pytest.approx(0.25)
+    assert base.pass_at_n == PassAtN(n=2, score=1.0, standard_error=0.25)
     assert isinstance(one, StepRecord)
     assert (one.step, one.prompts, one.tokens, one.reward) == (1, 2, 30, 0.75)
     assert (one.zero_variance_share, one.kl, one.clip_fraction, one.learning_rate) == (0.5, 0.01, 0.02, 1e-6)
