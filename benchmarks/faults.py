@@ -81,8 +81,6 @@ EARLY_SHARE = 0.25
 """Share of the faults that may come before the search has done anything new since it was started."""
 LONGEST_ABSENCE_SECONDS = 6.0
 """Between the end of a server and its next start, which takes some seconds itself."""
-RESULTS_WITHOUT_RAYLET = 4
-"""A search that goes on when its raylet is gone is left alone until it has so many more."""
 DELIVERED_SHARE = 0.5
 """Share of the absences after which the search may deliver what it has kept; else the next process has to."""
 JUMP_SECONDS = 30 * 24 * 3600.0
@@ -204,7 +202,7 @@ def study_of(seed: int, folder: Path, place: Place = "inline", uri: str | None =
             "task": "instruct",
             "trainer": {
                 "name": "simulated",
-                "settings": {"instance": seed, "real_seconds_per_step": 0.02 if place == "ray" else 0.002},
+                "settings": {"instance": seed, "real_seconds_per_step": 0.1 if place == "ray" else 0.002},
             },
             "space": "tiny",
             "fidelity": {"horizon_prompts": 480, "rungs": 3},
@@ -400,9 +398,9 @@ class Campaign:
                 hit(kind)
                 known = len(self._noted())
                 _kill_part(process.pid, "_WorkerProcess" if kind == "worker-kill" else "raylet/raylet")
-                # What a worker has begun may end well without the raylet; the search shall feel that it is gone.
-                some = 1 if kind == "worker-kill" else RESULTS_WITHOUT_RAYLET
-                _until(lambda: len(self._noted()) >= known + some or not process.is_alive())
+                # Workers train on for some seconds without their raylet; the search has to feel that it is gone.
+                felt = kind == "worker-kill"
+                _until(lambda: (felt and len(self._noted()) > known) or not process.is_alive())
             elif kind == "mlflow-kill" and self.server is not None:
                 hit(kind)
                 opened, known = len(self._noted()) > known, len(self._noted())

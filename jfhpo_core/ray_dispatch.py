@@ -218,7 +218,7 @@ class RayDispatcher:
         """See `Dispatcher.wait`.
 
         Raises:
-            InfrastructureError: Ray did not start.
+            InfrastructureError: Ray did not start, or has died.
             SpecError: This machine cannot give a worker what the study asks for.
         """
         events: list[Event] = []
@@ -410,7 +410,13 @@ class RayDispatcher:
                     self._placing.remove(worker)
 
     def _await(self, worker: _Worker, job: Job, cancelled: threading.Event) -> None:
-        """Wait until a worker has its resources and its imports."""
+        """Wait until a worker has its resources and its imports.
+
+        Raises:
+            InfrastructureError: Ray has nothing left that could run it.
+            SpecError: This machine has not what it needs.
+            Cancelled: The driver withdrew the job.
+        """
         ray = self._ray
         gpus = self._resources(worker.devices)["num_gpus"]
         if self._address == "local" and gpus > (there := ray.cluster_resources().get("GPU", 0.0)):
@@ -423,6 +429,12 @@ class RayDispatcher:
         while not ray.wait([ready], timeout=POLL_SECONDS)[0]:
             if cancelled.is_set():
                 raise Cancelled(job.trial_key)
+            # Ray itself would wait for ever: another node might join, though not a private instance.
+            if self._address == "local" and not any(node["Alive"] for node in ray.nodes()):
+                raise InfrastructureError(
+                    "Ray has lost the raylet of its private instance on this machine, by a crash or for want of "
+                    "memory; run the same command again, it goes on from here"
+                )
             if time.monotonic() > notice:
                 notice += PLACEMENT_NOTICE_SECONDS
                 logger.warning(

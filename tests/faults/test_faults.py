@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import faults
-from benchmarks.faults import Campaign, Disturbance, Unreliable, disturb_seed, pieces, study_of
+from benchmarks.faults import Campaign, Disturbance, Place, Unreliable, disturb_seed, pieces, study_of
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.search import run_search
@@ -43,10 +43,10 @@ def test_what_does_not_hold_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "on_ray", "most"), [(0, False, 5), (1, True, 2)])
+@pytest.mark.parametrize(("seed", "place", "most"), [(0, "inline", 4), (1, "ray", 2), (2, "server", 2)])
 def test_a_disturbed_search_loses_nothing_repeats_nothing_and_leaves_nothing(
-    seed: int, on_ray: bool, most: int
+    seed: int, place: Place, most: int
 ) -> None:
-    records = disturb_seed(seed, on_ray, most)
+    records = disturb_seed(seed, place, most)
     assert len(records) >= most
     assert [record.violations for record in records if record.violations] == []
