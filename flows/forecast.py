@@ -148,10 +148,13 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
 
     Args:
         study: The study; its budget is what is left to spend.
-        ranked: The strategy's ranking, best first.
+        ranked: The strategy's ranking, best first; untried configurations do not count.
         trials: The study's trials.
     """
     spent = spent_seconds(trials)
+    # The expectation of an untried configuration is the largest of many, and so too high.
+    tried = {configuration_key(trial.configuration) for trial in trials}
+    ranked = [item for item in ranked if configuration_key(item.configuration) in tried]
     if len(ranked) < FEWEST_CONFIGURATIONS or spent <= 0:
         return None
     best, count = ranked[0], len(ranked)

@@ -224,8 +224,11 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
     tried = _search_trials_on_target(study, trials)
     running = any(trial.open_segment is not None for trial in tried.values())
-    tries = sum(result.segment.suggestion.source == VALIDATION for trial in tried.values() for result in trial.segments)
-    secured = running or tries >= spec.budget.top_k or any(trial.final is not None for trial in tried.values())
+    finished = any(trial.final is not None for trial in tried.values())
+    tries = _validations(trials)
+    if finished and tries >= spec.budget.top_k:
+        return Step(Phase.VALIDATION) if running else None
+    secured = running or finished or tries >= spec.budget.top_k
     remaining = spec.budget.device_seconds - committed_seconds(trials)
     costs = CostModel.fit(study, trials)
     for item in strategy.rank(study, trials)[: spec.budget.top_k]:
@@ -244,6 +247,13 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
         )
         return _step(study, trials, Proposal(item.configuration, target, horizon, suggestion), Phase.VALIDATION)
     return Step(Phase.VALIDATION) if running else None
+
+
+def _validations(trials: Sequence[Trial]) -> int:
+    """Trainings of the present validation: those committed since the strategy's last one."""
+    results = [result for trial in trials if trial.purpose == "search" for result in trial.segments]
+    chosen = [result.committed for result in results if result.segment.suggestion.source != VALIDATION]
+    return sum(result.committed > max(chosen, default=0) for result in results)
 
 
 def _full_length(

@@ -220,7 +220,8 @@ def test_transfer_counts_a_configuration_once_and_only_where_all_sizes_have_it(t
 def test_a_generation_makes_what_is_missing_and_an_interrupt_loses_nothing(tmp_path: Path) -> None:
     before = part(plan()[0]).model_dump_json()
     (tmp_path / f"{plan()[0].name}.json").write_text(before)
-    command = [sys.executable, "-m", "benchmarks.rl_table", "generate", "--workers", "1", "--parts", str(tmp_path)]
+    folders = ["--parts", str(tmp_path), "--data", str(tmp_path / "no table")]
+    command = [sys.executable, "-m", "benchmarks.rl_table", "generate", "--workers", "1", *folders]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 300
         while len(list(tmp_path.glob("*.json"))) < 2:

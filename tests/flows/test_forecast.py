@@ -16,10 +16,12 @@ from jfhpo_core.search import Progress, run_search
 from jfhpo_core.strategies import Recommendation, load_strategy
 from jfhpo_core.study import Study
 from jfhpo_core.trainers.simulated import study_surface, true_score
-from jfhpo_core.trial import Trial
+from jfhpo_core.trial import Configuration, Trial
 from tests.studies import simulated_study, trained
 
-BELIEFS = [Recommendation({}, mean, 0.03) for mean in (0.7, 0.65, 0.6, 0.4, 0.1)]
+TRIED: Configuration = {"learning_rate": 1e-4}
+
+BELIEFS = [Recommendation(TRIED, mean, 0.03) for mean in (0.7, 0.65, 0.6, 0.4, 0.1)]
 SEARCHES = 10
 MARKS = (0.4, 0.7)
 """Shares of the budget at which the end of each search is forecast."""
@@ -84,9 +86,7 @@ def test_wall_clock_time_is_the_bill_over_the_slots(study: Study) -> None:
 
 def spent(study: Study, share: float) -> list[Trial]:
     """Trials of a search that has spent a share of its budget."""
-    return [
-        trained(study, {"learning_rate": 1e-4}, "large", [0.1, 0.5], seconds=share * study.spec.budget.device_seconds)
-    ]
+    return [trained(study, TRIED, "large", [0.1, 0.5], seconds=share * study.spec.budget.device_seconds)]
 
 
 def forecast_at(study: Study, share: float, beliefs: list[Recommendation] = BELIEFS) -> Quality:
@@ -108,6 +108,11 @@ def test_with_nothing_left_to_spend_the_forecast_is_the_belief_in_the_best(study
     assert quality.score == pytest.approx(0.7)
     assert (quality.low, quality.high) == pytest.approx((0.7 - 1.2816 * 0.03, 0.7 + 1.2816 * 0.03), abs=1e-4)
     assert forecast_at(study, 1.2) == quality
+
+
+def test_an_untried_configuration_promises_nothing(study: Study) -> None:
+    untried = Recommendation({"learning_rate": 2e-4}, 0.95, 0.01)
+    assert forecast_at(study, 0.5, [untried, *BELIEFS]) == forecast_at(study, 0.5)
 
 
 def test_the_forecast_is_the_larger_of_what_is_known_and_what_is_still_bought(study: Study) -> None:
@@ -138,11 +143,11 @@ def test_more_budget_promises_more_but_by_less_and_less(study: Study) -> None:
 
 
 def test_one_sure_belief_is_no_certainty_about_the_end(study: Study) -> None:
-    sure = [Recommendation({}, item.mean, 0.0) for item in BELIEFS]
+    sure = [Recommendation(TRIED, item.mean, 0.0) for item in BELIEFS]
     quality = forecast_at(study, 0.5, sure)
     assert quality.low >= 0.699
     assert quality.high > quality.score > 0.7
-    alike = [Recommendation({}, 0.5, 0.0)] * FEWEST_CONFIGURATIONS
+    alike = [Recommendation(TRIED, 0.5, 0.0)] * FEWEST_CONFIGURATIONS
     assert forecast_at(study, 0.5, alike).score == pytest.approx(0.5, abs=0.01)
 
 
