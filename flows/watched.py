@@ -7,22 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import UUID
 
-import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    FlowRunFilterTags,
-)
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import suspend_flow_run
@@ -34,6 +24,7 @@ from pydantic import Field
 
 from flows.board import Board
 from flows.display import PlainDisplay, duration
+from flows.hold import LEASE_SECONDS, hold
 from flows.runtime import INLINE, StudyOutcome, rebuild_report, run_study
 from flows.segments import TaskRuns
 from jfhpo_core.dispatch import Dispatcher
@@ -49,12 +40,6 @@ DEFAULT_STUDY = "examples/demo.yaml"
 
 DEVICES = "jfhpo-devices"
 """Global concurrency limit of Prefect that bounds the devices of all flow runs together, if somebody creates it."""
-
-LEASE_SECONDS = 60.0
-"""So long after a flow run was killed is its study held for it. Prefect takes no less."""
-
-QUEUE_SECONDS = 5.0
-"""Between two attempts of a queued flow run to take its study."""
 
 RETRIES = 2
 RETRY_SECONDS = 60.0
@@ -127,7 +112,7 @@ def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
     def around(dispatcher: Dispatcher) -> Dispatcher:
         return TaskRuns(dispatcher, ledgers[-1], gate.check if gate is not None else lambda _: None)
 
-    with _alone(spec.study), _devices(spec):
+    with hold(spec.study), _devices(spec):
         try:
             outcome = persist(lambda: run_study(spec, on_progress, display.status, on_open, around), log.warning)
         except DeclinedError as declined:
@@ -158,56 +143,6 @@ def _final_state(outcome: StudyOutcome) -> State[None]:
         return Completed(name="Unfinished", message="The wall-clock limit was reached; the next run goes on from here.")
     model = f" {outcome.model_uri}: {outcome.model_note}." if outcome.model_uri is not None else ""
     return Completed(message=f"{verdict(outcome.result)}{model}")
-
-
-@contextmanager
-def _alone(study: str) -> Iterator[None]:
-    """Queue behind another flow run of the study, on whatever machine it is.
-
-    Who holds a study has its name as a tag. Prefect keeps the slots of a limit in its database, but their leases in the
-    memory of its server, so what a run holds when the server dies would be held for ever. What is held, and for longer
-    than a lease claimed by no run, is therefore freed.
-    """
-    name = f"jfhpo-study-{study}"
-    with get_client(sync_client=True) as client, ExitStack() as held:
-        client.upsert_global_concurrency_limit_by_name(name, 1)
-        run = client.read_flow_run(UUID(flow_run.id))
-        if name in run.tags:  # from before it was suspended
-            client.update_flow_run(run.id, tags={*run.tags} - {name})
-        get_run_logger().info("waiting until no other flow run holds study %s", study)
-        claimed_at = time.monotonic()
-        while not _take(name, held):
-            if _others(client, name, run.id):
-                claimed_at = time.monotonic()
-            elif time.monotonic() - claimed_at > LEASE_SECONDS:
-                get_run_logger().warning("no flow run holds study %s, but Prefect has not noticed; it is freed", study)
-                client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=0))
-            time.sleep(QUEUE_SECONDS)
-        client.update_flow_run(run.id, tags={*run.tags, name})
-        yield
-
-
-def _take(limit: str, held: ExitStack) -> bool:
-    """Try to take the only slot of a limit; it is given back when `held` is closed."""
-    slot = concurrency(
-        limit, max_retries=0, lease_duration=LEASE_SECONDS, strict=True, raise_on_lease_renewal_failure=False
-    )
-    try:
-        held.enter_context(slot)
-    except ConcurrencySlotAcquisitionError as error:
-        cause = error.__cause__
-        taken = isinstance(cause, httpx.HTTPStatusError) and cause.response.status_code == httpx.codes.LOCKED
-        if not taken and not isinstance(cause, httpx.TransportError):
-            raise
-        return False
-    return True
-
-
-def _others(client: SyncPrefectClient, tag: str, run: UUID) -> list[FlowRun]:
-    """Flow runs but this one that have a tag and have not ended, as far as Prefect knows."""
-    working = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
-    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=working))
-    return [other for other in found if other.id != run]
 
 
 @contextmanager
