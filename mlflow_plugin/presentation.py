@@ -300,7 +300,9 @@ def _trial_note(trial: Trial) -> str:
     if trial.evaluations:
         last = trial.evaluations[-1]
         low, high = interval(last.score, last.standard_error)
-        best = "" if (of_n := last.pass_at_n) is None else f"Pass@{of_n.n} is {number(of_n.score)}. "
+        best = ""
+        if (of_n := last.pass_at_n) is not None:
+            best = f"Pass@{of_n.n} is {number(of_n.score)} ± {number(of_n.standard_error)}. "
         lines += [
             (
                 f"**How sure:** held-out score {number(last.score)} at step {last.step}, 95 % interval {number(low)} "

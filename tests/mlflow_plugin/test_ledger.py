@@ -121,7 +121,7 @@ def test_pass_at_n_is_shown_with_its_n(ledger: MlflowLedger) -> None:
     }
     (shown,) = ledger.client.get_metric_history(run.info.run_id, "eval/pass_at_8")
     assert shown.step == 4
-    assert "Pass@8 is 0.750." in run.data.tags["mlflow.note.content"]
+    assert "Pass@8 is 0.750 ± 0.020." in run.data.tags["mlflow.note.content"]
 
 
 def test_an_infeasible_trial_is_told_apart(ledger: MlflowLedger) -> None:
