@@ -698,8 +698,14 @@ The time to the next new result is that from the next start of the search, impor
 part of the segment that was cut off; the machine had much other work to do meanwhile. A search that survives a fault is
 killed at the end of it, which counts as a fault of its own; the checks then follow both.
 
-Not among them are faults of services beside the search. That an MLflow server is killed and comes back is tested in
-`tests/mlflow_plugin`, that a flow run is cancelled and its workers end, in `tests/flows`.
+After the loss of the raylet, workers train on for some seconds; then the search ends with an infrastructure error, and
+the next start goes on. While the MLflow server is away the search goes on, and what it has acknowledged waits in the
+outbox; after half of those absences the search is killed before it has delivered it.
+
+Tested elsewhere are: a training process of its own that is killed below its worker, in
+`tests/trainers/openrlhf/test_search.py`; a Prefect server that is killed while a flow run searches, in
+`tests/flows/test_hold.py`; a guarded MLflow server that is killed, in `tests/mlflow_plugin/test_stores.py`; a flow run
+that is cancelled, in `tests/flows/test_search.py`.
 
 ## What must hold after each fault
 

@@ -57,6 +57,15 @@ def hold(study: str) -> Iterator[None]:
         finally:
             ended.set()
             signs.join(SIGN_SECONDS)
+            give_back(held)
+
+
+def give_back(held: ExitStack) -> None:
+    """Give slots back. If no server answers, the end of their leases does it, or who waits for them."""
+    try:
+        held.close()
+    except httpx.TransportError as error:
+        get_run_logger().warning("what this flow run held could not be given back: %s", error)
 
 
 def _wait(client: SyncPrefectClient, name: str, held: ExitStack) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from pydantic import Field
 
 from flows.board import Board
 from flows.display import PlainDisplay, duration
-from flows.hold import LEASE_SECONDS, hold
+from flows.hold import LEASE_SECONDS, give_back, hold
 from flows.runtime import INLINE, StudyOutcome, rebuild_report, run_study
 from flows.segments import TaskRuns
 from jfhpo_core.dispatch import Dispatcher
@@ -154,8 +154,13 @@ def _devices(spec: StudySpec) -> Iterator[None]:
         yield
         return
     get_run_logger().info("waiting for %d slots of the concurrency limit %s", count, DEVICES)
-    with concurrency(DEVICES, occupy=count, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
-        yield
+    slots = concurrency(DEVICES, occupy=count, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
+    with ExitStack() as held:
+        held.enter_context(slots)
+        try:
+            yield
+        finally:
+            give_back(held)
 
 
 def _limit_exists(name: str) -> bool:

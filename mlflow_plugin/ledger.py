@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -533,19 +533,29 @@ class MlflowLedger:
 
     def _records(self, child: _Child) -> dict[int, StepRecord]:
         if child.records is None:
-            child.records = {}
+            records = {}
             for result in child.trial.segments:
                 text = self._read_text(child.run_id, _records_file(result.segment.index))
                 for line in text.splitlines():
                     record = _parse(StepRecord, line, child.run_id)
-                    child.records[record.step] = record
+                    records[record.step] = record
+            child.records = records
         return child.records
+
+    def _holds(self, run_id: str, path: str) -> bool:
+        """Whether a run has an artifact, by the store's own list."""
+        folder = str(PurePosixPath(path).parent)
+        listed = self._client.list_artifacts(run_id, None if folder == "." else folder)
+        return path in {file.path for file in listed}
 
     def _read_text(self, run_id: str, path: str) -> str:
         with tempfile.TemporaryDirectory(prefix="jfhpo-") as folder:
             try:
                 return Path(self._client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
             except (MlflowException, OSError) as error:
+                # MLflow says the same of a server that does not answer and of a file that is not there.
+                if self.remote and self._holds(run_id, path):
+                    raise LedgerUnavailable(f"artifact {path} of MLflow run {run_id} does not come: {error}") from error
                 raise LedgerError(
                     f"MLflow run {run_id} has lost its artifact {path} ({error}); was the artifact folder moved or "
                     "deleted? Restore it, or delete the run to train its trial again"

@@ -90,7 +90,8 @@ class Prefect:
         shutil.copytree(ROOT / "examples", self.clone / "examples")
         shutil.copytree(ROOT / "flows", self.clone / "flows", ignore=shutil.ignore_patterns("__pycache__"))
         self.webhook = Webhook()
-        self.server = self.start("server", "start", "--host", "127.0.0.1", "--port", str(port))
+        self._serve = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
+        self.server = self.start(*self._serve)
         self.worker: subprocess.Popen[bytes] | None = None
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -106,6 +107,13 @@ class Prefect:
             check=False, timeout=PATIENCE_SECONDS,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+
+    def revive(self) -> None:
+        """Kill the server without a chance to clean up, and start it again."""
+        self.server.kill()
+        self.server.wait()
+        self.server = self.start(*self._serve)
+        self.wait_until_up()
 
     def wait_until_up(self) -> None:
         def up() -> bool:
