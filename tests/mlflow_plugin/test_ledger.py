@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 
 from jfhpo_core.dispatch import InlineDispatcher
-from jfhpo_core.errors import LedgerError
+from jfhpo_core.errors import LedgerError, LedgerUnavailable
 from jfhpo_core.ledger import Ledger, MemoryLedger
 from jfhpo_core.report.page import write_plots
 from jfhpo_core.search import run_search
@@ -309,6 +310,30 @@ def test_unreadable_content_is_explained(ledger: MlflowLedger, client: MlflowCli
     client.set_tag(ledger.run_id(trial.key), "jfhpo.segment.0000", json.dumps({"segment": 3}))
     with pytest.raises(LedgerError, match="SegmentResult that cannot be read"):
         MlflowLedger(client).open(make_study())
+
+
+def test_records_that_do_not_come_are_no_lost_ones(
+    ledger: MlflowLedger, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial, segments = make_trial(0), (make_segment(0, 0, 4), make_segment(1, 4, 8))
+    for segment in segments:
+        ledger.begin(trial, segment)
+        records = make_records(segment.start_step, segment.stop_step)
+        ledger.commit(trial.key, make_result(segment), records)
+    again = MlflowLedger(client)
+    again.open(make_study())
+    download, calls = client.download_artifacts, iter((True, False))
+
+    def falter(*arguments: Any) -> str:
+        if next(calls, True):
+            return str(download(*arguments))
+        raise MlflowException("Failed to download artifacts")
+
+    monkeypatch.setattr(MlflowLedger, "remote", True)
+    monkeypatch.setattr(client, "download_artifacts", falter)
+    with pytest.raises(LedgerUnavailable, match="does not come"):
+        again.step_records(trial.key)
+    assert again.step_records(trial.key) == make_records(0, 8)
 
 
 def test_an_unopened_ledger_says_so() -> None:
