@@ -19,7 +19,7 @@ from tests.studies import simulated_study, study_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-KILLS = 2
+KILLS = 1
 IMPATIENT = "from flows import hold; hold.FREED_SECONDS = 3.0; hold.SIGN_SECONDS = 1.0; hold.QUEUE_SECONDS = 0.5"
 
 
