@@ -721,4 +721,9 @@ that is cancelled, in `tests/flows/test_search.py`.
 ## Where it did not hold
 
 {broken}
+
+Four faults of jfhpo that were found on the way are mended, and the runs that showed them were repeated: a search whose
+raylet had died waited for ever; a search ended when its MLflow server was killed while records were read; a line of the
+outbox that a crash had cut off spoilt the next one; when the Prefect server was killed, a study stayed held for ever,
+and a flow run could fail at its very end.
 """
