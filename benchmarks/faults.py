@@ -698,9 +698,9 @@ The time to the next new result is that from the next start of the search, impor
 part of the segment that was cut off; the machine had much other work to do meanwhile. A search that survives a fault is
 killed at the end of it, which counts as a fault of its own; the checks then follow both.
 
-After the loss of the raylet, workers train on for some seconds; then the search ends with an infrastructure error, and
-the next start goes on. While the MLflow server is away the search goes on, and what it has acknowledged waits in the
-outbox; after half of those absences the search is killed before it has delivered it.
+After the loss of the raylet, workers train on for some seconds; a search that is not complete by then ends with an
+infrastructure error, and the next start goes on. While the MLflow server is away the search goes on, and what it has
+acknowledged waits in the outbox; after half of those absences the search is killed before it has delivered it.
 
 Tested elsewhere are: a training process of its own that is killed below its worker, in
 `tests/trainers/openrlhf/test_search.py`; a Prefect server that is killed while a flow run searches, in
