@@ -211,7 +211,7 @@ BAD = {
     ),
     "section as a number": (STUDY + "seeds: 5\n", 23, "seeds", "5", "write its fields as"),
     "seeds equal": (STUDY + "seeds: {training: [1, 1]}\n", 23, "seeds.training", "[1, 1]", "must differ"),
-    "unknown rule set": (STUDY + "stopping: {rules: strict}\n", 23, "stopping.rules", '"strict"', "'extended', 'paper'"),
+    "unknown rule set": (STUDY + "stopping: {rules: strict}\n", 23, "stopping.rules", '"strict"', "'extended'"),
 }  # fmt: skip
 
 
