@@ -145,6 +145,7 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
     m is the median of the n scores ranked, t their upper spread (the uncertainty of the beliefs included), and T
     Student's distribution with n - 1 degrees of freedom: few configurations give a wide forecast. K is the budget left
     over what a configuration has cost so far; it grows with the budget, and every quantile with it, by less and less.
+    Where all scores so far are shares, the forecast is at most 1.
 
     Args:
         study: The study; its budget is what is left to spend.
@@ -167,8 +168,15 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
     spread = math.sqrt((np.mean(upper**2) + np.mean(doubts**2)) * (1 + 1 / count))
     known = norm(best.mean, max(best.standard_deviation, SMALLEST_DEVIATION))
     another = student_t(count - 1, middle, max(spread, SMALLEST_DEVIATION))
-    low, score, high = (_quantile_of_maximum(share, known, another, further) for share in SCORE_QUANTILES)
+    ceiling = _ceiling(trials)
+    low, score, high = (min(ceiling, _quantile_of_maximum(share, known, another, further)) for share in SCORE_QUANTILES)
     return Quality(score, low, high, best.mean, count, further)
+
+
+def _ceiling(trials: Sequence[Trial]) -> float:
+    """1 where all scores so far are shares, as accuracies are; else none."""
+    scores = [evaluation.score for trial in trials for evaluation in trial.evaluations]
+    return 1.0 if all(0 <= score <= 1 for score in scores) else math.inf
 
 
 def _quantile_of_maximum(share: float, known: rv_frozen, another: rv_frozen, count: float) -> float:

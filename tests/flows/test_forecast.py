@@ -110,6 +110,16 @@ def test_with_nothing_left_to_spend_the_forecast_is_the_belief_in_the_best(study
     assert forecast_at(study, 1.2) == quality
 
 
+def test_shares_are_forecast_as_shares(study: Study) -> None:
+    beliefs = [Recommendation(TRIED, mean, 0.3) for mean in (0.9, 0.8, 0.5, 0.2)]
+    quality = forecast_at(study, 0.1, beliefs)
+    assert (quality.score, quality.high) == (1.0, 1.0)
+    points = [trained(study, TRIED, "large", [-1.0, 2.0], seconds=0.1 * study.spec.budget.device_seconds)]
+    unbounded = forecast_quality(study, beliefs, points)
+    assert unbounded is not None
+    assert unbounded.high > unbounded.score > 1
+
+
 def test_an_untried_configuration_promises_nothing(study: Study) -> None:
     untried = Recommendation({"learning_rate": 2e-4}, 0.95, 0.01)
     assert forecast_at(study, 0.5, [untried, *BELIEFS]) == forecast_at(study, 0.5)
