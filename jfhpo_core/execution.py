@@ -64,7 +64,9 @@ def run_job(
             on_record(event)
         if cancelled():
             raise Cancelled(job.trial_key)
-        decision = monitor.update(event)
+        found = monitor.update(event)
+        # The first one stands: an evaluation that follows it takes nothing back.
+        decision = decision or found
         return decision
 
     stage = store.stage(job.trial_key)

@@ -64,7 +64,7 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
         critic=chosen.recipe.critic,
         share=min(1.0, job.study.cluster.gpus_per_device or 1.0),
     )
-    files = Files(folder=_new_folder(job), work=stage.absolute().with_name(f"{stage.name}.work"))
+    files = Files(folder=new_folder(job), work=stage.absolute().with_name(f"{stage.name}.work"))
     files.work.mkdir()
     try:
         tokens = _prepare(job, settings, start, files)
@@ -90,7 +90,7 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
     )
 
 
-def _new_folder(job: Job) -> Path:
+def new_folder(job: Job) -> Path:
     """A folder for what a training leaves behind for people, beside the checkpoint store."""
     root = Path(job.store).absolute().parent
     folder = root / "trainings" / job.trial_key / f"{job.segment.index:02d}-{uuid.uuid4().hex[:6]}"
@@ -124,7 +124,7 @@ def _prepare(job: Job, settings: OpenRlhfSettings, start: Path | None, files: Fi
     shutil.copyfile(AGENT, files.agent)
     if start is None:
         return 0
-    shutil.copytree(start / "checkpoints", files.checkpoints, copy_function=_link)
+    shutil.copytree(start / "checkpoints", files.checkpoints, copy_function=link)
     return int(json.loads((start / PROGRESS).read_text(encoding="utf-8"))["tokens"])
 
 
@@ -147,7 +147,7 @@ def _write_lines(path: Path, lines: Iterator[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def _link(source: str, target: str) -> str:
+def link(source: str, target: str) -> str:
     """Hard-link a file that is only read or deleted; what DeepSpeed writes over in place is copied."""
     if Path(source).name == "latest":
         return str(shutil.copyfile(source, target))

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from jfhpo_core.trainers.openrlhf.log import LogTail
 from jfhpo_core.trainers.openrlhf.placement import Placement, place
 from jfhpo_core.trainers.openrlhf.process import TrainingProcess, environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
-from jfhpo_core.trainers.openrlhf.training import PROGRESS, prompt_order, score
+from jfhpo_core.trainers.openrlhf.training import PROGRESS, link, new_folder, prompt_order, score
 from jfhpo_core.trainers.openrlhf.watch import Watch
 from jfhpo_core.trainers.verl.command import MODULE, VerlFiles, build_overrides, to_argv
 from jfhpo_core.trainers.verl.settings import VerlSettings
@@ -37,9 +36,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
     """See `Trainer.run`."""
     began = time.monotonic()
-    folder = Path(job.store).absolute().parent / "trainings" / job.trial_key
-    folder /= f"{job.segment.index:02d}-{uuid.uuid4().hex[:6]}"
-    folder.mkdir(parents=True)
+    folder = new_folder(job)
     files = VerlFiles(folder, stage.absolute().with_name(f"{stage.name}.work"))
     try:
         tokens = prepare(job, start, files)
@@ -93,17 +90,9 @@ def prepare(job: Job, start: Path | None, files: VerlFiles) -> int:
         return 0
     step = job.segment.start_step
     target = files.checkpoints / f"global_step_{step}"
-    shutil.copytree(start / "checkpoints", target, copy_function=_link)
+    shutil.copytree(start / "checkpoints", target, copy_function=link)
     (files.checkpoints / LATEST).write_text(str(step), encoding="utf-8")
     return int(json.loads((start / PROGRESS).read_text(encoding="utf-8"))["tokens"])
-
-
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-    return target
 
 
 def _write_rows(path: Path, rows: list[Row], source: str) -> None:

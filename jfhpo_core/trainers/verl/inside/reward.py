@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import numbers
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ REWARD_FAILED = "jfhpo: the reward failed:"
 """Begins the message of a training that its reward function ended. The driver looks for it in the log."""
 
 
+@cache
 def _load() -> Any:
     plan = json.loads((Path(__file__).resolve().parent / "plan.json").read_text(encoding="utf-8"))
     file, _, name = plan["reward"].partition(":")
