@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks import report, store
 from benchmarks.analysis import Interval, Results, common_keys, over_seeds
 from benchmarks.landscapes import LANDSCAPES, TRAININGS
+from benchmarks.markdown import markdown_table
 from benchmarks.runner import Run
 from benchmarks.store import Key
 
@@ -106,7 +107,7 @@ def _table(results: Results, keys: Sequence[Key]) -> str:
                 f"{segments:.1f}",
             ]
         )
-    return report.table(["", "final score", "difference to the full method", "segments trained"], rows)
+    return markdown_table(["", "final score", "difference to the full method", "segments trained"], rows)
 
 
 def _text(interval: Interval) -> str:

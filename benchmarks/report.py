@@ -20,6 +20,7 @@ from matplotlib.ticker import LogLocator
 from benchmarks import analysis, runner
 from benchmarks.analysis import GRID, Interval, Results
 from benchmarks.landscapes import LANDSCAPES, TRAININGS
+from benchmarks.markdown import markdown_table
 from benchmarks.store import Key, Result
 
 EVIDENCE = Path(__file__).parent.parent / "docs" / "evidence"
@@ -263,7 +264,7 @@ def page(evidence: Evidence) -> str:
         f"![Mean regret against cost on each landscape]({CURVES})",
         _comparison(evidence, {name: [name] for name in evidence.landscapes}),
         "## What the landscapes are",
-        table(
+        markdown_table(
             ["landscape", "what it is", "rank correlation with the target", "regret of the proxy's best", "seeds"],
             [
                 [
@@ -314,7 +315,7 @@ def _comparison(evidence: Evidence, panels: dict[str, list[str]]) -> str:
             ]
         )
     head = ["", "runs", f"final regret of `{own}`", "best peer", "its final regret", "cost ratio"]
-    return table([*head, f"regret over that of `{SINGLE_FIDELITY}`"], rows)
+    return markdown_table([*head, f"regret over that of `{SINGLE_FIDELITY}`"], rows)
 
 
 def _finals(evidence: Evidence) -> str:
@@ -324,7 +325,7 @@ def _finals(evidence: Evidence) -> str:
         keys, here = evidence.keys([landscape]), evidence.strategies([landscape])
         finals = {name: _text(analysis.final_regret(evidence.results, name, keys), 4) for name in here if keys}
         rows.append([landscape, *(finals.get(name, "-") for name in names)])
-    return table(["", *names], rows)
+    return markdown_table(["", *names], rows)
 
 
 def _wins(evidence: Evidence) -> str:
@@ -337,7 +338,7 @@ def _wins(evidence: Evidence) -> str:
             total += counts
             row.append(" / ".join(map(str, counts)) if keys else "-")
         rows.append([*row, " / ".join(map(str, total))])
-    return table(["", *evidence.landscapes, "all"], rows)
+    return markdown_table(["", *evidence.landscapes, "all"], rows)
 
 
 def _behaviour(evidence: Evidence) -> str:
@@ -352,7 +353,7 @@ def _behaviour(evidence: Evidence) -> str:
         ]
         for name in sorted(names, key=lambda name: ranks[name])
     ]
-    return table(["", "mean rank", *_per_run()], rows)
+    return markdown_table(["", "mean rank", *_per_run()], rows)
 
 
 def _per_run() -> dict[str, str]:
@@ -383,7 +384,7 @@ def _provenance(results: Results) -> str:
         "    python -m benchmarks report\n\n"
         "A commit with a plus sign had changes on top. Out of date means that strategy or landscape have changed "
         "since; `run --redo` makes these again.\n\n"
-    ) + table(["strategy", "runs", "commits", "out of date"], rows)
+    ) + markdown_table(["strategy", "runs", "commits", "out of date"], rows)
 
 
 def _is_stale(result: Result) -> bool:
@@ -419,9 +420,3 @@ def _range(seeds: Sequence[int]) -> str:
 
 def _text(interval: Interval, digits: int) -> str:
     return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import binomtest
 
+from benchmarks.markdown import markdown_table
 from benchmarks.rl_table.generate import SIZES, TASKS
-from benchmarks.rl_table.transfer import markdown
 from jfhpo_core.stopping import RULE_SETS, RULES, Course, Monitor, StoppingRule
 from jfhpo_core.trainers.replay_table import Recording, Table, read_table
 from jfhpo_core.trial import Evaluation, StepRecord
@@ -191,11 +191,11 @@ stopping rules, up to the step at which it would have stopped them. Made by `pyt
 
 ## All tasks and sizes
 
-{markdown(["rule", *COLUMNS], overall)}
+{markdown_table(["rule", *COLUMNS], overall)}
 
 ## Sets, by task and size
 
-{markdown(["rules", "task", "size", *COLUMNS], by_group)}
+{markdown_table(["rules", "task", "size", *COLUMNS], by_group)}
 """
 
 

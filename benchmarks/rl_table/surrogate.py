@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.markdown import markdown_table
 from benchmarks.rl_table.generate import SIZES, TASKS
-from benchmarks.rl_table.transfer import markdown
 from jfhpo_core.agreement import rank_agreement
 from jfhpo_core.trainers.replay_surrogate import FOLDS, cross_validate, fit
 from jfhpo_core.trainers.replay_table import read_table
@@ -45,7 +45,7 @@ The trainer `replay` in mode `surrogate` answers with scores of a model fitted t
 size (cross-validation in {FOLDS} parts of the configurations). A perfect surrogate would be off by the evaluation
 noise; the spread is the standard deviation of the recorded scores. Made by `python -m benchmarks.rl_table surrogate`.
 
-{markdown(head, rows)}
+{markdown_table(head, rows)}
 
 It adds the noise of an evaluation to a trial, and the noise between seeds, which has a standard deviation of
 {" and ".join(noises)} (0 as long as the table has no second seeds).

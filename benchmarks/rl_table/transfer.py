@@ -6,7 +6,7 @@ is chosen by such a score is judged by the test score: other prompts, so that lu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -14,6 +14,7 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.markdown import markdown_table
 from benchmarks.rl_table import figures
 from benchmarks.rl_table.generate import RUNGS, SIZES, TASKS
 from jfhpo_core.agreement import RankAgreement, rank_agreement
@@ -269,7 +270,7 @@ def _sizes_table(tables: Mapping[str, Table]) -> str:
             [task, f"`{first}`", f"`{second}`", *_cells(cheap, dear, base(table, second))]
             for first, second, cheap, dear in pairs
         ]
-    return markdown(["task", "cheap", "dear", *AGREEMENT_COLUMNS], rows)
+    return markdown_table(["task", "cheap", "dear", *AGREEMENT_COLUMNS], rows)
 
 
 def _steps_table(tables: Mapping[str, Table]) -> str:
@@ -284,7 +285,7 @@ def _steps_table(tables: Mapping[str, Table]) -> str:
         for size in SIZES
         for rung in EARLY_RUNGS
     ]
-    return markdown(["task", "size", "share of the horizon", *AGREEMENT_COLUMNS], rows)
+    return markdown_table(["task", "size", "share of the horizon", *AGREEMENT_COLUMNS], rows)
 
 
 AGREEMENT_COLUMNS = (
@@ -317,7 +318,7 @@ def _rates_table(tables: Mapping[str, Table]) -> str:
             rates = learning_rates(table, size)
             cell = f"{rates.mean:.1e} [{rates.low:.1e}, {rates.high:.1e}]"
             rows.append([task, f"`{size}`", f"{table.sizes[size]:,}", cell, f"{rates.best:.1e}"])
-    return markdown(["task", "size", "parameters", "top quarter", "best"], rows)
+    return markdown_table(["task", "size", "parameters", "top quarter", "best"], rows)
 
 
 def _regret_table(tables: Mapping[str, Table]) -> str:
@@ -335,10 +336,4 @@ def _regret_table(tables: Mapping[str, Table]) -> str:
                 ]
                 rows.append([task, f"`{size}`, {share:.0%} of the horizon", *cells])
         rows.append([task, "at random", f"{chance_regret(dear, test):.3f}", ""])
-    return markdown(["task", "chosen on", *(f"regret, top {choices}" for choices in CHOICES)], rows)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["task", "chosen on", *(f"regret, top {choices}" for choices in CHOICES)], rows)
