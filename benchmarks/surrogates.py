@@ -28,8 +28,8 @@ from torch import Tensor
 
 from benchmarks import runner
 from benchmarks.landscapes import Problem, load_problem
+from benchmarks.markdown import markdown_table
 from benchmarks.report import FIRST_SEED, STYLE
-from benchmarks.rl_table.transfer import markdown
 from jfhpo_core.calibration import inflation
 from jfhpo_core.evidence import observe, target_base
 from jfhpo_core.execution import run_job
@@ -442,7 +442,7 @@ def _figures(fits: Collection[Fit], names: Sequence[str]) -> str:
         cells = [_mean([getattr(fit, attribute) for fit in mine], digits) for attribute, digits in columns.values()]
         gaps = [fit.first_regret - by_key[OURS, *fit.key[1:]].first_regret for fit in mine]
         rows.append([name, *cells, _mean(gaps, 3) if name != OURS else "-"])
-    return markdown(["", *columns, "regret of the first minus that of `ours`"], rows)
+    return markdown_table(["", *columns, "regret of the first minus that of `ours`"], rows)
 
 
 def _coverages(fits: Collection[Fit], names: Sequence[str]) -> str:
@@ -454,7 +454,7 @@ def _coverages(fits: Collection[Fit], names: Sequence[str]) -> str:
             row += [_mean(values[:, LEVELS.index(level)], 2) for level in SHOWN_LEVELS]
         rows.append(row)
     head = [f"{prefix}{level:.0%}" for prefix in ("", "best, ") for level in SHOWN_LEVELS]
-    return markdown(["", *head], rows)
+    return markdown_table(["", *head], rows)
 
 
 def _landscapes(fits: Collection[Fit], names: Sequence[str], landscapes: Sequence[str]) -> str:
@@ -467,7 +467,7 @@ def _landscapes(fits: Collection[Fit], names: Sequence[str], landscapes: Sequenc
             covered = float(np.mean([fit.coverage[place] for fit in mine]))
             row.append(f"{_mean([fit.first_regret for fit in mine], 3)}; {covered:.2f}")
         rows.append(row)
-    return markdown(["", *landscapes], rows)
+    return markdown_table(["", *landscapes], rows)
 
 
 def _mean(values: Sequence[float] | Vector, digits: int) -> str:
