@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -87,8 +88,10 @@ JUMP_SECONDS = 30 * 24 * 3600.0
 ENDING_SECONDS = 30.0
 """Within this time every process of a search that has died must be gone."""
 
-FORK = multiprocessing.get_context("fork")
-"""What takes seconds to import is imported once; each search still is a process that can be killed."""
+SERVER = multiprocessing.get_context("forkserver")
+"""Starts the searches: what takes seconds to import is imported once, and each is a process that can be killed. They
+are not forked from this process, whose threads (of Ray, of torch) a fork would cut off in the midst of their work."""
+SERVER.set_forkserver_preload([__name__, "jfhpo_core.optimizer", "mlflow.store.tracking.sqlalchemy_store"])
 
 
 class Record(BaseModel):
@@ -363,7 +366,7 @@ class Campaign:
         itself = how.clock_jump is not None or how.duplicates or how.late
         hits: list[tuple[Kind, float]] = []
         began, known = time.monotonic(), len(self._noted())
-        process = FORK.Process(target=_own_session, args=(spec, self._journal, how))
+        process = SERVER.Process(target=_own_session, args=(spec, self._journal, how))
         process.start()
         assert process.pid is not None
         started = {process.pid}
@@ -482,18 +485,18 @@ def _look(spec: StudySpec) -> tuple[list[Trial], list[str]]:
 
 def _in_process(call: Callable[..., Any], *arguments: Any) -> Any:
     """Call in a process of its own, so that no connection to a database is carried into the next one."""
-    there, here = FORK.Pipe()
-
-    def answer() -> None:
-        there.send(call(*arguments))
-
-    process = FORK.Process(target=answer)
+    here, there = SERVER.Pipe(duplex=False)
+    process = SERVER.Process(target=_send, args=(there, call, arguments))
     process.start()
     if not here.poll(PATIENCE_SECONDS):
         raise JfhpoError("the ledger cannot be read")
     result = here.recv()
     process.join()
     return result
+
+
+def _send(there: Connection, call: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    there.send(call(*arguments))
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -83,7 +83,9 @@ STREAM_SECONDS = 2.0
 """Shortest time between two writes of a running trial's metrics: a write costs about 20 ms of CPU."""
 CONNECT_SECONDS = 10
 TRIAL_KEY = "jfhpo.trial_key"
-TRANSIENT = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "ABORTED"}
+AWAY = "TEMPORARILY_UNAVAILABLE"
+"""MLflow's code for a database that is locked by another process, full or away."""
+TRANSIENT = {AWAY, "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "ABORTED"}
 """MLflow's codes for a server that is away, overloaded or about to restart."""
 REFUSALS = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
 HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -111,9 +113,10 @@ def _explained(method: Call) -> Call:
                     f"the MLflow server refuses access ({_short(error)}); set MLFLOW_TRACKING_USERNAME and "
                     "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to an account that may edit the experiment"
                 ) from error
-            if self._opened is None or not self.remote or (code is not None and code not in TRANSIENT):
+            if self._opened is None or (code is not None and code not in (TRANSIENT if self.remote else {AWAY})):
                 raise
-            message = f"the MLflow server {self.tracking_uri} does not answer: {_short(error)}"
+            store = "server" if self.remote else "database"
+            message = f"the MLflow {store} {self.tracking_uri} does not answer: {_short(error)}"
             raise LedgerUnavailable(message) from error
 
     return wrapped  # type: ignore[return-value]

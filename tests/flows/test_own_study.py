@@ -94,7 +94,7 @@ def study(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_an_unknown_family_and_task_run_from_a_study_file(study: Path) -> None:
+def test_an_unknown_family_and_task_run_from_a_study_file(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [str(Path(sys.executable).with_name("jfhpo")), "search", "study.yaml", "--plain"]
     ended = subprocess.run(command, cwd=study.parent, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -110,7 +110,7 @@ def test_an_unknown_family_and_task_run_from_a_study_file(study: Path) -> None:
 
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     pipeline = mlflow.transformers.load_model("models:/colours@champion")
     text = pipeline("one sky is ?", max_new_tokens=3)[0]["generated_text"]
     assert text.startswith("one sky is ?")

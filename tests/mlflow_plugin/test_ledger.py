@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -334,6 +336,18 @@ def test_records_that_do_not_come_are_no_lost_ones(
     with pytest.raises(LedgerUnavailable, match="does not come"):
         again.step_records(trial.key)
     assert again.step_records(trial.key) == make_records(0, 8)
+
+
+def test_a_locked_database_is_away_and_not_a_fault(tracking_uri: str) -> None:
+    ledger = MlflowLedger(MlflowClient(f"{tracking_uri}?timeout=0.1"))
+    ledger.open(make_study())
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    with contextlib.closing(sqlite3.connect(tracking_uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(LedgerUnavailable, match="database is locked"):
+            ledger.begin(trial, segment)
+    ledger.begin(trial, segment)
+    assert [known.key for known in ledger.trials()] == [trial.key]
 
 
 def test_an_unopened_ledger_says_so() -> None:

@@ -62,12 +62,9 @@ def test_a_trainers_own_runs_belong_to_the_trial(
     again.open(study.spec)
     assert again.trials() == ledger.trials()
     # Outside of a trial nothing is tagged.
-    mlflow.set_tracking_uri(tracking_uri)
-    try:
-        with mlflow.start_run() as run:
-            pass
-    finally:
-        mlflow.set_tracking_uri(None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    with mlflow.start_run() as run:
+        pass
     outside = client.get_run(run.info.run_id)
     assert outside.info.experiment_id == "0"
     assert not [name for name in outside.data.tags if name.startswith("jfhpo.")]
