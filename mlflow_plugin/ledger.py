@@ -12,6 +12,7 @@ is the one in `jfhpo.open`, unless it is committed already.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -19,9 +20,11 @@ import logging
 import math
 import os
 import re
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -105,7 +108,8 @@ def _explained(method: Call) -> Call:
         from requests import RequestException
 
         try:
-            return method(self, *arguments, **keywords)
+            with contextlib.nullcontext() if self._opened is None or self.remote else _signals_wait():
+                return method(self, *arguments, **keywords)
         except (MlflowException, RequestException) as error:
             code = error.error_code if isinstance(error, MlflowException) else None
             if code in REFUSALS:
@@ -120,6 +124,26 @@ def _explained(method: Call) -> Call:
             raise LedgerUnavailable(message) from error
 
     return wrapped  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM count on leaving: an exception within a call of the database leaves it locked."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in ours:
+        signal.signal(number, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _short(error: Exception) -> str:

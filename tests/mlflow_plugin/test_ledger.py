@@ -350,6 +350,24 @@ def test_a_locked_database_is_away_and_not_a_fault(tracking_uri: str) -> None:
     assert [known.key for known in ledger.trials()] == [trial.key]
 
 
+def test_an_interrupt_waits_for_the_database(
+    ledger: MlflowLedger, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    log = client.log_batch
+    finished: list[None] = []
+
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        finished.append(log(*arguments, **keywords))
+
+    monkeypatch.setattr(client, "log_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.begin(trial, segment)
+    assert finished
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_an_unopened_ledger_says_so() -> None:
     with pytest.raises(LedgerError, match="not open"):
         MlflowLedger().begin(make_trial(0), make_segment(0, 0, 4))
