@@ -40,13 +40,14 @@ from jfhpo_core.trainers import Job, load_trainer
 from jfhpo_core.trial import FailureKind, Outcome, SegmentResult, StepRecord
 
 HANG_SECONDS = 600.0
-"""A job that has delivered a step may always be silent for this long: evaluation and checkpoint take their time."""
+"""A job that has delivered two steps may always be silent for this long: evaluation and checkpoint take their time."""
 
 HANG_FACTOR = 20.0
 """A silence of this many times the job's own median step counts as hung, if it also exceeds `HANG_SECONDS`."""
 
 HANG_STARTUP_SECONDS = 1800.0
-"""Silence allowed before the first step (loading, first evaluation); longer if the whole segment is expected to be."""
+"""Silence allowed until two steps have shown a job's speed (loading, first evaluation, a step of a large model); longer
+if the whole segment is expected to be."""
 
 CANCEL_GRACE_SECONDS = 5.0
 """Time for a cancelled job to end at its next step before its worker is killed."""
@@ -152,10 +153,10 @@ class _Silence:
     @property
     def limit_seconds(self) -> float:
         """Longest silence that is no hang."""
-        if not self.started:
+        if not self.intervals:
             expected = self.job.segment.suggestion.expected_cost_seconds or 0.0
             return max(HANG_STARTUP_SECONDS, expected / self.job.devices)
-        return max(HANG_SECONDS, HANG_FACTOR * statistics.median(self.intervals or [0.0]))
+        return max(HANG_SECONDS, HANG_FACTOR * statistics.median(self.intervals))
 
     @property
     def too_long(self) -> bool:

@@ -56,10 +56,12 @@ class OpenRlhfSettings(BaseModel):
     attention: str = Field(default="flash_attention_2", description="Implementation of attention in training (GPU).")
     enforce_eager: bool = Field(default=False, description="vLLM without CUDA graphs: starts faster, samples slower.")
     startup_seconds: float = Field(
-        default=1800.0, gt=0, description="A training without its first step after this time counts as hung."
+        default=1800.0,
+        gt=0,
+        description="A training counts as hung if it is silent for this time before its second step.",
     )
     hang_seconds: float = Field(
-        default=900.0, gt=0, description="So does one without a step for this time, and for 20 of its own steps."
+        default=900.0, gt=0, description="So does one that is silent for this time, and for 20 of its own steps, later."
     )
     environment: dict[str, str] = Field(
         default_factory=dict, description="Further environment variables of the trainer, e.g. NCCL_SOCKET_IFNAME."

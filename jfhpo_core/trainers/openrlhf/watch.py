@@ -30,7 +30,7 @@ class Watch:
     Args:
         process: The training.
         log: Everything that it prints.
-        startup_seconds: Silence allowed before its first step.
+        startup_seconds: Silence allowed until two steps have shown its speed.
         hang_seconds: Silence always allowed after it.
     """
 
@@ -80,7 +80,7 @@ class Watch:
     def _refuse_silence(self) -> None:
         median = statistics.median(self._intervals or [0.0])
         limit = max(self._hang_seconds, HANG_FACTOR * median)
-        if not self._started:
+        if not self._intervals:
             limit = max(limit, self._startup_seconds)
         if time.monotonic() - self._heard > limit:
             last = next((line for line in reversed(self._lines) if line.strip()), "nothing was printed")

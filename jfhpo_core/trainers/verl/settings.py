@@ -28,8 +28,8 @@ class VerlSettings(BaseModel):
     tensor_parallel: int | None = Field(default=None, ge=1, description="GPUs per vLLM engine; None: few.")
     vllm_memory_share: float | None = Field(default=None, gt=0, lt=1, description="None: from the placement.")
     gradient_checkpointing: bool = Field(default=True, description="Save memory by computing activations twice.")
-    startup_seconds: float = Field(default=1800.0, gt=0, description="Silence allowed before the first step.")
-    hang_seconds: float = Field(default=900.0, gt=0, description="Silence always allowed after it.")
+    startup_seconds: float = Field(default=1800.0, gt=0, description="Silence allowed before the second step.")
+    hang_seconds: float = Field(default=900.0, gt=0, description="Silence always allowed later.")
     environment: dict[str, str] = Field(default_factory=dict, description="Further environment variables of verl.")
 
     @property
