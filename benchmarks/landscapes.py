@@ -264,7 +264,7 @@ def _function(name: str, seed: int) -> Problem:
         "trainer": trainer.name,
         "space": {f"x{index}": {"type": "float", "low": 0.0, "high": 1.0} for index in range(function.dimension)},
         "fidelity": {"horizon_prompts": RUNGS * PROMPTS_PER_STEP, "rungs": RUNGS},
-        "stopping": {"rules": "none"},
+        "stopping": {"rules": "none", "override": {"unpromising": {}}},
     }
 
     def score(study: Study, inputs: Configuration, model: str) -> float:

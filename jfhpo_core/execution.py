@@ -51,7 +51,8 @@ def run_job(
     segment = job.segment
     store = CheckpointStore(Path(job.store))
     start, job, note = _starting_point(store, job)
-    course = Course(job.total_steps, job.base_score, list(job.history), list(job.evaluations))
+    floors = {floor.step: floor.score for floor in segment.floors}
+    course = Course(job.total_steps, job.base_score, list(job.history), list(job.evaluations), floors)
     monitor = Monitor(build_rules(job.study.stopping), course)
     decision: Decision | None = None
 

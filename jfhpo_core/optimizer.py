@@ -39,9 +39,11 @@ from jfhpo_core.evidence import (
 )
 from jfhpo_core.feasibility import Feasibility
 from jfhpo_core.fidelity import progress
+from jfhpo_core.prospects import gain_floors
 from jfhpo_core.space import Vector
+from jfhpo_core.stopping import Unpromising, build_rules
 from jfhpo_core.strategies import Proposal, Recommendation, fresh_configurations
-from jfhpo_core.study import Study
+from jfhpo_core.study import Study, base_scores
 from jfhpo_core.surrogate import FIDELITY_COLUMNS, THIS_STUDY, JointSurrogate, fitted_surrogate
 from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, committed_seconds, configuration_key
 
@@ -124,13 +126,14 @@ class Beliefs:
         return torch.tensor(rows, dtype=torch.double).reshape(-1, self.study.space.dimension + FIDELITY_COLUMNS)
 
     @cached_property
-    def _inflation(self) -> float:
+    def inflation(self) -> float:
+        """Factor on posterior deviations at the target; see `calibration.inflation`."""
         return self.surrogate.moments().inflation()
 
     def gains(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and calibrated deviation of the gain at the target, if feasible; each of shape (m,)."""
         means, deviations = self.surrogate.gain_moments(inputs)
-        return means, deviations * self._inflation
+        return means, deviations * self.inflation
 
     def expected(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Expected gain (a failed training gains nothing) and the gain's deviation if feasible; each of shape (m,)."""
@@ -245,6 +248,7 @@ class JointFidelity:
                 expected_gain=gain,
                 expected_cost_seconds=cost,
             ),
+            floors=self._floors(study, trials, beliefs, ranked, chosen),
         )
 
     @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
@@ -306,6 +310,33 @@ class JointFidelity:
         """
         target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
         return worth * costs.estimate(configuration, target, 0, horizon).seconds < self.stop_gain
+
+    @staticmethod
+    def _floors(
+        study: Study,
+        trials: Sequence[Trial],
+        beliefs: Beliefs,
+        ranked: Sequence[tuple[Configuration, float, float]],
+        chosen: Candidate,
+    ) -> tuple[tuple[int, float], ...]:
+        """Scores at the rungs before the candidate's last one below which it has too little prospect to beat others."""
+        rule = next((rule for rule in build_rules(study.spec.stopping) if isinstance(rule, Unpromising)), None)
+        rungs = [rung for rung in study.spec.fidelity.levels if chosen.start_prompts < rung < chosen.stop_prompts]
+        base = base_scores(trials).get(chosen.model)
+        incumbent = next((gain for configuration, gain, _ in ranked if configuration != chosen.configuration), None)
+        if rule is None or not rungs or base is None or incumbent is None:
+            return ()
+        rows = [point(study, chosen.configuration, chosen.model, rung, chosen.trial) for rung in rungs]
+        gains = gain_floors(
+            beliefs.surrogate,
+            beliefs.at_target([chosen.configuration]),
+            torch.tensor(rows, dtype=torch.double),
+            incumbent,
+            rule.probability,
+            measurement_variance(study, trials),
+            beliefs.inflation,
+        )
+        return tuple((rung, base + gain) for rung, gain in zip(rungs, gains, strict=True) if gain is not None)
 
     @staticmethod
     def _finished(study: Study, trials: Sequence[Trial]) -> list[Trial]:

@@ -16,6 +16,7 @@ from enum import StrEnum
 from jfhpo_core.cost import CostModel
 from jfhpo_core.dispatch import Dispatcher, Finished, Streamed
 from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.fidelity import steps_at
 from jfhpo_core.ledger import Ledger
 from jfhpo_core.strategies import Proposal, RandomSearch, Recommendation, Strategy, load_strategy
 from jfhpo_core.study import Study, base_scores
@@ -24,6 +25,7 @@ from jfhpo_core.trial import (
     Evaluation,
     Outcome,
     Purpose,
+    ScoreFloor,
     Segment,
     StepRecord,
     Suggestion,
@@ -290,7 +292,11 @@ def _step(study: Study, trials: Sequence[Trial], proposal: Proposal, phase: Phas
     seed = study.spec.seeds.training[0] if proposal.seed is None else proposal.seed
     new = study.new_trial(len(trials), proposal.configuration, proposal.model, seed, purpose)
     trial = next((trial for trial in trials if trial.key == new.key), new)
-    return Step(phase, trial, study.next_segment(trial, proposal.stop_prompts, proposal.suggestion))
+    segment = study.next_segment(trial, proposal.stop_prompts, proposal.suggestion)
+    floors = tuple(
+        ScoreFloor(step=steps_at(prompts, trial.prompts_per_step), score=score) for prompts, score in proposal.floors
+    )
+    return Step(phase, trial, segment.model_copy(update={"floors": floors}))
 
 
 def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Recommendation | None:

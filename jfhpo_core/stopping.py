@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from statistics import median
@@ -34,12 +34,14 @@ class Course:
         base_score: Held-out score of the untrained model; None if it was not measured.
         records: One for each step, in order.
         evaluations: Of the trained model on the held-out set, in order.
+        floors: Of the segment, by step.
     """
 
     total_steps: int
     base_score: float | None = None
     records: list[StepRecord] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    floors: Mapping[int, float] = field(default_factory=dict)
 
     def take(self, event: StepRecord | Evaluation) -> None:
         """Add what has just become known; an evaluation before the first step is the base score."""
@@ -414,6 +416,35 @@ class NoProgress(StoppingRule):
         return _decision(self, course, "share of the missing reward that was gained", gain, self.threshold, below=True)
 
 
+@dataclass(frozen=True)
+class Unpromising(StoppingRule):
+    """Stop when the training has less than `probability` of ever mattering to the study.
+
+    Its evaluation lies below the floor of that step: the score at which the search's model of all trials leaves its
+    configuration with just that probability of being better, on the target at full length, than the best one known.
+    The floors are worked out when the segment is chosen (`jfhpo_core.prospects`), so that workers need no model; only
+    segments chosen by the strategy `jfhpo` have them. Neither the paper nor practice has this rule; the idea is that of
+    Swersky et al. (2014), Freeze-thaw Bayesian optimization, with a probability in place of an acquisition.
+    """
+
+    name: ClassVar[str] = "unpromising"
+    probability: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.probability < 1:
+            raise SpecError(
+                f"stopping.override.{self.name}.probability: {self.probability:g} does not lie between 0 and 1"
+            )
+
+    def judge(self, course: Course) -> Decision | None:
+        """See `StoppingRule.judge`."""
+        if not course.evaluations or course.evaluations[-1].step != len(course.records):
+            return None
+        last = course.evaluations[-1]
+        floor = course.floors.get(last.step)
+        return None if floor is None else _decision(self, course, "held-out score", last.score, floor, below=True)
+
+
 def _decision(
     rule: StoppingRule, course: Course, signal: str, value: float, threshold: float, *, below: bool = False
 ) -> Decision | None:
@@ -460,11 +491,12 @@ RULES: dict[str, type[StoppingRule]] = {
         BelowBase,
         RewardHacking,
         NoProgress,
+        Unpromising,
         PaperRewardDrop,
     )
 }
 
-_DEFAULT: tuple[StoppingRule, ...] = (NonFinite(), ZeroReward(), RewardDrop(), KlGrowth())
+_DEFAULT: tuple[StoppingRule, ...] = (NonFinite(), ZeroReward(), RewardDrop(), KlGrowth(), Unpromising())
 
 RULE_SETS: dict[str, tuple[StoppingRule, ...]] = {
     "default": _DEFAULT,

@@ -22,6 +22,7 @@ class Proposal:
 
     Attributes:
         seed: Training seed; None: the first of the study's.
+        floors: Prompts consumed, and the held-out score there below which the training is not worth continuing.
     """
 
     configuration: Configuration
@@ -29,6 +30,7 @@ class Proposal:
     stop_prompts: int
     suggestion: Suggestion
     seed: int | None = None
+    floors: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

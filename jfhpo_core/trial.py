@@ -147,6 +147,13 @@ class Suggestion(Record):
     )
 
 
+class ScoreFloor(Record):
+    """A held-out score at a step, below which the stopping rule `unpromising` ends the training."""
+
+    step: int = Field(ge=1)
+    score: float
+
+
 class Segment(Record):
     """A unit of work: train a trial from its last committed checkpoint up to a step."""
 
@@ -154,6 +161,9 @@ class Segment(Record):
     start_step: int = Field(ge=0)
     stop_step: int = Field(ge=1)
     suggestion: Suggestion
+    floors: tuple[ScoreFloor, ...] = Field(
+        default=(), description="What was known when it was chosen, as the worker needs it; see `jfhpo_core.prospects`."
+    )
 
 
 class SegmentResult(Record):

@@ -234,6 +234,21 @@ def test_expectations_fade_with_the_number_of_trials(tmp_path: Path, completed: 
     assert few < many < 1
 
 
+def test_trainings_that_cannot_matter_any_more_are_stopped(tmp_path: Path) -> None:
+    rule = {"override": {"unpromising": {"probability": 0.3}}}
+    result, _ = search(simulated(tmp_path, stopping=rule, budget={"trial_seconds": 200, "max_parallel": 1}))
+    segments = [done for trial in result.trials for done in trial.segments]
+    stopped = [done for done in segments if done.decision and done.decision.rule == "unpromising"]
+    assert stopped
+    for done in stopped:
+        floors = {floor.step: floor.score for floor in done.segment.floors}
+        assert done.end_step < done.segment.stop_step
+        assert done.evaluations[-1].score < floors[done.end_step]
+    searched = [done for done in segments if done.segment.suggestion.source.startswith("jfhpo/knowledge")]
+    assert any(done.segment.floors for done in searched)
+    assert not any(done.segment.floors for done in segments if done not in searched)
+
+
 def test_a_search_ends_when_nothing_more_is_to_be_gained(tmp_path: Path) -> None:
     study = simulated(tmp_path, strategy={"name": "jfhpo", "settings": {"stop_gain": 0.5}})
     result, _ = search(study)

@@ -28,6 +28,7 @@ from jfhpo_core.stopping import (
     RewardHacking,
     StoppingRule,
     Truncation,
+    Unpromising,
     ZeroReward,
     ZeroVariance,
     build_rules,
@@ -315,6 +316,15 @@ def test_no_progress_waits_for_its_share_of_the_horizon() -> None:
     assert first_stop(NoProgress(), rising, total_steps=64) is None
 
 
+def test_a_training_stops_below_the_floor_of_its_step() -> None:
+    events = with_evaluations(stream(reward=[0.5] * 20), {8: 0.3, 16: 0.3})
+    for floors, stop in (({8: 0.2, 16: 0.4}, 16), ({8: 0.31}, 8), ({9: 0.9, 16: 0.3}, None), ({}, None)):
+        monitor = Monitor([Unpromising()], Course(TOTAL_STEPS, floors=floors))
+        decision = next((found for event in events if (found := monitor.update(event))), None)
+        assert (decision and decision.step) == stop
+        assert decision is None or decision.threshold == floors[decision.step]
+
+
 def test_at_the_end_of_the_horizon_only_non_finite_values_count() -> None:
     silent = stream(reward=[0.0] * 5, reward_std=[0.0] * 5)
     assert first_stop(ZeroReward(), silent, total_steps=6) is not None
@@ -371,6 +381,7 @@ def test_a_rule_that_is_not_there_can_be_switched_off() -> None:
         ({"kl_growth": {"window": 2.5}}, "stopping.override.kl_growth.window: 2.5 is not a whole number"),
         ({"kl_growth": {"warmup": -1}}, "stopping.override.kl_growth.warmup: -1 is not a whole number of at least 0"),
         ({"reward_drop": {"threshold": -0.1}}, "stopping.override.reward_drop.threshold: -0.1 is not a number of at"),
+        ({"unpromising": {"probability": 1}}, "stopping.override.unpromising.probability: 1 does not lie between"),
         ({"non_finite": {"threshold": 1}}, "stopping.override.non_finite: no parameter threshold"),
     ],
 )

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from benchmarks.markdown import markdown_table
 from benchmarks.rl_table.generate import SIZES, TASKS
-from jfhpo_core.stopping import RULE_SETS, RULES, Course, Monitor, StoppingRule
+from jfhpo_core.stopping import RULE_SETS, RULES, Course, Monitor, StoppingRule, Unpromising
 from jfhpo_core.trainers.replay_table import Recording, Table, read_table
 from jfhpo_core.trial import Evaluation, StepRecord
 
@@ -142,7 +142,8 @@ def _share(truths: Sequence[bool]) -> float | None:
 
 def candidates() -> dict[str, tuple[StoppingRule, ...]]:
     """Each rule with its defaults, alone, and the sets of rules that a study can ask for."""
-    single = {f"`{name}`": (rule(),) for name, rule in RULES.items()}
+    # A recorded training has no search around it that would set floors.
+    single = {f"`{name}`": (rule(),) for name, rule in RULES.items() if name != Unpromising.name}
     sets = {f"set `{name}`": rules for name, rules in RULE_SETS.items() if name != "none"}
     return single | sets
 
