@@ -89,6 +89,8 @@ class Assignment:
         expected_cost_seconds: Device-seconds that this should take.
         why: The reason for it, in a sentence.
         purpose: 'search', or for the study's baselines and seeds 'baseline' and 'confirmation'.
+        floors: Prompts consumed, and the held-out score there below which the training is not worth continuing (rule
+            `unpromising`): end it and tell outcome 'stopped'. May be ignored.
     """
 
     trial: str
@@ -100,6 +102,7 @@ class Assignment:
     expected_cost_seconds: float
     why: str
     purpose: Purpose
+    floors: tuple[tuple[int, float], ...] = ()
 
 
 class Optimizer:
@@ -300,6 +303,7 @@ class Optimizer:
             expected_cost_seconds=segment.suggestion.expected_cost_seconds or 0.0,
             why=segment.suggestion.explanation,
             purpose=trial.purpose,
+            floors=tuple((floor.step * trial.prompts_per_step, floor.score) for floor in segment.floors),
         )
 
     def _open(self, work: Assignment | str) -> tuple[Trial, Segment]:

@@ -178,6 +178,14 @@ def test_what_is_told_stands_in_the_ledger() -> None:
     assert [trial.segments[0].committed for trial in optimizer.trials] == [1, 2, 3, 4]
 
 
+def test_work_comes_with_floors_between_its_ends() -> None:
+    floors = [(work, floor) for work in advance(Optimizer(study()), 9) for floor in work.floors]
+    assert floors
+    for work, (prompts, limit) in floors:
+        assert work.from_prompts < prompts < work.to_prompts
+        assert math.isfinite(limit)
+
+
 def test_seconds_are_charged_for_every_device() -> None:
     family = [{"name": "small", "parameters": 10}, {"name": "large", "parameters": 100, "devices": 4}]
     optimizer = Optimizer(study(family=family, strategy="random"))
