@@ -130,8 +130,11 @@ class _WorkerProcess:
 
 @dataclass(eq=False)
 class _Worker:
+    """An actor; `ready` once it has had its resources and its imports."""
+
     actor: Any
     devices: int
+    ready: bool = False
 
 
 @dataclass
@@ -382,13 +385,17 @@ class RayDispatcher:
                 yield item
 
     def _take(self, job: Job, cancelled: threading.Event) -> _Worker:
-        """A worker that is ready for a job: an idle one, or a fresh one."""
+        """A worker that is ready for a job: an idle one, or a fresh one, whichever comes first.
+
+        There may be more slots than the cluster has resources for; a worker without them goes on waiting among the idle
+        ones, and its job takes the next one that is free.
+        """
         while not self._started.wait(POLL_SECONDS):
             if cancelled.is_set():
                 raise Cancelled(job.trial_key)
         while True:
             with self._lock:
-                worker = next((worker for worker in self._idle if worker.devices == job.devices), None)
+                worker = self._idle_worker(job.devices) or self._idle_worker(job.devices, ready=False)
                 fresh = worker is None
                 if worker is None:
                     # Idle workers of other shapes may hold the very resources that this one needs.
@@ -405,13 +412,20 @@ class RayDispatcher:
                 if fresh or not isinstance(error, self._ray.exceptions.RayError):
                     raise
             else:
-                return worker
+                if worker.ready:
+                    return worker
+                with self._lock:
+                    self._idle.append(worker)
             finally:
                 with self._lock:
                     self._placing.remove(worker)
 
+    def _idle_worker(self, devices: int, *, ready: bool = True) -> _Worker | None:
+        """An idle worker of a shape that is ready, or is not yet."""
+        return next((item for item in self._idle if item.devices == devices and item.ready is ready), None)
+
     def _await(self, worker: _Worker, job: Job, cancelled: threading.Event) -> None:
-        """Wait until a worker has its resources and its imports.
+        """Wait until a worker has its resources and its imports, or another one of its shape is free.
 
         Raises:
             InfrastructureError: Ray has nothing left that could run it.
@@ -430,6 +444,9 @@ class RayDispatcher:
         while not ray.wait([ready], timeout=POLL_SECONDS)[0]:
             if cancelled.is_set():
                 raise Cancelled(job.trial_key)
+            with self._lock:
+                if self._idle_worker(worker.devices) is not None:
+                    return
             # Ray itself would wait for ever: another node might join, though not a private instance.
             if self._address == "local" and not any(node["Alive"] for node in ray.nodes()):
                 raise InfrastructureError(
@@ -444,6 +461,7 @@ class RayDispatcher:
                     job.study.trainer.name,
                 )  # fmt: skip
         ray.get(ready)
+        worker.ready = True
 
     def _start_worker(self, trainer: str, devices: int) -> _Worker:
         threads = max(1, int(self._cluster.cpus_per_device * devices))

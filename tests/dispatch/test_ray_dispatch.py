@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,9 @@ from jfhpo_core.ray_dispatch import RayDispatcher
 from jfhpo_core.spec import ClusterSpec
 from jfhpo_core.study import Study
 from jfhpo_core.trial import FailureKind, Outcome
-from tests.dispatch.support import all_gone, collect, descendants, first_job
+from tests.dispatch.conftest import FRAGILE
+from tests.dispatch.gpu_program import TRIALS
+from tests.dispatch.support import PATIENCE_SECONDS, all_gone, collect, descendants, first_job
 from tests.studies import simulated_study
 
 pytestmark = pytest.mark.slow
@@ -170,6 +173,20 @@ def test_a_workers_children_end_with_it(
     collect(ray_dispatcher, 1)
     child = int((Path(study.spec.trainer.settings["folder"]) / "child").read_text())
     assert all_gone({child})
+
+
+@pytest.mark.parametrize(("share", "together"), [(1, 1), (0.5, 2)])
+def test_trials_share_gpus_and_never_crowd_them(tmp_path: Path, share: float, together: int) -> None:
+    gpus = 2
+    path = os.pathsep.join([str(FRAGILE), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": gpus}), "PYTHONPATH": path}
+    program = [sys.executable, "-m", "tests.dispatch.gpu_program", str(share), str(gpus * together), str(tmp_path)]
+    subprocess.run(program, env=environment, check=True, timeout=PATIENCE_SECONDS)
+    notes = [json.loads(file.read_text()) for file in tmp_path.glob("*.gpu")]
+    assert len(notes) == TRIALS
+    crowds = [sum(other == gpu and start <= began < end for other, start, end in notes) for gpu, began, _ in notes]
+    assert {gpu for gpu, _, _ in notes} == {"0", "1"}
+    assert max(crowds) == together
 
 
 def test_programs_that_a_reward_runs_may_fail_visibly(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:

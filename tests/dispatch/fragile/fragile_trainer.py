@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from jfhpo_core.trial import Decision, Evaluation, StepRecord
 
 FAILING_STEP = 5
 RENDEZVOUS_SECONDS = 60.0
+GPU_SECONDS = 0.5
 
 
 class FragileTrainer(SimulatedTrainer):
@@ -42,8 +44,13 @@ class FragileTrainer(SimulatedTrainer):
                 fail(how, folder)
             return decision
 
-        if how == "meet":
+        began = time.monotonic()
+        if how in ("meet", "gpu"):
             meet(folder, int(settings["times"]))
+        if how == "gpu":
+            time.sleep(GPU_SECONDS)
+            note = [os.environ.get("CUDA_VISIBLE_DEVICES"), began, time.monotonic()]
+            folder.with_name(f"{job.trial_key}.gpu").write_text(json.dumps(note))
         plain = job.study.model_copy(update={"trainer": job.study.trainer.model_copy(update={"settings": {}})})
         return super().run(job.model_copy(update={"study": plain}), start, stage, fragile)
 
