@@ -105,7 +105,8 @@ def test_an_unknown_family_and_task_run_from_a_study_file(study: Path, monkeypat
     ledger = MlflowLedger()
     assert ledger.look(spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"uri": uri})}))
     trials = ledger.trials()
-    assert {trial.model for trial in trials if trial.purpose == "search"} == set(SIZES)
+    # How many trainings fit depends on the machine: the budget is in seconds.
+    assert {"tiny", "large"} <= {trial.model for trial in trials if trial.purpose == "search"} <= set(SIZES)
     assert all(trial.evaluations for trial in trials)
 
     import mlflow
