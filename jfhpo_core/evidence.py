@@ -35,21 +35,14 @@ ASSUMED_PROMPTS = 1000
 """Held-out prompts where a study uses all of its own and none has been scored yet."""
 
 
-def point(
-    study: Study,
-    configuration: Configuration,
-    model: str,
-    prompts: int,
-    trial: float = ANY_SEED,
-    belongs_to: float = THIS_STUDY,
-) -> list[float]:
-    """Surrogate input (x, z, t, trial, study) of a searched configuration."""
+def point(study: Study, configuration: Configuration, model: str, prompts: int, trial: float = ANY_SEED) -> list[float]:
+    """Surrogate input (x, z, t, trial, study) of a searched configuration, in this study."""
     return [
         *(float(value) for value in study.space.encode(configuration)),
         study.ladder.size_coordinate(model),
         progress(study.spec, prompts),
         float(trial),
-        belongs_to,
+        THIS_STUDY,
     ]
 
 
@@ -91,18 +84,7 @@ def observe(study: Study, trials: Sequence[Trial]) -> Observations:
     rows: list[_Row] = []
     for trial, configuration in _used(study, trials):
         base = bases.get(trial.model, min(bases.values(), default=0.0))
-        curve = trained_evaluations(trial)
-        kept = thinned(curve)
-        rows += [
-            _Row(
-                point(study, configuration, trial.model, evaluation.prompts, trial.number),
-                evaluation.score - base,
-                evaluation.standard_error**2,
-                (_rank(trial, evaluation), trial.number, evaluation.step),
-                evaluation is curve[-1],
-            )
-            for evaluation in kept
-        ]
+        rows += _curve(study, trial, configuration, study.ladder.size_coordinate(trial.model), base)
     rows += _earlier_rows(study)
     rows.sort(key=lambda row: row.order)
     if len(rows) > MAX_OBSERVATIONS:
@@ -131,24 +113,26 @@ def _earlier_rows(study: Study) -> list[_Row]:
             if configuration is None or trial.model not in bases:
                 continue
             size = math.log10(earlier.ladder[trial.model].parameters / study.ladder.target.parameters)
-            curve = trained_evaluations(trial)
-            rows += [
-                _Row(
-                    [
-                        *(float(value) for value in study.space.encode(configuration)),
-                        size,
-                        progress(study.spec, evaluation.prompts),
-                        float(trial.number),
-                        float(index),
-                    ],
-                    evaluation.score - bases[trial.model],
-                    evaluation.standard_error**2,
-                    (-index, trial.number, evaluation.step),
-                    evaluation is curve[-1],
-                )
-                for evaluation in thinned(curve)
-            ]
+            rows += _curve(study, trial, configuration, size, bases[trial.model], index)
     return rows
+
+
+def _curve(
+    study: Study, trial: Trial, configuration: Configuration, size: float, base: float, belongs_to: int = 0
+) -> list[_Row]:
+    """What is used of a training's curve; what earlier studies (`belongs_to` > 0) observed stands before this one's."""
+    curve = trained_evaluations(trial)
+    place = [float(value) for value in study.space.encode(configuration)]
+    return [
+        _Row(
+            [*place, size, progress(study.spec, evaluation.prompts), float(trial.number), float(belongs_to)],
+            evaluation.score - base,
+            evaluation.standard_error**2,
+            (-belongs_to or _rank(trial, evaluation), trial.number, evaluation.step),
+            evaluation is curve[-1],
+        )
+        for evaluation in thinned(curve)
+    ]
 
 
 def _translated(study: Study, earlier: EarlierStudy, trial: Trial) -> Configuration | None:

@@ -319,12 +319,16 @@ class JointFidelity:
         ranked: Sequence[tuple[Configuration, float, float]],
         chosen: Candidate,
     ) -> tuple[tuple[int, float], ...]:
-        """Scores at the rungs before the candidate's last one below which it has too little prospect to beat others."""
+        """Scores at the rungs before the candidate's last one below which it has too little prospect to beat others.
+
+        None for the target itself: what is measured there at full length is what the model, which sets the floors, is
+        corrected by.
+        """
         rule = next((rule for rule in build_rules(study.spec.stopping) if isinstance(rule, Unpromising)), None)
         rungs = [rung for rung in study.spec.fidelity.levels if chosen.start_prompts < rung < chosen.stop_prompts]
         base = base_scores(trials).get(chosen.model)
         incumbent = next((gain for configuration, gain, _ in ranked if configuration != chosen.configuration), None)
-        if rule is None or not rungs or base is None or incumbent is None:
+        if rule is None or chosen.model == study.ladder.target.name or not rungs or base is None or incumbent is None:
             return ()
         rows = [point(study, chosen.configuration, chosen.model, rung, chosen.trial) for rung in rungs]
         gains = gain_floors(

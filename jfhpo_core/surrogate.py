@@ -181,26 +181,35 @@ class JointStructure:
         return x + move.unsqueeze(-2) * inputs[..., self.dimension].unsqueeze(-1)
 
     def covariance(self, parameters: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """Prior covariance of inputs (..., n, d + 4) and (..., m, d + 4), shape (..., n, m)."""
+        """Prior covariance of inputs (..., n, d + 4) and (..., m, d + 4), shape (..., n, m).
+
+        Terms that are zero for all of the second inputs are not computed: most covariances asked for are those with
+        (target, full horizon).
+        """
         d = self.dimension
         scale = self.value(parameters, "lengthscales").exp().unsqueeze(-2)
-        shared = self._scale(parameters, "shared") * matern52(
+        both = self._scale(parameters, "shared") * matern52(
             distances(self._shifted(parameters, first) / scale, self._shifted(parameters, second) / scale)
         )
-        residual = self._scale(parameters, "residual") * matern52(
-            distances(first[..., :d] / scale, second[..., :d] / scale) / self._scale(parameters, "stretch")
-        )
-        below = torch.minimum(-first[..., d].unsqueeze(-1), -second[..., d].unsqueeze(-2)).clamp_min(0)
+        if bool((second[..., d] != 0).any()):
+            residual = self._scale(parameters, "residual") * matern52(
+                distances(first[..., :d] / scale, second[..., :d] / scale) / self._scale(parameters, "stretch")
+            )
+            below = torch.minimum(-first[..., d].unsqueeze(-1), -second[..., d].unsqueeze(-2)).clamp_min(0)
+            both = both + below * (residual + self._scale(parameters, "size"))
         t1, t2 = first[..., d + 1], second[..., d + 1]
+        if bool((t2 == t2[..., :1]).all()):
+            t2 = t2[..., :1]
         over_time = matern52((t1.unsqueeze(-1) - t2.unsqueeze(-2)).abs() / self._scale(parameters, "time"))
-        both = over_time * (shared + below * (residual + self._scale(parameters, "size")))
+        both = over_time * both
         study1, study2 = first[..., d + 3].unsqueeze(-1), second[..., d + 3].unsqueeze(-2)
         if bool((study1 != study2).any()):
             relation = torch.sigmoid(self.value(parameters, "relation")).unsqueeze(-1)
             both = torch.where(study1 == study2, both, both * relation)
         trial1, trial2 = first[..., d + 2].unsqueeze(-1), second[..., d + 2].unsqueeze(-2)
-        same = (trial1 == trial2) & (trial1 != ANY_SEED) & (study1 == study2)
-        both = both + self._scale(parameters, "seed") * same
+        if bool((trial2 != ANY_SEED).any()):
+            same = (trial1 == trial2) & (trial1 != ANY_SEED) & (study1 == study2)
+            both = both + self._scale(parameters, "seed") * same
         outer = self.saturation(parameters, t1).unsqueeze(-1) * self.saturation(parameters, t2).unsqueeze(-2)
         return outer * both
 
