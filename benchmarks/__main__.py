@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from benchmarks import ablations, report, runner, store, surrogates
+from benchmarks import ablations, report, reproduction, runner, store, surrogates
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.timing import FILE, Timing, measure
 from jfhpo_core.spec import parse_value
@@ -97,6 +97,24 @@ def run_ablations(
     found = store.load_all(results)
     if any(seed >= report.FIRST_SEED for known in found.values() for _, seed in known):
         ablations.write(found, folder)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def reproduce(
+    labels: Annotated[str, typer.Option(help="Methods and ablations, with commas.")] = ",".join(reproduction.LABELS),
+    seeds: Annotated[str, typer.Option(help="1000:1003 or 3,5.")] = "1000:1003",
+    workers: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
+    results: Folder = reproduction.RESULTS,
+) -> None:
+    """The paper's three tables with real trainings (hours; interrupt it and run it again: it goes on)."""
+    unknown = [label for label in _names(labels) if label not in reproduction.LABELS]
+    if unknown:
+        raise typer.BadParameter(f"no method {unknown[0]!r}; there are {', '.join(reproduction.LABELS)}")
+    failed = reproduction.run(_names(labels), _seeds(seeds), workers, results)
+    reproduction.write(reproduction.load(results), folder)
     if failed:
         raise typer.Exit(1)
 

@@ -409,7 +409,7 @@ def _provenance(results: Results) -> str:
     rows = [[name, str(len(results[name])), ", ".join(shown), str(stale[name])] for name, shown in commits.items()]
     return (
         f"Python {platform.python_version()}, PyTorch {_version('torch')}, BoTorch {_version('botorch')}; "
-        f"{_machine()}; one thread per run. CPU seconds were taken beside other work on that machine. Durations of "
+        f"{machine()}; one thread per run. CPU seconds were taken beside other work on that machine. Durations of "
         "trainings are simulated.\n\n"
         "    python -m benchmarks run --strategies ... --seeds 1000:1020 --workers 2\n"
         "    python -m benchmarks report\n\n"
@@ -424,7 +424,7 @@ def _is_stale(result: Result) -> bool:
     )
 
 
-def _machine() -> str:
+def machine() -> str:
     """Processor and number of cores."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from pydantic import Field
 from scipy.stats import qmc
 from transformers.utils.logging import disable_progress_bar
@@ -201,7 +202,7 @@ def train(training: Training) -> Part:
                 break
         cpu_seconds, wall_seconds = time.process_time() - began, time.monotonic() - began_wall
         assert start is not None
-        test = None if collapsed else _test(study, start)
+        test = None if collapsed else test_score(study, start, STEPS)
     return Part(
         training=training,
         hyperparameters=hyperparameters,
@@ -222,8 +223,8 @@ def _collapsed(records: list[StepRecord], evaluations: list[Evaluation]) -> bool
     return silent and evaluations[-1].score < COLLAPSED_SHARE * evaluations[0].score
 
 
-def _test(study: Study, folder: Path) -> Evaluation:
-    """Score a trained model on the held-out prompts that no evaluation has used."""
+def test_score(study: Study, folder: Path, step: int) -> Evaluation:
+    """Score a model, trained up to a step, on the held-out prompts that no evaluation has used."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from jfhpo_core.trainers.trl_rollout import Sampler, evaluate
@@ -235,7 +236,7 @@ def _test(study: Study, folder: Path) -> Evaluation:
         tokenizer, (tokenizer.eos_token_id,), task.max_completion_tokens, batch=len(rows), chat_template=False
     )
     model = AutoModelForCausalLM.from_pretrained(folder)
-    return evaluate(model, sampler, task, rows, TEST_SAMPLES, spec.temperature, STEPS, STEPS * PROMPTS_PER_STEP)
+    return evaluate(model, sampler, task, rows, TEST_SAMPLES, spec.temperature, step, step * PROMPTS_PER_STEP)
 
 
 @cache
@@ -261,6 +262,7 @@ def prepare_process() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     load_trainer("trl").warm_up()
+    torch.set_num_threads(1)
     versions()
     disable_progress_bar()
     time.perf_counter = time.process_time

@@ -41,8 +41,14 @@ class Shape:
     feed_forward: int
 
 
-LADDER = {"s": Shape(64, 2, 4, 176), "sm": Shape(96, 3, 4, 240), "m": Shape(128, 3, 4, 352), "l": Shape(192, 4, 6, 512)}
-"""Sizes by name, small to large: about 0.1, 0.3, 0.6 and 1.8 million parameters."""
+LADDER = {
+    "s": Shape(64, 2, 4, 176),
+    "sm": Shape(96, 3, 4, 240),
+    "m": Shape(128, 3, 4, 352),
+    "l": Shape(192, 4, 6, 512),
+    "xl": Shape(384, 4, 6, 1024),
+}
+"""Sizes by name, small to large: about 0.1, 0.3, 0.6, 1.8 and 7.1 million parameters. The last one is not shipped."""
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ FINE_TUNING: Mapping[str, Mapping[str, FineTuning]] = {
         "sm": FineTuning(steps=850, learning_rate=3e-3, skill_share=0.3),
         "m": FineTuning(steps=1000, learning_rate=2e-3, skill_share=0.3),
         "l": FineTuning(steps=1700, learning_rate=1.5e-3, skill_share=0.3),
+        "xl": FineTuning(steps=1300, learning_rate=1e-3, skill_share=0.3),
     },
     "arithmetic": {
         "s": FineTuning(steps=2000, learning_rate=3e-3),
