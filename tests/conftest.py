@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 import pytest
 from hypothesis import settings
+
+# Read by torch and NumPy when they are first imported. The tests fill the cores with processes; more threads than cores
+# wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A loaded machine is slow, not wrong.
 settings.register_profile("jfhpo", deadline=None)
