@@ -22,28 +22,25 @@ import queue
 import secrets
 import signal
 import socket
-import statistics
 import textwrap
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from jfhpo_core.dispatch import Event, Finished, Streamed
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.execution import Cancelled, run_job
+from jfhpo_core.silence import Silence
 from jfhpo_core.spec import ClusterSpec
 from jfhpo_core.trainers import Job, load_trainer
 from jfhpo_core.trial import FailureKind, Outcome, SegmentResult, StepRecord
 
 HANG_SECONDS = 600.0
 """A job that has delivered two steps may always be silent for this long: evaluation and checkpoint take their time."""
-
-HANG_FACTOR = 20.0
-"""A silence of this many times the job's own median step counts as hung, if it also exceeds `HANG_SECONDS`."""
 
 HANG_STARTUP_SECONDS = 1800.0
 """Silence allowed until two steps have shown a job's speed (loading, first evaluation, a step of a large model); longer
@@ -135,36 +132,6 @@ class _Worker:
     actor: Any
     devices: int
     ready: bool = False
-
-
-@dataclass
-class _Silence:
-    """How long a job may stay silent, learned from its own speed."""
-
-    job: Job
-    heard: float = field(default_factory=time.monotonic)
-    intervals: list[float] = field(default_factory=list)
-    started: bool = False
-
-    def hear(self) -> None:
-        """A record has come."""
-        now = time.monotonic()
-        if self.started:
-            self.intervals.append(now - self.heard)
-        self.started, self.heard = True, now
-
-    @property
-    def limit_seconds(self) -> float:
-        """Longest silence that is no hang."""
-        if not self.intervals:
-            expected = self.job.segment.suggestion.expected_cost_seconds or 0.0
-            return max(HANG_STARTUP_SECONDS, expected / self.job.devices)
-        return max(HANG_SECONDS, HANG_FACTOR * statistics.median(self.intervals))
-
-    @property
-    def too_long(self) -> bool:
-        """Whether the job must be taken for hung."""
-        return time.monotonic() - self.heard > self.limit_seconds
 
 
 class RayDispatcher:
@@ -359,7 +326,8 @@ class RayDispatcher:
         """
         ray = self._ray
         stream = worker.actor.train.remote(job)
-        silence = _Silence(job)
+        expected = (job.segment.suggestion.expected_cost_seconds or 0.0) / job.devices
+        silence = Silence(max(HANG_STARTUP_SECONDS, expected), HANG_SECONDS)
         deadline: float | None = None
         while True:
             if cancelled.is_set() and deadline is None:
@@ -369,10 +337,7 @@ class RayDispatcher:
                 raise Cancelled(job.trial_key)
             if not ray.wait([stream], timeout=POLL_SECONDS)[0]:
                 if silence.too_long:
-                    raise TimeoutError(
-                        f"no step for {silence.limit_seconds:.0f} s, after {len(silence.intervals)} steps of "
-                        f"{statistics.median(silence.intervals or [0.0]):.1f} s"
-                    )
+                    raise TimeoutError(str(silence))
                 continue
             try:
                 item = ray.get(next(stream))

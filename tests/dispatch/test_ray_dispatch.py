@@ -155,15 +155,6 @@ def test_a_job_that_always_hangs_is_infeasible_and_charged_once(
     assert event.result.seconds > 1.0
 
 
-def test_a_jobs_first_step_says_nothing_of_its_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_dispatch, "HANG_SECONDS", 0.0)
-    silence = ray_dispatch._Silence(first_job(simulated_study(tmp_path)))
-    for _ in range(2):
-        assert silence.limit_seconds >= ray_dispatch.HANG_STARTUP_SECONDS
-        silence.hear()
-    assert silence.limit_seconds == ray_dispatch.HANG_FACTOR * silence.intervals[0]
-
-
 def test_a_workers_children_end_with_it(
     ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

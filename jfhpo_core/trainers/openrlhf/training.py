@@ -274,7 +274,7 @@ class _Loop:
         if not self.startup_seconds:
             evaluated = sum(evaluation.seconds for evaluation in self.evaluations)
             self.startup_seconds = max(math.ulp(1.0), time.monotonic() - self.began - total - evaluated)
-        self._watch.hear(step=True)
+        self._watch.silence.hear(step=True)
         self.step = line.step
         samples, length = round(metrics["rollout/num_samples"]), metrics["rollout/response_length_mean"]
         self.tokens += round(samples * length)
@@ -330,7 +330,7 @@ class _Loop:
 
     def _evaluation(self, path: Path) -> Evaluation:
         content = json.loads(path.read_text(encoding="utf-8"))
-        self._watch.hear(step=False)
+        self._watch.silence.hear(step=False)
         return score(content["rewards"], self.step, self.step * self.job.prompts_per_step, content["seconds"])
 
     def _follow(self) -> None:

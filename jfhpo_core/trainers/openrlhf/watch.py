@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import deque
 from pathlib import Path
 
 from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.silence import Silence
 from jfhpo_core.trainers.openrlhf.failures import FATAL, explain
 from jfhpo_core.trainers.openrlhf.log import LogTail
 from jfhpo_core.trainers.openrlhf.process import TrainingProcess
 
 POLL_SECONDS = 0.1
-
-HANG_FACTOR = 20.0
-"""A silence of so many of the training's own median steps counts as hung, if it also exceeds `hang_seconds`."""
 
 LAST_WORDS_SECONDS = 5.0
 """After a fatal line: for the rest of what is said about it."""
@@ -39,20 +36,8 @@ class Watch:
         self._log = str(log)
         self._tail = LogTail(log)
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
-        self._startup_seconds = startup_seconds
-        self._hang_seconds = hang_seconds
-        self._heard = time.monotonic()
         self._lost: float | None = None
-        self._intervals: list[float] = []
-        self._started = False
-
-    def hear(self, *, step: bool) -> None:
-        """The training has shown progress: a step, or something that takes as long as it takes."""
-        now = time.monotonic()
-        if step and self._started:
-            self._intervals.append(now - self._heard)
-        self._started |= step
-        self._heard = now
+        self.silence = Silence(startup_seconds, hang_seconds)
 
     def poll(self, *, may_end: bool = False) -> list[str]:
         """New lines of the log, after a short sleep.
@@ -74,17 +59,7 @@ class Watch:
             self._lost = time.monotonic()
         if self._lost is not None and time.monotonic() - self._lost > LAST_WORDS_SECONDS:
             raise explain(list(self._lines), None, self._log)
-        self._refuse_silence()
-        return lines
-
-    def _refuse_silence(self) -> None:
-        median = statistics.median(self._intervals or [0.0])
-        limit = max(self._hang_seconds, HANG_FACTOR * median)
-        if not self._intervals:
-            limit = max(limit, self._startup_seconds)
-        if time.monotonic() - self._heard > limit:
+        if self.silence.too_long:
             last = next((line for line in reversed(self._lines) if line.strip()), "nothing was printed")
-            raise InfrastructureError(
-                f"the training hangs: silent for {limit:.0f} s after {len(self._intervals) + self._started} steps (of "
-                f"{median:.1f} s each); last line: {last[:200]} (log: {self._log})"
-            )
+            raise InfrastructureError(f"the training hangs: {self.silence}; last line: {last[:200]} (log: {self._log})")
+        return lines

@@ -177,7 +177,7 @@ class Loop:
                 f"verl reported step {entry['step']} where step {step} was due: its checkpoint was not loaded; nothing "
                 f"of this training counts (log: {self._files.log})"
             )
-        self._watch.hear(step=step > 0)
+        self._watch.silence.hear(step=step > 0)
         return entry
 
     def _poll(self) -> None:
