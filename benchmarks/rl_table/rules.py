@@ -11,16 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.stats import binomtest
 
 from benchmarks.markdown import markdown_table
 from benchmarks.rl_table.generate import SIZES, TASKS
+from jfhpo_core.evidence import milestone, thinned
+from jfhpo_core.prospects import gain_floors
 from jfhpo_core.stopping import RULE_SETS, RULES, Course, Monitor, StoppingRule, Unpromising
-from jfhpo_core.trainers.replay_table import Recording, Table, read_table
+from jfhpo_core.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations, fitted_surrogate
+from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
 from jfhpo_core.trial import Evaluation, StepRecord
 
 POOR_SHARE = 0.5
 GOOD_SHARE = 0.25
+
+WARM_UP = SPACE.dimension + 2
+"""Trainings before the first for which the model sets floors."""
+
+ORDERS = 2
+"""Random orders in which the trainings are made one after another."""
 
 RECENT_STEPS = 8
 """A collapsed training is taken to go on at the cost of its last steps."""
@@ -34,6 +44,7 @@ class Fate:
         stopped: Step at which the rule stops it; None if it does not.
         poor: Whether it ends in the lower half of its task and size.
         good: Whether it ends in the top quarter.
+        best: Whether none ends better.
         collapsed: Whether it was recorded as collapsed.
         seconds: CPU seconds of all its steps up to the full horizon.
         saved_seconds: Of these, the ones after the stop.
@@ -42,6 +53,7 @@ class Fate:
     stopped: int | None
     poor: bool
     good: bool
+    best: bool
     collapsed: bool
     seconds: float
     saved_seconds: float
@@ -59,6 +71,7 @@ class Verdict:
         caught: Share of stopped ones among the collapsed.
         good: How many good ones there were.
         false_kills: How many of these were stopped.
+        best: Share of the best ones that was stopped.
         false_kill_interval: Of their share, 95 % (Clopper and Pearson, Biometrika 1934).
         saved: Share of the compute of all full trainings that the rule saves.
         step: Median step at which it stops.
@@ -71,6 +84,7 @@ class Verdict:
     caught: float | None
     good: int
     false_kills: int
+    best: float | None
     false_kill_interval: tuple[float, float]
     saved: float
     step: float | None
@@ -79,17 +93,22 @@ class Verdict:
 def fates(rules: Sequence[StoppingRule], table: Table, size: str) -> list[Fate]:
     """What rules do to each training of a size, all seeds."""
     recordings = table.of_size(size)
+    steps = [stopping_step(rules, recording, table.total_steps) for recording in recordings]
+    return _fates(recordings, steps, table.total_steps)
+
+
+def _fates(recordings: Sequence[Recording], steps: Sequence[int | None], total_steps: int) -> list[Fate]:
     finals = np.array([recording.evaluations[-1].score for recording in recordings])
     poor, good = np.quantile(finals, [POOR_SHARE, 1 - GOOD_SHARE])
     found = []
-    for recording, final in zip(recordings, finals, strict=True):
-        stopped = stopping_step(rules, recording, table.total_steps)
-        costs = _step_seconds(recording, table.total_steps)
+    for recording, final, stopped in zip(recordings, finals, steps, strict=True):
+        costs = _step_seconds(recording, total_steps)
         found.append(
             Fate(
                 stopped=stopped,
                 poor=bool(final < poor),
                 good=bool(final >= good),
+                best=bool(final == finals.max()),
                 collapsed=not recording.completed,
                 seconds=sum(costs),
                 saved_seconds=0.0 if stopped is None else sum(costs[stopped:]),
@@ -98,9 +117,76 @@ def fates(rules: Sequence[StoppingRule], table: Table, size: str) -> list[Fate]:
     return found
 
 
-def stopping_step(rules: Sequence[StoppingRule], recording: Recording, total_steps: int) -> int | None:
+def fates_in_sequence(
+    rules: Sequence[StoppingRule], table: Table, size: str, order: int, warm_up: int = WARM_UP
+) -> list[Fate]:
+    """What rules do to the trainings of a size, first seeds, that are made one after another in a random order.
+
+    Before each one the surrogate of a search on that size alone has seen what was trained of those before it, and sets
+    floors for the rule `unpromising`, if that is among the rules.
+
+    Args:
+        rules: The rules.
+        table: Recorded trainings.
+        size: Which of them.
+        order: Number of the order.
+        warm_up: Trainings at the beginning that have no floors.
+    """
+    recordings = [recording for recording in table.of_size(size) if recording.seed == 0]
+    recordings = [recordings[i] for i in np.random.default_rng(order).permutation(len(recordings))]
+    rule = next((rule for rule in rules if isinstance(rule, Unpromising)), None)
+    rows: list[tuple[list[float], float, float]] = []
+    fitted = 0
+    steps: list[int | None] = []
+    for number, recording in enumerate(recordings):
+        floors: dict[int, float] = {}
+        if rule is not None and number >= warm_up:
+            if milestone(number) > fitted:
+                fitted, basis = milestone(number), len(rows)
+            floors = _floors(rule, _observations(rows), _observations(rows[:basis]), recording, number, table)
+        stopped = stopping_step(rules, recording, table.total_steps, floors)
+        steps.append(stopped)
+        seen = [e for e in recording.evaluations if 0 < e.step <= (stopped or table.total_steps)]
+        base = recording.evaluations[0].score
+        rows += [
+            (_input(recording, e.step / table.total_steps, number), e.score - base, e.standard_error**2)
+            for e in thinned(seen)
+        ]
+    return _fates(recordings, steps, table.total_steps)
+
+
+def _floors(
+    rule: Unpromising, known: Observations, basis: Observations, recording: Recording, number: int, table: Table
+) -> dict[int, float]:
+    """Scores at the rungs before the last one below which a training is not expected to become the best so far."""
+    surrogate = fitted_surrogate(known, basis, SPACE.dimension, [])
+    target = torch.tensor([_input(recording, 1.0, ANY_SEED)], dtype=torch.double)
+    tried = known.inputs.clone()
+    tried[:, -FIDELITY_COLUMNS + 1], tried[:, -FIDELITY_COLUMNS + 2] = 1.0, ANY_SEED
+    incumbent = float(surrogate.gain_moments(tried)[0].max())
+    rungs = [evaluation.step for evaluation in recording.evaluations if 0 < evaluation.step < table.total_steps]
+    inputs = torch.tensor([_input(recording, rung / table.total_steps, number) for rung in rungs], dtype=torch.double)
+    variance = float(known.variances.mean())
+    inflation = surrogate.moments().inflation()
+    gains = gain_floors(surrogate, target, inputs, incumbent, rule.probability, variance, inflation)
+    base = recording.evaluations[0].score
+    return {rung: base + gain for rung, gain in zip(rungs, gains, strict=True) if gain is not None}
+
+
+def _input(recording: Recording, progress: float, trial: float) -> list[float]:
+    return [*(float(value) for value in recording.point), 0.0, progress, float(trial), THIS_STUDY]
+
+
+def _observations(rows: Sequence[tuple[list[float], float, float]]) -> Observations:
+    inputs, gains, variances = zip(*rows, strict=True)
+    return Observations(*(torch.tensor(column, dtype=torch.double) for column in (inputs, gains, variances)))
+
+
+def stopping_step(
+    rules: Sequence[StoppingRule], recording: Recording, total_steps: int, floors: Mapping[int, float] | None = None
+) -> int | None:
     """The step after which one of the rules stops a training; None if none does."""
-    monitor = Monitor(rules, Course(total_steps))
+    monitor = Monitor(rules, Course(total_steps, floors=dict(floors or {})))
     evaluations = {evaluation.step: evaluation for evaluation in recording.evaluations}
     events: list[StepRecord | Evaluation] = [evaluations[0]]
     for record in recording.steps:
@@ -130,6 +216,7 @@ def judge(found: Sequence[Fate]) -> Verdict:
         caught=_share([fate.stopped is not None for fate in collapsed]),
         good=len(good),
         false_kills=false_kills,
+        best=_share([fate.stopped is not None for fate in found if fate.best]),
         false_kill_interval=(float(interval.low), float(interval.high)),
         saved=sum(fate.saved_seconds for fate in found) / sum(fate.seconds for fate in found),
         step=float(np.median([fate.stopped for fate in stopped])) if stopped else None,
@@ -146,6 +233,17 @@ def candidates() -> dict[str, tuple[StoppingRule, ...]]:
     single = {f"`{name}`": (rule(),) for name, rule in RULES.items() if name != Unpromising.name}
     sets = {f"set `{name}`": rules for name, rules in RULE_SETS.items() if name != "none"}
     return single | sets
+
+
+CAUTIOUS = 0.03
+"""A probability for the rule `unpromising` that lets more trainings go on than its default."""
+
+
+def with_floors() -> dict[str, tuple[StoppingRule, ...]]:
+    """The default set, whose rule `unpromising` needs a model, with its default and with a cautious probability."""
+    usual = RULE_SETS["default"]
+    cautious = tuple(Unpromising(CAUTIOUS) if isinstance(rule, Unpromising) else rule for rule in usual)
+    return {f"p = {Unpromising().probability:g}": usual, f"p = {CAUTIOUS:g}": cautious}
 
 
 def write(data: Path, folder: Path) -> None:
@@ -175,6 +273,16 @@ def _page(tables: Mapping[str, Table]) -> str:
         if name.startswith("set")
         for (task, size), group in groups.items()
     ]
+    in_sequence = {
+        (name, task, size): [fate for order in range(ORDERS) for fate in fates_in_sequence(rules, table, size, order)]
+        for name, rules in with_floors().items()
+        for task, table in tables.items()
+        for size in SIZES
+    }
+    modelled = [
+        [name, task, f"`{size}`", *_cells(judge(group)), _percent(judge(group).best)]
+        for (name, task, size), group in in_sequence.items()
+    ]
     trainings = sum(len(table.recordings) for table in tables.values())
     return f"""# Stopping rules on recorded trainings
 
@@ -197,6 +305,18 @@ stopping rules, up to the step at which it would have stopped them. Made by `pyt
 ## Sets, by task and size
 
 {markdown_table(["rules", "task", "size", *COLUMNS], by_group)}
+
+## With the search's model
+
+The rule `unpromising` compares evaluations with floors that the model of a search has set. Here a size's trainings,
+first seeds, are made one after another in {ORDERS} random orders, all to full length unless a rule of the default set
+stops them; from number {WARM_UP + 1} on, the surrogate has seen what was trained of those before, and sets floors below
+which a training has a probability of less than p of becoming the best so far. It does not try to keep the top quarter:
+a training that will end tenth does not matter to a search. Its own measure is the last column: in what share of the
+orders the very best training was stopped. In a search the floors are for proxies only, and what is stopped there can
+still be trained on the target.
+
+{markdown_table(["p", "task", "size", *COLUMNS, "best one stopped"], modelled)}
 """
 
 

@@ -31,7 +31,7 @@ from benchmarks.rl_table.generate import (
 )
 from benchmarks.rl_table.pack import pack, unpack
 from jfhpo_core.errors import JfhpoError
-from jfhpo_core.stopping import RewardDrop, ZeroReward
+from jfhpo_core.stopping import RewardDrop, Unpromising, ZeroReward
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
 from jfhpo_core.trial import Evaluation
 from tests.studies import step_record
@@ -188,6 +188,21 @@ def test_a_rule_is_judged_by_what_the_trainings_come_to() -> None:
     low, high = both.false_kill_interval
     assert low < 0.05
     assert high > 0.95
+
+
+def test_floors_of_the_model_stop_only_after_a_warm_up_and_only_at_rungs() -> None:
+    table = read_table(str(RECORDED), "instruct")
+    first = [one for one in table.of_size("s") if one.seed == 0][:16]
+    table = Table(tuple(first))
+    without = rules.fates_in_sequence([ZeroReward()], table, "s", order=0)
+    alone = rules.fates([ZeroReward()], table, "s")
+    assert sorted(map(repr, without)) == sorted(map(repr, alone))
+    found = rules.fates_in_sequence([Unpromising(0.2)], table, "s", order=0, warm_up=9)
+    assert all(fate.stopped is None for fate in found[:9])
+    assert any(fate.stopped for fate in found[9:])
+    assert all(fate.stopped % 8 == 0 and fate.stopped < 64 for fate in found if fate.stopped)
+    cautious = rules.fates_in_sequence([Unpromising(0.001)], table, "s", order=0, warm_up=9)
+    assert sum(fate.saved_seconds for fate in cautious) < sum(fate.saved_seconds for fate in found)
 
 
 def test_regret_is_what_a_choice_on_the_proxy_loses_on_the_target() -> None:
