@@ -68,7 +68,7 @@ $(OPENRLHF_ENV)/.ready: $(OPENRLHF_LOCK) | $(READY)
 
 test-openrlhf: export DO_NOT_TRACK = true
 test-openrlhf: export HF_HUB_OFFLINE = 1
-test-openrlhf: $(READY) $(OPENRLHF_ENV)/.ready ## Run a real search with OpenRLHF, vLLM and DeepSpeed on CPU (about 15 minutes)
+test-openrlhf: $(READY) $(OPENRLHF_ENV)/.ready ## Run a real search with OpenRLHF, vLLM and DeepSpeed on CPU (about 10 minutes)
 	@JFHPO_OPENRLHF_PYTHON=$(abspath $(OPENRLHF_ENV))/bin/python $(BIN)/pytest --quiet -m openrlhf tests/trainers/openrlhf
 
 lint: $(READY) ## Check style, format, types and the layering of the packages

@@ -88,12 +88,13 @@ COLOURS = {
 """Of the surrogates in the figure."""
 
 INTRODUCTION = f"""\
-A design a/b/c trains a Sobol configurations on the smallest model, the best b of them on the middle one and the best c
-of these on the target; on proxies every other training goes to half the horizon only. Noise, stopping rules and the
-choice of evaluations are those of a search. Every surrogate is fitted to the same observations with their measured
-standard errors and predicts the noise-free score at (target, full horizon) of {QUESTIONS} random configurations that
-are feasible there. Regret is what a choice lacks to the best of these; the decision counts more than the error. Means
-and standard errors are over {{fits}} designs: seeds {{first}} to {{last}} of {{landscapes}}.
+A design a/b/c trains a Sobol configurations on the smallest model, the best b of them on the middle one and the best
+c of these on the target; on proxies every other training goes to half the horizon only. Noise and stopping rules are
+those of a search. Observed were four points of a curve, and stopped trainings as verdicts; since notes 10 and 14 it
+is two points, and stopped trainings are observations. Every surrogate is fitted to the same observations with their
+measured standard errors and predicts the noise-free score at (target, full horizon) of {QUESTIONS} random
+configurations that are feasible there. Regret is what a choice lacks to the best of these; the decision counts more
+than the error. Means and standard errors are over {{fits}} designs: seeds {{first}} to {{last}} of {{landscapes}}.
 
 `ours` is the model of `jfhpo_core/surrogate.py` with {DRAWS} members and the correction of `jfhpo_core/calibration.py`;
 its variants change one thing. `multi-fidelity` is BoTorch's SingleTaskMultiFidelityGP (size as data fidelity, progress

@@ -252,7 +252,10 @@ class Optimizer:
         return recommend(self.study, self._strategy, self.trials)
 
     def rank(self) -> list[Recommendation]:
-        """All configurations that were tried, best first, with what they should score on the target at full length."""
+        """Configurations with what they should score on the target at full length, best first.
+
+        Some that no trial has may lead: they are expected to be better than all that were tried.
+        """
         return self._strategy.rank(self.study, self.trials)
 
     def save(self, path: str | Path) -> None:

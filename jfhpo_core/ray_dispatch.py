@@ -39,10 +39,11 @@ from jfhpo_core.spec import ClusterSpec
 from jfhpo_core.trainers import Job, load_trainer
 from jfhpo_core.trial import FailureKind, Outcome, SegmentResult, StepRecord
 
-HANG_SECONDS = 600.0
-"""A job that has delivered two steps may always be silent for this long: evaluation and checkpoint take their time."""
+HANG_SECONDS = 1800.0
+"""A job that has delivered two steps may always be silent for this long: evaluation and checkpoint take their time, and
+trainers that watch processes of their own come first with limits that are half as long."""
 
-HANG_STARTUP_SECONDS = 1800.0
+HANG_STARTUP_SECONDS = 3600.0
 """Silence allowed until two steps have shown a job's speed (loading, first evaluation, a step of a large model); longer
 if the whole segment is expected to be."""
 
@@ -132,6 +133,14 @@ class _Worker:
     actor: Any
     devices: int
     ready: bool = False
+
+
+def _silence(job: Job) -> Silence:
+    """What is allowed to a job; more if its study allows its trainer more than usual."""
+    own = job.study.trainer.settings
+    startup, hang = (2.0 * float(own.get(name, 0.0)) for name in ("startup_seconds", "hang_seconds"))
+    expected = (job.segment.suggestion.expected_cost_seconds or 0.0) / job.devices
+    return Silence(max(HANG_STARTUP_SECONDS, startup, expected), max(HANG_SECONDS, hang))
 
 
 class RayDispatcher:
@@ -326,8 +335,7 @@ class RayDispatcher:
         """
         ray = self._ray
         stream = worker.actor.train.remote(job)
-        expected = (job.segment.suggestion.expected_cost_seconds or 0.0) / job.devices
-        silence = Silence(max(HANG_STARTUP_SECONDS, expected), HANG_SECONDS)
+        silence = _silence(job)
         deadline: float | None = None
         while True:
             if cancelled.is_set() and deadline is None:
