@@ -33,7 +33,7 @@ from jfhpo_core.search import SearchResult, run_search
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.strategies import Proposal, Recommendation, load_strategy
 from jfhpo_core.study import Study, resolve
-from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState
+from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, configuration_key
 
 RESULTS = store.RESULTS / "reproduction"
 PAGE = "reproduction.md"
@@ -180,16 +180,31 @@ def search(label: str, seed: int, budget_seconds: float, workspace: Path, root: 
 def _live(label: str, seed: int, result: SearchResult, completions: int) -> Live:
     study, mine = result.study, [trial for trial in result.trials if trial.purpose == "search"]
     chosen = result.target_trial
-    fresh = next((trial for trial in result.trials if trial.purpose == "confirmation" and trial.final), None)
+    key = configuration_key(result.recommended.configuration) if result.recommended else None
+    fresh = next(
+        (
+            trial
+            for trial in result.trials
+            if trial.purpose == "confirmation" and trial.evaluations and configuration_key(trial.configuration) == key
+        ),
+        None,
+    )
     tests = {trial.key: test_score(study, study.store / trial.checkpoint.path, STEPS)
              for trial in (chosen, fresh) if trial is not None and trial.checkpoint is not None}  # fmt: skip
     trained = [trial.charge_seconds for trial in (chosen, fresh) if trial is not None]
+
+    def score(trial: Trial | None) -> float | None:
+        """On the test; of a training that a rule stopped, which has no checkpoint, what it had then."""
+        if trial is None:
+            return None
+        return tests[trial.key].score if trial.key in tests else trial.evaluations[-1].score
+
     return Live(
         label=label,
         seed=seed,
         configuration=result.recommended.configuration if result.recommended else None,
-        chosen_score=tests[chosen.key].score if chosen else None,
-        fresh_score=tests[fresh.key].score if fresh else None,
+        chosen_score=score(chosen),
+        fresh_score=score(fresh),
         standard_error=max(test.standard_error for test in tests.values()) if tests else None,
         budget_seconds=study.spec.budget.device_seconds,
         spent_seconds=result.spent_seconds,

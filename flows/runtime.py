@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from flows.summary import facts
 from jfhpo_core.checkpoints import CheckpointStore
 from jfhpo_core.dispatch import Dispatcher, InlineDispatcher
-from jfhpo_core.errors import LedgerError
+from jfhpo_core.errors import CheckpointError, LedgerError
 from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.ledger import Ledger
 from jfhpo_core.outbox import Outbox
@@ -270,9 +270,14 @@ def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyO
     if ledger.facts().get(PUBLISHED) != digest or not report.exists():
         uri, note = "", UNFINISHED
         if result.complete:
-            registration = register_target(study, result, ledger)
-            note = registration.reason
-            uri = f"models:/{registration.name}@{registration.alias}" if registration.name else ""
+            try:
+                registration = register_target(study, result, ledger)
+            except CheckpointError as error:
+                # Not published: once the checkpoint is back, the next call registers it.
+                note, digest = f"the recommended training cannot be registered: {error}", ""
+            else:
+                note = registration.reason
+                uri = f"models:/{registration.name}@{registration.alias}" if registration.name else ""
         ledger.summarize({**facts(result), MODEL_URI: uri, MODEL_NOTE: note})
         ledger.present(result, write_plots(result, study.folder / PLOTS))
         ledger.summarize({PUBLISHED: digest}, [_write_report(study, ledger, result)])

@@ -522,13 +522,18 @@ class JointFidelity:
 
         Their seeds begin above those of the final comparison, which must not be looked at before.
         """
-        finished = self._finished(study, trials)
+        finished = {configuration_key(trial.configuration) for trial in self._finished(study, trials)}
         target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
         candidates = []
         for configuration, _, _ in ranked[: self.replicated]:
-            mine = [trial for trial in finished if trial.configuration == configuration]
-            if mine:
-                seed = max(*study.spec.seeds.training, *(trial.seed for trial in mine), -1) + 1
+            if configuration_key(configuration) in finished:
+                # One that is still running has its seed, too.
+                taken = [
+                    trial.seed
+                    for trial in trials
+                    if trial.purpose == "search" and trial.model == target and trial.configuration == configuration
+                ]
+                seed = max(*study.spec.seeds.training, *taken) + 1
                 candidates.append(Candidate(configuration, target, 0, horizon, len(trials), seed))
         return candidates
 

@@ -1,13 +1,15 @@
 """A ledger whose store may be away for minutes: what is to be written waits in a local file, and is written later.
 
 The search goes on meanwhile. What waits counts as soon as it stands in the file, so a crash loses nothing of it: the
-next process delivers the file before anything else. Delivering an entry twice changes nothing, because beginning the
-same segment and committing the same result again change nothing in any ledger.
+next process delivers the file before anything else. Delivering an entry twice changes nothing: a segment that is
+committed is not begun again, and beginning the same segment or committing the same result again changes nothing in any
+ledger.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -45,7 +47,9 @@ class Entry(Record):
     def deliver(self, ledger: Ledger) -> None:
         """Write it to a ledger."""
         if self.trial is not None and self.segment is not None:
-            ledger.begin(self.trial, self.segment)
+            known = next((trial for trial in ledger.trials() if trial.key == self.trial.key), None)
+            if known is None or len(known.segments) <= self.segment.index:
+                ledger.begin(self.trial, self.segment)
         elif self.key is not None and self.result is not None:
             ledger.commit(self.key, self.result, self.records)
 
@@ -65,7 +69,7 @@ class Outbox:
         self._patience_seconds = patience_seconds
         self._mirror = MemoryLedger()
         self._waiting: deque[Entry] = deque()
-        self._tried_at = 0.0
+        self._tried_at = -math.inf
 
     def open(self, study: StudySpec) -> None:
         """See `Ledger.open`. Delivers what an earlier process has left.
@@ -91,10 +95,11 @@ class Outbox:
     def stream(self, key: str, records: Sequence[StepRecord]) -> None:
         """See `Ledger.stream`; nothing is shown while the store is away."""
         self._retry()
-        if not self._waiting:
+        if not self._waiting and self._is_due:
             try:
                 self._ledger.stream(key, records)
             except LedgerUnavailable as error:
+                self._tried_at = time.monotonic()
                 logger.debug("not shown: %s", error)
 
     def commit(self, key: str, result: SegmentResult, records: Sequence[StepRecord]) -> None:
@@ -159,12 +164,17 @@ class Outbox:
 
     def _retry(self) -> None:
         """Try again to write what waits, if the last attempt is a while ago."""
-        if self._waiting and time.monotonic() - self._tried_at >= RETRY_SECONDS:
-            self._tried_at = time.monotonic()
+        if self._waiting and self._is_due:
             try:
                 self._empty()
             except LedgerUnavailable as error:
+                self._tried_at = time.monotonic()
                 logger.debug("still away: %s", error)
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether the store was last found away long enough ago; an attempt itself may take many seconds."""
+        return time.monotonic() - self._tried_at >= RETRY_SECONDS
 
     def _empty(self) -> None:
         while self._waiting:

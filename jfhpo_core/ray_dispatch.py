@@ -281,8 +281,7 @@ class RayDispatcher:
         losses: list[_Loss] = []
         while True:
             records: list[StepRecord] = []
-            began = time.monotonic()
-            outcome = self._attempt(job, records, cancelled)
+            outcome, seconds = self._attempt(job, records, cancelled)
             if isinstance(outcome, SegmentResult):
                 result = outcome.model_copy(update={"attempts": len(losses) + 1})
                 return Finished(job.trial_key, result, tuple(records))
@@ -291,18 +290,25 @@ class RayDispatcher:
             if outcome.details is not None:
                 logger.info("trial %s: %s", job.trial_key, outcome.details)
             if len(losses) > self._cluster.segment_retries:
-                return _give_up(job, losses, records, time.monotonic() - began)
+                return _give_up(job, losses, records, seconds)
 
-    def _attempt(self, job: Job, records: list[StepRecord], cancelled: threading.Event) -> SegmentResult | _Loss:
+    def _attempt(
+        self, job: Job, records: list[StepRecord], cancelled: threading.Event
+    ) -> tuple[SegmentResult | _Loss, float]:
         """Run a job once, on one worker, which survives only if the job ended in good order.
+
+        Returns:
+            What came of it, and for how many seconds it had a worker.
 
         Raises:
             Cancelled: The driver withdrew the job.
         """
         outcome = _Loss("the worker ended without a result")
         worker: _Worker | None = None
+        began: float | None = None
         try:
             worker = self._take(job, cancelled)
+            began = time.monotonic()
             for item in self._stream(job, worker, cancelled):
                 if isinstance(item, StepRecord):
                     records.append(item)
@@ -310,7 +316,7 @@ class RayDispatcher:
                 elif isinstance(item, SegmentResult):
                     self._release(worker)
                     worker = None
-                    return item
+                    return item, time.monotonic() - began
                 else:
                     outcome = item
         except TimeoutError as error:
@@ -322,7 +328,7 @@ class RayDispatcher:
         finally:
             if worker is not None:
                 self._kill(worker)
-        return outcome
+        return outcome, 0.0 if began is None else time.monotonic() - began
 
     def _stream(
         self, job: Job, worker: _Worker, cancelled: threading.Event

@@ -185,7 +185,7 @@ def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float
     spec = study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
     on_target = _search_trials_on_target(study, trials)
-    best = [item.configuration for item in strategy.rank(study, trials)][: spec.budget.top_k]
+    best = [item.configuration for item in _rank(study, strategy, trials)][: spec.budget.top_k]
     costs = CostModel.fit(study, trials)
     needed = 0.0
     for configuration in best or [{}]:
@@ -233,9 +233,9 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
     secured = running or finished or tries >= spec.budget.top_k
     remaining = spec.budget.device_seconds - committed_seconds(trials)
     costs = CostModel.fit(study, trials)
-    for item in strategy.rank(study, trials)[: spec.budget.top_k]:
+    for item in _rank(study, strategy, trials)[: spec.budget.top_k]:
         known = tried.get(configuration_key(item.configuration))
-        if known is not None and known.state is not TrialState.PAUSED:
+        if known is not None and known.state not in (TrialState.PAUSED, TrialState.LOST):
             continue
         done = known.step * known.prompts_per_step if known is not None else 0
         cost = costs.estimate(item.configuration, target, done, horizon).seconds
@@ -252,10 +252,10 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
 
 
 def _validations(trials: Sequence[Trial]) -> int:
-    """Trainings of the present validation: those committed since the strategy's last one."""
+    """Trainings of the present validation: those committed since the strategy's last one, but for the lost ones."""
     results = [result for trial in trials if trial.purpose == "search" for result in trial.segments]
     chosen = [result.committed for result in results if result.segment.suggestion.source != VALIDATION]
-    return sum(result.committed > max(chosen, default=0) for result in results)
+    return sum(result.committed > max(chosen, default=0) and result.outcome is not Outcome.LOST for result in results)
 
 
 def _full_length(
@@ -307,8 +307,13 @@ def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Reco
         for trial in trials
         if trial.model == target and trial.final is not None and trial.purpose == "search"
     }
-    ranked = [item for item in strategy.rank(study, trials) if configuration_key(item.configuration) in finished]
+    ranked = [item for item in _rank(study, strategy, trials) if configuration_key(item.configuration) in finished]
     return ranked[0] if ranked else None
+
+
+def _rank(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[Recommendation]:
+    """The strategy's ranking without what the final comparison has measured: it shall judge the choice, not make it."""
+    return strategy.rank(study, [trial for trial in trials if trial.purpose != "confirmation"])
 
 
 @dataclass
@@ -458,7 +463,8 @@ def _finals(study: Study, trials: Sequence[Trial], configuration: Configuration)
     wanted = configuration_key(configuration)
     by_seed: dict[int, Trial] = {}
     for trial in trials:
-        ended = trial.state in (TrialState.COMPLETED, TrialState.STOPPED)
+        # Some trainers score at rungs only, so one that was stopped early may have no score at all.
+        ended = trial.state in (TrialState.COMPLETED, TrialState.STOPPED) and trial.evaluations
         if (
             ended
             and trial.model == study.ladder.target.name

@@ -315,19 +315,28 @@ class Space(RootModel[dict[str, Parameter]]):
             points: Shape (n, dimension), in the unit cube.
         """
         snapped = points.copy()
-        slices = self.slices()
         active: dict[str, NDArray[np.bool_]] = {}
-        for name, parameter in self.root.items():
-            columns = slices[name]
-            active[name] = np.ones(len(points), dtype=bool)
-            for parent, values in parameter.when.items():
-                above = self.root[parent]
-                assert isinstance(above, ChoiceParameter)
-                cells = np.array([above.encode(value) for value in values])
-                holds = (np.abs(snapped[:, None, slices[parent]] - cells).max(-1) < SAME_CELL).any(-1)
-                active[name] &= active[parent] & holds
-            snapped[:, columns] = np.where(active[name][:, None], parameter.snap(points[:, columns]), INACTIVE)
+        for name, columns in self.slices().items():
+            active[name] = self._holds(name, snapped, active)
+            snapped[:, columns] = np.where(active[name][:, None], self.root[name].snap(points[:, columns]), INACTIVE)
         return snapped
+
+    def _holds(self, name: str, snapped: Vector, above: Mapping[str, NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """At which points a hyperparameter is active, shape (n,).
+
+        Args:
+            name: Of the hyperparameter.
+            snapped: Points, shape (n, dimension), snapped as far as the hyperparameters above it go.
+            above: The same for these.
+        """
+        active = np.ones(len(snapped), dtype=bool)
+        for parent, values in self.root[name].when.items():
+            choice = self.root[parent]
+            assert isinstance(choice, ChoiceParameter)
+            cells = np.array([choice.encode(value) for value in values])
+            holds = (np.abs(snapped[:, None, self.slices()[parent]] - cells).max(-1) < SAME_CELL).any(-1)
+            active &= above[parent] & holds
+        return active
 
     def log_expectation(self, points: Vector) -> Vector:
         """How far points lie from where the user expects the best, as the log of an unnormalized density, <= 0.
@@ -336,14 +345,15 @@ class Space(RootModel[dict[str, Parameter]]):
             points: Snapped, shape (n, dimension).
 
         Returns:
-            Shape (n,); 0 where no hyperparameter has an `expected` value.
+            Shape (n,); 0 where no active hyperparameter has an `expected` value.
         """
         total = np.zeros(len(points))
+        active: dict[str, NDArray[np.bool_]] = {}
         for name, columns in self.slices().items():
-            parameter = self.root[name]
+            parameter, active[name] = self.root[name], self._holds(name, points, active)
             if parameter.expected is not None:
                 distance = points[:, columns] - np.array(parameter.encode(parameter.expected))
-                total -= (distance**2).sum(-1) / (2 * parameter.spread**2)
+                total -= np.where(active[name], (distance**2).sum(-1) / (2 * parameter.spread**2), 0.0)
         return total
 
     def restrict(self, configuration: Mapping[str, Value]) -> Configuration:

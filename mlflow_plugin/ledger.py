@@ -513,7 +513,10 @@ class MlflowLedger:
             NOTE: study_note(self._study, self.trials()),
             DESCRIBED: digest,
         }
-        self._log(self.study_run_id, params=study_parameters(self._study), tags=tags)
+        # What a study may change (folders, expectations) is in the file; MLflow's parameters stay as they began.
+        known = self._parent.data.params
+        params = {name: value for name, value in study_parameters(self._study).items() if name not in known}
+        self._log(self.study_run_id, params=params, tags=tags)
 
     def _read_children(self) -> dict[str, _Child]:
         entries = checkpoints.read_index(self._client, self._experiment_id)

@@ -225,6 +225,18 @@ def test_the_search_begins_where_the_user_expects_the_best(tmp_path: Path) -> No
     assert distance(informed) < 0.5 * distance(plain)
 
 
+def test_a_further_seed_that_is_being_trained_is_not_proposed_again(completed: SearchResult) -> None:
+    study, strategy = completed.study, JointFidelity()
+    done = next(trial for trial in completed.trials if trial.model == "large" and trial.final is not None)
+    ranked = [(done.configuration, 0.5, 0.1)]
+    (first,) = strategy._replicates(study, completed.trials, ranked)
+    assert first.seed is not None
+    fresh = study.new_trial(len(completed.trials), done.configuration, "large", first.seed)
+    running = fresh.model_copy(update={"open_segment": study.next_segment(fresh, first.stop_prompts, NO_REASON)})
+    (second,) = strategy._replicates(study, [*completed.trials, running], ranked)
+    assert second.seed == first.seed + 1
+
+
 def test_expectations_fade_with_the_number_of_trials(tmp_path: Path, completed: SearchResult) -> None:
     space = {name: dict(parameter) for name, parameter in default_spaces()["tiny"].items()}
     space["learning_rate"] |= {"expected": 1e-5, "spread": 0.2}

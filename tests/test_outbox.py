@@ -10,7 +10,7 @@ import pytest
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import LedgerError, LedgerUnavailable
 from jfhpo_core.ledger import Ledger, MemoryLedger
-from jfhpo_core.outbox import Outbox
+from jfhpo_core.outbox import Outbox, waiting
 from jfhpo_core.search import run_search
 from jfhpo_core.trial import Segment, SegmentResult, StepRecord, Trial
 from tests.ledger.conformance import (
@@ -111,6 +111,39 @@ def test_what_a_crash_has_cut_off_does_not_spoil_what_waits_next(tmp_path: Path)
     after = Outbox(store, path)
     after.open(make_study())
     assert after.trials() == outbox.trials()
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_what_was_delivered_in_part_is_delivered_again_from_the_beginning(tmp_path: Path) -> None:
+    store, path = FarLedger(), tmp_path / "outbox.jsonl"
+    outbox = begun(store, path)
+    store.away = lambda: True
+    first, second = make_segment(0, 0, 4), make_segment(1, 4, 8)
+    outbox.commit(make_trial(0).key, make_result(first), make_records(0, 4))
+    outbox.begin(outbox.trials()[0], second)
+    outbox.commit(make_trial(0).key, make_result(second), make_records(4, 8))
+    store.away = lambda: False
+    for entry in waiting(path)[:3]:  # and then the driver is killed
+        entry.deliver(store)
+    after = Outbox(store, path)
+    after.open(make_study())
+    assert after.trials() == outbox.trials() == store.trials()
+    assert not path.exists()
+
+
+def test_a_stream_does_not_ask_a_store_that_is_away_at_every_record(tmp_path: Path) -> None:
+    store = FarLedger()
+    asked: list[int] = []
+    outbox = begun(store, tmp_path / "outbox.jsonl")
+
+    def away() -> bool:
+        asked.append(1)
+        return True
+
+    store.away = away
+    for step in range(4):
+        outbox.stream(make_trial(0).key, make_records(step, step + 1))
+    assert len(asked) == 1
 
 
 @pytest.mark.usefixtures("no_waiting")

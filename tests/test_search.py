@@ -225,6 +225,24 @@ def test_a_single_loss_does_not_end_a_study(tmp_path: Path) -> None:
     assert outcome.complete
 
 
+class LosesValidations(LosingDispatcher):
+    """Loses validations alone."""
+
+    def _lose(self, event: Finished) -> Finished:
+        return super()._lose(event) if event.result.segment.suggestion.source == VALIDATION else event
+
+
+def test_lost_validations_are_made_again(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, budget={"trial_seconds": 300, "max_parallel": 1, "top_k": 2})
+    dispatcher = LosesValidations(LOST_IN_A_ROW - 1)
+    outcome = run_search(study, MemoryLedger(), dispatcher, strategy=Climb())
+    calm = run_search(simulated_study(tmp_path / "calm"), MemoryLedger(), InlineDispatcher(), strategy=Climb())
+    assert dispatcher.losses == 0
+    assert outcome.recommended == calm.recommended
+    assert outcome.target_trial is not None
+    assert outcome.target_trial.final is not None
+
+
 def test_a_finished_study_trains_nothing_more(tmp_path: Path) -> None:
     study = simulated_study(tmp_path)
     ledger = MemoryLedger()
@@ -527,6 +545,47 @@ def test_a_stopped_baseline_counts_with_its_last_score(tmp_path: Path) -> None:
 
     (row,) = build(study, make).rows
     assert (row.label, row.score) == ("recipe", 0.1)
+
+
+def test_a_baseline_that_was_stopped_before_any_evaluation_has_no_row(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+
+    def make(study: Study) -> list[Trial]:
+        trial = study.new_trial(0, {"learning_rate": 1e-4}, "large", 0, "baseline", "recipe")
+        return [trial.model_copy(update={"segments": (result(0, 0, 5, outcome=Outcome.STOPPED),)})]
+
+    assert build(study, make).rows == ()
+
+
+@dataclass(frozen=True)
+class BestSeen:
+    """Ranks configurations by the mean of all final scores that it is shown."""
+
+    name: ClassVar[str] = "best-seen"
+
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
+        return None
+
+    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
+        scores: dict[str, list[float]] = {}
+        for trial in trials:
+            assert trial.final is not None
+            scores.setdefault(configuration_key(trial.configuration), []).append(trial.final.score)
+        known = {configuration_key(trial.configuration): trial.configuration for trial in trials}
+        found = [Recommendation(known[key], sum(each) / len(each), 0.1) for key, each in scores.items()]
+        return sorted(found, key=lambda item: -item.mean)
+
+
+def test_what_judges_the_choice_does_not_make_it(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, seeds=TWO_SEEDS)
+    trials = [
+        finished(study, 0, 0, 0.65, 1e-3),
+        finished(study, 1, 0, 0.63, 2e-3),
+        finished(study, 2, 1, 0.45, 1e-3, purpose="confirmation"),
+    ]
+    best = recommend(study, BestSeen(), trials)
+    assert best is not None
+    assert best.configuration == {"learning_rate": 1e-3}
 
 
 def test_only_what_was_finished_on_the_target_is_recommended(tmp_path: Path) -> None:

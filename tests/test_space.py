@@ -349,6 +349,25 @@ def test_expectations_fall_off_around_the_expected_values() -> None:
     np.testing.assert_allclose(space.log_expectation(points), [0.0, -0.5, 0.0], atol=1e-9)
 
 
+def test_what_is_expected_of_a_hyperparameter_says_nothing_where_it_is_inactive() -> None:
+    space = Space.model_validate(
+        {
+            "algorithm": {"type": "choice", "values": ["grpo", "ppo"]},
+            "gae": {
+                "type": "float",
+                "low": 0,
+                "high": 1,
+                "when": {"algorithm": ["ppo"]},
+                "expected": 0.9,
+                "spread": 0.1,
+            },
+        }
+    )
+    points = [{"algorithm": "grpo"}, {"algorithm": "ppo", "gae": 0.9}, {"algorithm": "ppo", "gae": 0.8}]
+    found = space.log_expectation(np.array([space.encode(point) for point in points]))
+    np.testing.assert_allclose(found, [0.0, 0.0, -0.5], atol=1e-9)
+
+
 def test_an_expectation_outside_the_range_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"rate.expected: 0.5 lies outside"):
         Space.model_validate({"rate": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True, "expected": 0.5}})

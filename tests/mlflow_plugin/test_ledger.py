@@ -25,6 +25,7 @@ from jfhpo_core.errors import LedgerError, LedgerUnavailable
 from jfhpo_core.ledger import Ledger, MemoryLedger
 from jfhpo_core.report.page import write_plots
 from jfhpo_core.search import run_search
+from jfhpo_core.space import Space
 from jfhpo_core.spec import StudySpec, TrackingSpec
 from jfhpo_core.study import resolve
 from jfhpo_core.trial import Decision, FailureKind, Outcome, PassAtN, Trial
@@ -226,6 +227,16 @@ def test_a_changed_budget_renews_the_study_file(ledger: MlflowLedger, client: Ml
     MlflowLedger(client).open(study)
     path = client.download_artifacts(ledger.study_run_id, "study.yaml", str(tmp_path))
     assert Path(path).read_text() == study.to_yaml()
+
+
+def test_what_may_change_in_the_space_does_not_lock_the_study(ledger: MlflowLedger, client: MlflowClient) -> None:
+    before = client.get_run(ledger.study_run_id).data.params
+    space = make_study().space
+    rate = space["learning_rate"].model_copy(update={"expected": 1e-4})
+    study = make_study(space=Space({**space.root, "learning_rate": rate}))
+    again = MlflowLedger(client)
+    again.open(study)
+    assert client.get_run(again.study_run_id).data.params == before
 
 
 def test_streamed_records_are_logged_once(ledger: MlflowLedger, monkeypatch: pytest.MonkeyPatch) -> None:
