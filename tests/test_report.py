@@ -20,7 +20,7 @@ from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.report import caveats, contrasts, figures, summary, verdict, write_headline, write_report
 from jfhpo_core.report.page import clip, settings_table
 from jfhpo_core.search import Comparison, SearchResult, conclude, run_search
-from jfhpo_core.spec import parse_study
+from jfhpo_core.spec import StrategySpec, parse_study
 from jfhpo_core.strategies import Proposal, RandomSearch, Recommendation, fresh_configurations
 from jfhpo_core.study import Study, resolve
 from jfhpo_core.trainers.simulated import SimulatedTrainer
@@ -247,6 +247,24 @@ def test_before_the_first_trial(tmp_path: Path) -> None:
         assert words in page.text
     assert page.of("svg") == []
     write_headline(result, tmp_path / "headline.svg")
+
+
+def test_what_the_model_believes_of_proxies_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    study = resolve(parse_study(STUDY))
+    other = resolve(study.spec.model_copy(update={"strategy": StrategySpec(name="random")}))
+    configurations = fresh_configurations(study, (), 0, 6)
+    trials = [
+        trained(study.new_trial(number, configuration, model, 0), [0.2, 0.3 + 0.02 * number])
+        for number, (configuration, model) in enumerate(zip(configurations, ["small", "large"] * 3, strict=True))
+    ]
+    result = conclude(study, trials, RandomSearch(), complete=False)
+    believed = summary.believed_shares(result)
+    assert list(believed) == ["small", "medium"]
+    assert 0 < believed["small"] < believed["medium"] < 1
+    text = page_of(write_report(result, {}, tmp_path)).text
+    assert "no order can be compared" in text
+    assert f"small shares {believed['small']:.0%}" in text
+    assert summary.believed_shares(conclude(other, trials, RandomSearch(), complete=False)) == {}
 
 
 def test_one_model_and_no_baselines(tmp_path: Path) -> None:

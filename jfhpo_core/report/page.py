@@ -209,6 +209,7 @@ def _context(
             wanted=bool(telling),
         ),
         "telling": telling,
+        "believed": summary.believed_shares(result),
         "size_agreements": _with_pairs(sizes),
         "length_agreements": _with_pairs(
             {model.name: length_agreements(study, trials, model.name) for model in study.ladder.models}

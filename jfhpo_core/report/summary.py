@@ -262,3 +262,23 @@ def sources(trials: Sequence[Trial]) -> list[Source]:
 def same_configuration(row: Comparison, trial: Trial) -> bool:
     """Whether a trial trains the configuration of a row of the final table."""
     return configuration_key(row.configuration) == configuration_key(trial.configuration)
+
+
+def believed_shares(result: SearchResult) -> dict[str, float]:
+    """Share of its variance over the space, in [0, 1], that each proxy has in common with the target, by name.
+
+    What the model of strategy `jfhpo` believes; empty with other strategies and as long as it has no model.
+    """
+    study = result.study
+    if study.spec.strategy.name != "jfhpo" or not study.ladder.proxies:
+        return {}
+    from jfhpo_core.optimizer import NUMERICAL_ERRORS, Beliefs
+
+    try:
+        beliefs = Beliefs.form(study, [trial for trial in result.trials if trial.purpose != "confirmation"])
+    except NUMERICAL_ERRORS:
+        return {}
+    if beliefs is None:
+        return {}
+    sizes = {model.name: study.ladder.size_coordinate(model.name) for model in study.ladder.proxies}
+    return {name: beliefs.surrogate.shared_share(size) for name, size in sizes.items()}
