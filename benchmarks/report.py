@@ -411,7 +411,7 @@ def _provenance(results: Results) -> str:
         f"Python {platform.python_version()}, PyTorch {_version('torch')}, BoTorch {_version('botorch')}; "
         f"{machine()}; one thread per run. CPU seconds were taken beside other work on that machine. Durations of "
         "trainings are simulated.\n\n"
-        "    python -m benchmarks run --strategies ... --seeds 1000:1020 --workers 2\n"
+        "    python -m benchmarks run --strategies ... --seeds 1003:1023 --workers 2\n"
         "    python -m benchmarks report\n\n"
         "A commit with a plus sign had changes on top. Out of date means that strategy or landscape have changed "
         "since; `run --redo` makes these again.\n\n"
