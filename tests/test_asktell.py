@@ -285,7 +285,10 @@ def test_the_example_of_the_guide_runs(
     (code,) = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(tmp_path)
 
-    def train(configuration: dict[str, Any], model: str, begin: int, end: int, folder: str) -> Run:
+    seeds: dict[str, set[int]] = {}
+
+    def train(configuration: dict[str, Any], model: str, seed: int, begin: int, end: int, folder: str) -> Run:
+        seeds.setdefault(folder, set()).add(seed)
         off = math.log10(configuration["learning_rate"] / 1e-6) ** 2 + (configuration["entropy_bonus"] / 0.02) ** 2
         size = 1.0 if model == "7B" else 0.4
         return Run(0.2 + 0.5 * math.exp(-off) * end / 6400, 0.02, size * (end - begin) * 8, 0.2)
@@ -293,6 +296,8 @@ def test_the_example_of_the_guide_runs(
     names: dict[str, Any] = {"train": train}
     exec(compile(code, str(GUIDE), "exec"), names)
     assert names["optimizer"].done
+    assert all(len(of_a_trial) == 1 for of_a_trial in seeds.values())
+    assert {0, 1} <= set.union(*seeds.values())
     assert (tmp_path / "my-loop.json").exists()
     assert str(names["best"].configuration) in capsys.readouterr().out
     assert 10**-6.6 < names["best"].configuration["learning_rate"] < 10**-5.4
