@@ -308,13 +308,13 @@ stopping rules, up to the step at which it would have stopped them. Made by `pyt
 {markdown_table(["rule", *COLUMNS], overall)}
 
 What was asked of the default set: to save at least 35 % of the compute with false kills of at most 1 % of the top
-quarter. **Missed**: reading one training alone it saves {usual.saved:.0%} with {usual.false_kills} of {usual.good}, the
-extended set {extended.saved:.0%} with {extended.false_kills} of {extended.good}. With the search's model and p = {CAUTIOUS}
-(below) it saves {cautious.saved:.0%} and stopped the best training in {cautious.best:.0%} of the orders, but
-{cautious.false_kills} of {cautious.good} of the top quarter, which it does not try to keep. Tried on the first 124
-trainings: floors by the probability of reaching the upper half (0.02 to 0.1) saved 20 to 22 % with 0 of 68, of the upper
-quarter 27 to 34 % with 4 to 6 of 68. What is in the way: how good trainings rank among themselves shows late (see
-[transfer](transfer.md) between lengths), and what is stopped late saves little.
+quarter. **Missed**: reading one training alone it saves {usual.saved:.0%} with {usual.false_kills} of {usual.good},
+the extended set {extended.saved:.0%} with {extended.false_kills} of {extended.good}. With the search's model and p =
+{CAUTIOUS} (below) it saves {cautious.saved:.0%} and stopped the best training in {cautious.best:.0%} of the orders,
+but {cautious.false_kills} of {cautious.good} of the top quarter, which it does not try to keep. Tried on the first
+124 trainings: floors by the probability of reaching the upper half (0.02 to 0.1) saved 20 to 22 % with 0 of 68, of
+the upper quarter 27 to 34 % with 4 to 6 of 68. What is in the way: how good trainings rank among themselves shows
+late (see [transfer](transfer.md) between lengths), and what is stopped late saves little.
 
 ## Sets, by task and size
 
