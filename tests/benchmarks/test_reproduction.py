@@ -48,6 +48,7 @@ def test_the_page_compares_the_same_seeds_and_says_what_a_trial_costs(tmp_path: 
     reproduction.write({(item.label, item.seed): item for item in found}, tmp_path)
     page = (tmp_path / reproduction.PAGE).read_text()
     accuracy, cost, parts = (section.split("\n## ")[0] for section in page.split("\n## ")[1:4])
+    assert "Seeds: 1, 2, 3." in page
     assert "| BOHB | 0.600 | 0.600 | 0.620 | -0.100 |" in accuracy
     assert "| VeRL's recipe | 0.300 | 0.300 | 0.320 | -0.400 |" in accuracy
     assert "0.700, 0.800" in accuracy
