@@ -320,7 +320,7 @@ def _page(results: Mapping[tuple[str, int], Live]) -> str:
 def _seeds(results: Mapping[tuple[str, int], Live]) -> str:
     seeds = sorted({seed for _, seed in results})
     if len(seeds) == 1:
-        return f"So far with **one seed** ({seeds[0]}): an anecdote. No interval can be given, and another seed may differ."
+        return f"So far with **one seed** ({seeds[0]}): no interval can be given, and another seed may differ."
     return f"Seeds: {', '.join(map(str, seeds))}."
 
 
