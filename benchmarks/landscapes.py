@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,22 @@ FAMILY = [
 ]
 """Sizes of Qwen2.5 0.5B, 1.5B and 7B."""
 
+DISTANT_FAMILY = [
+    {"name": "0.1b", "path": "simulated", "parameters": 110_000_000},
+    {"name": "0.6b", "path": "simulated", "parameters": 630_000_000},
+    FAMILY[-1],
+]
+"""Proxies 70 and 12 times smaller than the target."""
+
 TARGET = "7b"
 HORIZON_PROMPTS = 1024
 RUNGS = 8
 PROMPTS_PER_STEP = 16
 
 TRAININGS = 20
-"""Budget of a run, in full trainings of the target with a typical configuration."""
+"""Budget of a run, in full trainings of the target with a typical configuration, unless it is said otherwise."""
+
+FEW_TRAININGS = 8
 
 COSTS = {"seconds_per_step": 60.0, "size_exponent": 0.9, "startup_seconds": 120.0, "evaluation_seconds": 60.0}
 """Of the target; start-up costs the same on every model."""
@@ -63,6 +72,7 @@ class Problem:
         score: Noise-free score of a complete configuration, trained on a model of that name over the full horizon.
         training_seconds: Simulated seconds of such a training of a typical configuration.
         known_best: The highest true score in the space; None: it is found numerically.
+        trainings: Budget of a search, in such trainings.
     """
 
     name: str
@@ -72,6 +82,7 @@ class Problem:
     score: Callable[[Study, Configuration, str], float]
     training_seconds: float = TRAINING_SECONDS
     known_best: float | None = None
+    trainings: int = TRAININGS
 
     def study(
         self,
@@ -95,7 +106,11 @@ class Problem:
                 **changed,
                 "study": f"{self.name}-{self.seed}",
                 "strategy": {"name": strategy, "settings": dict(settings or {})},
-                "budget": {"trial_seconds": TRAININGS * self.training_seconds, "max_parallel": 1},
+                "budget": {
+                    "trial_seconds": self.trainings * self.training_seconds,
+                    "max_parallel": 1,
+                    **changed.pop("budget", {}),
+                },
                 "seeds": {"search": self.seed, "training": [self.seed]},
                 "tracking": {"workspace": str(workspace)},
             }
@@ -249,6 +264,12 @@ def _misleading(seed: int) -> Problem:
     return _language_model("misleading", seed, agreement=0.0, size_shift=-0.2, boundary=4.0)
 
 
+def _distant(seed: int) -> Problem:
+    """Proxies 70 and 12 times smaller than the target, whose best learning rate is 3.6 times lower; few trainings."""
+    problem = _language_model("distant", seed, size_shift=-0.3, agreement=0.7, boundary=0.5, seed_noise=0.03)
+    return replace(problem, data={**problem.data, "family": DISTANT_FAMILY}, trainings=FEW_TRAININGS)
+
+
 def _function(name: str, seed: int) -> Problem:
     """An analytic function of BoTorch in which model size and progress are the fidelities.
 
@@ -314,6 +335,7 @@ LANDSCAPES: dict[str, Callable[[int], Problem]] = {
     "unstable": _unstable,
     "moderate": _moderate,
     "misleading": _misleading,
+    "distant": _distant,
     "branin": partial(_function, "branin"),
     "hartmann": partial(_function, "hartmann"),
     "rosenbrock": partial(_function, "rosenbrock"),

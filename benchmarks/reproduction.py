@@ -7,6 +7,7 @@ choosing it, and both are scored on held-out prompts that no search has seen. De
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -159,8 +160,10 @@ def study_of(label: str, seed: int, budget_seconds: float, workspace: Path, root
     return resolve(StudySpec.model_validate(data))
 
 
-def search(label: str, seed: int, budget_seconds: float, workspace: Path, root: Path = CACHE) -> Live:
-    """One method with one seed; what an earlier call has finished in the workspace is not done again."""
+def search(
+    label: str, seed: int, budget_seconds: float, workspace: Path, root: Path = CACHE
+) -> tuple[Live, Sequence[Trial]]:
+    """One method with one seed, and its trials; what an earlier call has finished in the workspace stays done."""
     from mlflow_plugin.ledger import MlflowLedger
 
     workspace.mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,7 @@ def search(label: str, seed: int, budget_seconds: float, workspace: Path, root: 
         for trial in result.trials
         if trial.purpose == "search"
     )
-    return _live(label, seed, result, completions)
+    return _live(label, seed, result, completions), result.trials
 
 
 def _live(label: str, seed: int, result: SearchResult, completions: int) -> Live:
@@ -217,6 +220,14 @@ def _live(label: str, seed: int, result: SearchResult, completions: int) -> Live
         versions=versions(),
         processor=report.machine(),
     )
+
+
+def save(live: Live, trials: Sequence[Trial], folder: Path) -> None:
+    """Store a result and, packed, one trial a line: what was trained, in which pieces, why, and what came of it."""
+    name = f"{live.label}-{live.seed}"
+    lines = "".join(trial.model_dump_json() + "\n" for trial in trials)
+    (folder / f"{name}.trials.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    (folder / f"{name}.json").write_text(live.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def load(folder: Path = RESULTS) -> dict[tuple[str, int], Live]:
@@ -283,8 +294,7 @@ def main(label: str, seed: str, budget_seconds: str, folder: str, root: str) -> 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.nice(runner.NICENESS)
     workspace = Path(root) / "searches" / f"{label}-{seed}"
-    live = search(label, int(seed), float(budget_seconds), workspace, Path(root))
-    (Path(folder) / f"{label}-{seed}.json").write_text(live.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    save(*search(label, int(seed), float(budget_seconds), workspace, Path(root)), Path(folder))
     shutil.rmtree(workspace)
 
 

@@ -137,15 +137,15 @@ def plan(
         from flows.display import plan_view
         from flows.forecast import forecast, forecast_quality, parse_more, with_more
         from flows.runtime import informed, recorded
+        from jfhpo_core.search import rank
         from jfhpo_core.strategies import load_strategy
         from jfhpo_core.study import resolve
 
         resolved = informed(resolve(spec))
         larger = with_more(resolved, parse_more(more)) if more is not None else None
-        strategy = load_strategy(resolved)
         ledger = recorded(resolved)
         trials = ledger.trials() if ledger is not None else []
-        ranked = strategy.rank(resolved, trials)
+        ranked = rank(resolved, load_strategy(resolved), trials)
         view = plan_view(
             resolved,
             trials,
@@ -166,6 +166,7 @@ def show(study: StudyFile, overrides: Overrides = None) -> None:
         from flows.display import outlook_view, result_view, trial_table
         from flows.forecast import forecast, forecast_quality
         from flows.runtime import look
+        from jfhpo_core.search import rank
         from jfhpo_core.strategies import load_strategy
 
         result = look(spec)
@@ -174,7 +175,7 @@ def show(study: StudyFile, overrides: Overrides = None) -> None:
         console.print(trial_table(result.trials))
         console.print(result_view(result))
         if not result.complete:
-            ranked = load_strategy(resolved).rank(resolved, result.trials)
+            ranked = rank(resolved, load_strategy(resolved), result.trials)
             bills = forecast(resolved, result.trials)
             console.print(outlook_view(resolved, bills, forecast_quality(resolved, ranked, result.trials)))
 

@@ -23,7 +23,7 @@ from flows.forecast import FEWEST_CONFIGURATIONS, Forecast, Quality, forecast, f
 from flows.summary import counts
 from jfhpo_core.cost import CostEstimate
 from jfhpo_core.report.summary import Z_95, caveats, contrasts, interval, search_trial_ratio, verdict
-from jfhpo_core.search import Progress, SearchResult
+from jfhpo_core.search import Progress, SearchResult, rank
 from jfhpo_core.stopping import build_rules
 from jfhpo_core.strategies import Strategy, load_strategy
 from jfhpo_core.study import Study
@@ -169,7 +169,7 @@ class Watch:
             study, trials = progress.study, progress.trials
             self._strategy = self._strategy or load_strategy(study)
             self._forecast = forecast(study, trials)
-            self.quality = forecast_quality(study, self._strategy.rank(study, trials), trials)
+            self.quality = forecast_quality(study, rank(study, self._strategy, trials), trials)
         self._charged = charged
         self._committed = {trial.key: len(trial.segments) for trial in progress.trials}
         return ended

@@ -20,7 +20,7 @@ from jfhpo_core.ledger import Ledger
 from jfhpo_core.outbox import Outbox
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
 from jfhpo_core.retention import Judgement, judge
-from jfhpo_core.search import Phase, Progress, SearchResult, conclude, plan_next, run_search
+from jfhpo_core.search import Phase, Progress, SearchResult, conclude, plan_next, rank, run_search
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.strategies import load_strategy
 from jfhpo_core.study import EarlierStudy, Study, resolve
@@ -176,7 +176,7 @@ def judge_checkpoints(spec: StudySpec, limit_bytes: int | None = None, *, delete
     study = informed(resolve(spec))
     with _exclusive(study) if delete else nullcontext():
         ledger, result = _look(study)
-        ranked = load_strategy(study).rank(study, result.trials)
+        ranked = rank(study, load_strategy(study), result.trials)
         judgements = judge(study, result.trials, result.target_trial, ranked, result.complete, limit_bytes)
         gone = [judgement for judgement in judgements if delete and not judgement.keep]
         for judgement in gone:

@@ -31,6 +31,7 @@ from jfhpo_core.trial import (
     Suggestion,
     Trial,
     TrialState,
+    before_comparison,
     committed_seconds,
     configuration_key,
     spent_seconds,
@@ -185,7 +186,7 @@ def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float
     spec = study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
     on_target = _search_trials_on_target(study, trials)
-    best = [item.configuration for item in _rank(study, strategy, trials)][: spec.budget.top_k]
+    best = [item.configuration for item in rank(study, strategy, trials)][: spec.budget.top_k]
     costs = CostModel.fit(study, trials)
     needed = 0.0
     for configuration in best or [{}]:
@@ -233,7 +234,7 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
     secured = running or finished or tries >= spec.budget.top_k
     remaining = spec.budget.device_seconds - committed_seconds(trials)
     costs = CostModel.fit(study, trials)
-    for item in _rank(study, strategy, trials)[: spec.budget.top_k]:
+    for item in rank(study, strategy, trials)[: spec.budget.top_k]:
         known = tried.get(configuration_key(item.configuration))
         if known is not None and known.state not in (TrialState.PAUSED, TrialState.LOST):
             continue
@@ -307,13 +308,13 @@ def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Reco
         for trial in trials
         if trial.model == target and trial.final is not None and trial.purpose == "search"
     }
-    ranked = [item for item in _rank(study, strategy, trials) if configuration_key(item.configuration) in finished]
+    ranked = [item for item in rank(study, strategy, trials) if configuration_key(item.configuration) in finished]
     return ranked[0] if ranked else None
 
 
-def _rank(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[Recommendation]:
+def rank(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[Recommendation]:
     """The strategy's ranking without what the final comparison has measured: it shall judge the choice, not make it."""
-    return strategy.rank(study, [trial for trial in trials if trial.purpose != "confirmation"])
+    return strategy.rank(study, before_comparison(trials))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from statistics import fmean
 
 from jfhpo_core.report.text import number, signed
 from jfhpo_core.search import Comparison, SearchResult
-from jfhpo_core.trial import Purpose, SegmentResult, StepRecord, Trial, configuration_key
+from jfhpo_core.trial import Purpose, SegmentResult, StepRecord, Trial, before_comparison, configuration_key
 
 Z_95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -275,7 +275,7 @@ def believed_shares(result: SearchResult) -> dict[str, float]:
     from jfhpo_core.optimizer import NUMERICAL_ERRORS, Beliefs
 
     try:
-        beliefs = Beliefs.form(study, [trial for trial in result.trials if trial.purpose != "confirmation"])
+        beliefs = Beliefs.form(study, before_comparison(result.trials))
     except NUMERICAL_ERRORS:
         return {}
     if beliefs is None:

@@ -85,7 +85,9 @@ def test_a_recipe_is_trained_with_two_seeds_and_scored_on_unseen_prompts(
     monkeypatch.setattr(reproduction, "STEPS", 8)
     monkeypatch.setattr(reproduction, "RUNGS", 2)
     shutil.copytree(family_folder(reproduction.TASK) / "sm", tmp_path / "families" / reproduction.TASK / "xl")
-    done = reproduction.search(reproduction.YARDSTICK, 3, reproduction.RECIPE_BUDGET, tmp_path / "search", tmp_path)
+    done, trials = reproduction.search(
+        reproduction.YARDSTICK, 3, reproduction.RECIPE_BUDGET, tmp_path / "search", tmp_path
+    )
     assert done.configuration == reproduction.RECIPES[reproduction.YARDSTICK]
     assert done.search_trials == {"s": 0, "xl": 1}
     assert done.completions == 8 * reproduction.PROMPTS_PER_STEP * 8
@@ -94,5 +96,6 @@ def test_a_recipe_is_trained_with_two_seeds_and_scored_on_unseen_prompts(
     assert done.standard_error is not None
     assert 0.2 < done.fresh_score < 0.6
     assert 0 < done.standard_error < 0.03
-    again = reproduction.search(reproduction.YARDSTICK, 3, reproduction.RECIPE_BUDGET, tmp_path / "search", tmp_path)
+    assert [trial.purpose for trial in trials] == ["search", "confirmation"]
+    again, _ = reproduction.search(reproduction.YARDSTICK, 3, reproduction.RECIPE_BUDGET, tmp_path / "search", tmp_path)
     assert again == done
