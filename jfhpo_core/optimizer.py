@@ -29,6 +29,7 @@ from jfhpo_core.cost import CostModel
 from jfhpo_core.evidence import (
     as_of,
     is_extendable,
+    kept_prompts,
     measurement_variance,
     milestone,
     observe,
@@ -498,7 +499,7 @@ class JointFidelity:
         candidates: list[Candidate] = []
         for trial in mine:
             if is_extendable(trial) and configuration_key(trial.configuration) in promising:
-                done = trial.step * trial.prompts_per_step
+                done = kept_prompts(trial)
                 candidates += [
                     Candidate(trial.configuration, trial.model, done, level, trial.number)
                     for level in _spread([level for level in levels if level > done])

@@ -182,21 +182,30 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
 
 
 def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float:
-    """Device-seconds held back for validation: what the top k still need on the target, within the budget's share."""
+    """Device-seconds held back for validation, within the budget's share and what is left.
+
+    They are what the top k still need on the target, of those as many as can be paid for; as long as nothing has
+    finished there, the whole room if not even one can.
+    """
     spec = study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
     on_target = _search_trials_on_target(study, trials)
-    best = [item.configuration for item in rank(study, strategy, trials)][: spec.budget.top_k]
+    best = [item.configuration for item in rank(study, strategy, trials)][: spec.budget.top_k] or [{}]
+    best += best[-1:] * (spec.budget.top_k - len(best))
     costs = CostModel.fit(study, trials)
-    needed = 0.0
-    for configuration in best or [{}]:
+    budget = spec.budget.device_seconds
+    room = min(spec.budget.validation_share * budget, max(0.0, budget - committed_seconds(trials)))
+    held = 0.0
+    for configuration in best:
         known = on_target.get(configuration_key(configuration))
         if known is None or (known.final is None and known.open_segment is None):
             done = known.step * known.prompts_per_step if known is not None else 0
-            needed += costs.estimate(configuration, target, done, horizon).seconds
-    if len(best) < spec.budget.top_k:
-        needed *= spec.budget.top_k / max(1, len(best))
-    return min(needed, spec.budget.validation_share * spec.budget.device_seconds)
+            needed = costs.estimate(configuration, target, done, horizon).seconds
+            if held + needed <= room:
+                held += needed
+    if not held and not any(trial.final is not None or trial.open_segment is not None for trial in on_target.values()):
+        return room
+    return held
 
 
 def _search_trials_on_target(study: Study, trials: Sequence[Trial]) -> dict[str, Trial]:

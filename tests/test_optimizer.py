@@ -14,7 +14,7 @@ from jfhpo_core import optimizer, surrogate
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.hyperparameters import default_spaces
 from jfhpo_core.ledger import MemoryLedger
-from jfhpo_core.optimizer import JointFidelity
+from jfhpo_core.optimizer import Beliefs, JointFidelity
 from jfhpo_core.paper import PaperStrategy
 from jfhpo_core.search import SearchResult, call_seed, run_search
 from jfhpo_core.spec import StudySpec
@@ -22,12 +22,14 @@ from jfhpo_core.strategies import load_strategy
 from jfhpo_core.study import Study, resolve
 from jfhpo_core.trainers.simulated import study_surface, true_score
 from jfhpo_core.trial import (
+    Outcome,
     Suggestion,
     Trial,
     TrialState,
     committed_seconds,
     configuration_key,
 )
+from tests.studies import result
 
 NO_REASON = Suggestion(source="test", explanation="test")
 
@@ -235,6 +237,22 @@ def test_a_further_seed_that_is_being_trained_is_not_proposed_again(completed: S
     running = fresh.model_copy(update={"open_segment": study.next_segment(fresh, first.stop_prompts, NO_REASON)})
     (second,) = strategy._replicates(study, [*completed.trials, running], ranked)
     assert second.seed == first.seed + 1
+
+
+def test_a_lost_continuation_is_a_candidate_again(completed: SearchResult) -> None:
+    study = completed.study
+    trials = list(completed.trials)
+    paused = next(trial for trial in trials if trial.state is TrialState.PAUSED and trial.purpose == "search")
+    lost = result(len(paused.segments), paused.step, paused.step + 1, outcome=Outcome.LOST)
+    changed = paused.model_copy(update={"segments": (*paused.segments, lost)})
+    known = [changed if trial is paused else trial for trial in trials]
+    beliefs = Beliefs.form(study, known)
+    assert beliefs is not None
+    ranked = [(paused.configuration, 0.5, 0.1)]
+    candidates = JointFidelity()._candidates(study, known, beliefs, ranked, np.random.default_rng(0))
+    mine = [item for item in candidates if item.trial == paused.number and item.model == paused.model]
+    assert {item.start_prompts for item in mine} == {paused.step * paused.prompts_per_step}
+    assert study.spec.fidelity.horizon_prompts in {item.stop_prompts for item in mine}
 
 
 def test_expectations_fade_with_the_number_of_trials(tmp_path: Path, completed: SearchResult) -> None:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from jfhpo_core.cost import CostModel
 from jfhpo_core.dispatch import Event, Finished, InlineDispatcher
 from jfhpo_core.errors import InfrastructureError, LedgerError
 from jfhpo_core.ledger import MemoryLedger
@@ -403,6 +404,46 @@ def test_validation_continues_or_begins_the_best_on_the_target(tmp_path: Path) -
     (fresh,) = target[one].segments
     assert (fresh.segment.start_step, fresh.segment.stop_step) == (0, 30)
     assert target[zero].state is TrialState.COMPLETED
+
+
+@dataclass(frozen=True)
+class Told(Climb):
+    """Remembers what it was told to be left."""
+
+    remaining: list[float] = field(default_factory=list)
+
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
+        self.remaining.append(remaining_seconds)
+        return super().suggest(study, trials, remaining_seconds, seed)
+
+
+@pytest.mark.parametrize(("trainings", "paid"), [(1.5, 0), (4.0, 1), (10.0, 2)])
+def test_what_is_held_back_is_what_validations_within_their_share_cost(
+    tmp_path: Path, trainings: float, paid: int
+) -> None:
+    plain = simulated_study(tmp_path)
+    costs = [
+        CostModel.fit(plain, []).estimate(item, "large", 0, 480).seconds
+        for item in fresh_configurations(plain, (), 0, 2)
+    ]
+    budget = trainings * max(costs)
+    study = simulated_study(tmp_path, baselines=[], budget={"trial_seconds": budget, "top_k": 2})
+    told = Told()
+    plan_next(study, told, [])
+    share = study.spec.budget.validation_share
+    held = sum(costs[:paid]) if paid else share * budget
+    assert told.remaining == [pytest.approx(budget - held)]
+
+
+def test_nothing_is_held_back_for_a_validation_that_cannot_be_paid_any_more(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, baselines=[], budget={"trial_seconds": 100.0, "top_k": 1})
+    told = Told()
+    first, _, other = fresh_configurations(study, (), 0, 3)
+    finished_other = study.new_trial(0, other, "large", 0)
+    done = result(0, 0, 30, evaluations=(evaluation(30, 0.5),), seconds=95.0)
+    plan_next(study, told, [finished_other.model_copy(update={"segments": (done,)})])
+    assert CostModel.fit(study, []).estimate(first, "large", 0, 480).seconds > 5.0
+    assert told.remaining == [pytest.approx(5.0)]
 
 
 def test_at_least_one_configuration_is_validated_however_small_the_budget(tmp_path: Path) -> None:
