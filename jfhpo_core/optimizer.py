@@ -168,8 +168,9 @@ class JointFidelity:
             is expected to raise the final score by less than this. 0: it spends its budget. The knowledge gradient sees
             one step ahead and is an underestimate: at 0.0005 half of the searches of a benchmark ended too early.
         target_share: Of what the search has spent, at least this share goes to the target once the initial design is
-            complete: a guard against a cheap proxy that the model trusts too much. It grows to the share of the
-            target's variance that the largest proxy does not explain.
+            complete: a guard against a cheap proxy that the model trusts too much. With a half, the search costs at
+            most twice what its trainings on the target cost. The share grows to that of the target's variance which
+            the largest proxy does not explain.
         patience_seconds: Wall-clock cap of a suggestion. Once it is exceeded the next cheaper way of choosing is
             taken; which one chose is in the suggestion's source.
     """
@@ -187,7 +188,7 @@ class JointFidelity:
     replicated: int = 4
     untried: int = 3
     stop_gain: float = 0.0
-    target_share: float = 0.3
+    target_share: float = 0.5
     patience_seconds: float = 60.0
 
     @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]  # on small matrices threads wait for each other
