@@ -140,10 +140,13 @@ def test_the_page_and_its_figures_are_the_same_again(tmp_path: Path) -> None:
     assert "| aligned | 2 | 0.1000 [0.1000, 0.1000] | gp | 0.2000 [0.2000, 0.2000] | 0.25" in page
     assert "| random | 1 / 1 / 0 | 1 / 1 / 0 |" in page
     assert "best peer's final regret for at most 0.33 of that peer's cost. Met: 0.25" in page
+    assert report.WHY_NOT_LESS not in page
 
 
 def test_an_aim_that_is_missed_is_called_so(tmp_path: Path) -> None:
     slow = results(*(item for name in ("gp", "random") for item in TWO[name].values()))
     slow |= results(run("jfhpo", 1003, (15.0, 0.1)), run("jfhpo", 1004, (15.0, 0.1)))
     report.write(slow, "jfhpo", tmp_path)
-    assert "of that peer's cost. **Missed**: 0.94" in (tmp_path / report.PAGE).read_text()
+    page = (tmp_path / report.PAGE).read_text()
+    assert "of that peer's cost. **Missed**: 0.94" in page
+    assert report.WHY_NOT_LESS in page
