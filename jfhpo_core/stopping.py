@@ -429,7 +429,7 @@ class Unpromising(StoppingRule):
     """
 
     name: ClassVar[str] = "unpromising"
-    probability: float = 0.2
+    probability: float = 0.03
 
     def __post_init__(self) -> None:
         if not 0 < self.probability < 1:

@@ -235,15 +235,17 @@ def candidates() -> dict[str, tuple[StoppingRule, ...]]:
     return single | sets
 
 
-CAUTIOUS = 0.03
-"""A probability for the rule `unpromising` that lets more trainings go on than its default."""
+DEFAULT = Unpromising().probability
+
+BOLD = 0.2
+"""A probability for the rule `unpromising` that stops more trainings than its default."""
 
 
 def with_floors() -> dict[str, tuple[StoppingRule, ...]]:
-    """The default set, whose rule `unpromising` needs a model, with its default and with a cautious probability."""
+    """The default set, whose rule `unpromising` needs a model, with its default and with a bold probability."""
     usual = RULE_SETS["default"]
-    cautious = tuple(Unpromising(CAUTIOUS) if isinstance(rule, Unpromising) else rule for rule in usual)
-    return {f"p = {Unpromising().probability:g}": usual, f"p = {CAUTIOUS:g}": cautious}
+    bold = tuple(Unpromising(BOLD) if isinstance(rule, Unpromising) else rule for rule in usual)
+    return {f"p = {DEFAULT:g}": usual, f"p = {BOLD:g}": bold}
 
 
 def write(data: Path, folder: Path) -> None:
@@ -288,7 +290,7 @@ def _page(tables: Mapping[str, Table]) -> str:
         judge([fate for group in watched[f"set `{name}`"].values() for fate in group])
         for name in ("default", "extended")
     )
-    cautious = judge([fate for (name, *_), group in in_sequence.items() if str(CAUTIOUS) in name for fate in group])
+    floored = judge([fate for (name, *_), group in in_sequence.items() if str(DEFAULT) in name for fate in group])
     return f"""# Stopping rules on recorded trainings
 
 Each rule read the step records of {trainings} recorded trainings (`benchmarks/rl_table/data`), which ran without
@@ -309,9 +311,9 @@ stopping rules, up to the step at which it would have stopped them. Made by `pyt
 
 What was asked of the default set: to save at least 35 % of the compute with false kills of at most 1 % of the top
 quarter. **Missed**: reading one training alone it saves {usual.saved:.0%} with {usual.false_kills} of {usual.good},
-the extended set {extended.saved:.0%} with {extended.false_kills} of {extended.good}. With the search's model and p =
-{CAUTIOUS} (below) it saves {cautious.saved:.0%} and stopped the best training in {cautious.best:.0%} of the orders,
-but {cautious.false_kills} of {cautious.good} of the top quarter, which it does not try to keep. Tried on the first
+the extended set {extended.saved:.0%} with {extended.false_kills} of {extended.good}. With the search's model (below) it
+saves {floored.saved:.0%} and stopped the best training in {floored.best:.0%} of the orders, but
+{floored.false_kills} of {floored.good} of the top quarter, which it does not try to keep. Tried on the first
 124 trainings: floors by the probability of reaching the upper half (0.02 to 0.1) saved 20 to 22 % with 0 of 68, of
 the upper quarter 27 to 34 % with 4 to 6 of 68. What is in the way: how good trainings rank among themselves shows
 late (see [transfer](transfer.md) between lengths), and what is stopped late saves little.
