@@ -179,7 +179,8 @@ def test_what_is_told_stands_in_the_ledger() -> None:
 
 
 def test_work_comes_with_floors_between_its_ends() -> None:
-    floors = [(work, floor) for work in advance(Optimizer(study()), 9) for floor in work.floors]
+    patient = study(strategy={"name": "jfhpo", "settings": {"target_share": 0.1}})  # proxies have floors
+    floors = [(work, floor) for work in advance(Optimizer(patient), 9) for floor in work.floors]
     assert floors
     for work, (prompts, limit) in floors:
         assert work.from_prompts < prompts < work.to_prompts
