@@ -1,7 +1,7 @@
 r"""The probability that a configuration can be trained at all.
 
-Trainings that ran out of memory, became non-finite, were rejected, or were stopped by a rule have no final score, and
-none is invented for them. They are labels of a Gaussian process classifier over hyperparameters and log size:
+Trainings that ran out of memory, became non-finite or were rejected have no score, and none is invented for them. They
+are labels of a Gaussian process classifier over hyperparameters and log size:
 
     P(feasible | x, z) = Phi(h(x, z)),    h ~ GP(offset, bias + linear(x, z) + Matern-5/2(x, z))
 
