@@ -74,10 +74,10 @@ OTHER_COLOUR = "#57606a"
 
 INTRODUCTION = f"""\
 A run searches one landscape with one seed for the price of {TRAININGS} full trainings of the target ({FEW_TRAININGS} on
-`distant`). All strategies get the same space, the same cost law, the same credit for checkpoints and the same seeds. The incumbent is, for all of
-them, what the search would deliver if it ended: the configuration that the strategy ranks first (before there is one,
-the trainer's defaults), at the cost spent plus what its full training on the target still needs. It counts with its
-noise-free score. Regret is what that lacks to the best score in the space.
+`distant`). All strategies get the same space, the same cost law, the same credit for checkpoints and the same seeds.
+The incumbent is, for all of them, what the search would deliver if it ended: the configuration that the strategy ranks
+first (before there is one, the trainer's defaults), at the cost spent plus what its full training on the target still
+needs. It counts with its noise-free score. Regret is what that lacks to the best score in the space.
 Intervals are 95 % bootstrap intervals over seeds."""
 
 LIMITS = """\
