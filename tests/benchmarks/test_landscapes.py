@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.functions import make, size_fidelity
-from benchmarks.landscapes import FAMILY, LANDSCAPES, TARGET, maximize
+from benchmarks.landscapes import FAMILY, LANDSCAPES, TARGET, TRAINING_SECONDS, maximize
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.search import run_search
@@ -24,7 +24,7 @@ def test_nothing_scores_more_than_the_best(tmp_path: Path, name: str) -> None:
     assert problem.true_score(problem.default) < problem.best_score
 
 
-@pytest.mark.parametrize("name", ["aligned", "misleading", "moderate", "noisy", "shifted", "unstable"])
+@pytest.mark.parametrize("name", ["aligned", "distant", "misleading", "moderate", "noisy", "shifted", "unstable"])
 def test_the_best_lies_near_where_the_settings_put_it(tmp_path: Path, name: str) -> None:
     """Only the random surface, which takes at most a fifth of the gain, moves it; ends of the space may cut it off."""
     problem = LANDSCAPES[name](5)
@@ -42,6 +42,13 @@ def test_the_best_lies_near_where_the_settings_put_it(tmp_path: Path, name: str)
 def test_proxies_agree_with_the_target_as_the_landscape_says(name: str, low: float, high: float) -> None:
     means = [np.mean(list(LANDSCAPES[name](seed).agreement().values())) for seed in range(3)]
     assert low < np.mean(means) < high
+
+
+def test_distant_proxies_are_many_times_cheaper_and_the_budget_is_small(tmp_path: Path) -> None:
+    problem = LANDSCAPES["distant"](0)
+    study = problem.study(tmp_path)
+    assert study.spec.budget.device_seconds == pytest.approx(8 * TRAINING_SECONDS)
+    assert [round(study.ladder.target.parameters / proxy.parameters) for proxy in study.ladder.proxies] == [69, 12]
 
 
 def test_every_seed_is_a_fresh_landscape_and_the_same_again(tmp_path: Path) -> None:
