@@ -265,7 +265,7 @@ def _misleading(seed: int) -> Problem:
 
 
 def _distant(seed: int) -> Problem:
-    """Proxies 70 and 12 times smaller, few trainings; the smallest one's best learning rate makes the target collapse."""
+    """Proxies 70 and 12 times smaller, few trainings; what is best on the smallest makes the target collapse."""
     problem = _language_model("distant", seed, size_shift=-0.3, agreement=0.7, boundary=0.5, seed_noise=0.03)
     return replace(problem, data={**problem.data, "family": DISTANT_FAMILY}, trainings=FEW_TRAININGS)
 
