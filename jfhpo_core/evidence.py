@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.fidelity import progress
+from jfhpo_core.stopping import Unpromising
 from jfhpo_core.study import EarlierStudy, Study, base_scores
 from jfhpo_core.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations
 from jfhpo_core.trial import Configuration, Evaluation, Outcome, Trial, TrialState
@@ -77,8 +78,10 @@ class _Row:
 def observe(study: Study, trials: Sequence[Trial]) -> Observations:
     """Evaluations as observations of the gain over the untrained model, in the order in which they were committed.
 
-    Of a training that a rule stopped, what was measured counts, the score at which it was stopped included, and nothing
-    is said about what it would have come to.
+    Of a training that went wrong and was stopped by a rule, one thing counts: the score at which it was stopped (the
+    untrained model's if it has none), as that of the full length. Under these rules it comes to nothing else, and a
+    collapse has no curve that others resemble. One that was stopped because others are better (rule `unpromising`)
+    counts with what was measured.
     """
     bases = base_scores(trials)
     rows: list[_Row] = []
@@ -123,16 +126,33 @@ def _curve(
     """What is used of a training's curve; what earlier studies (`belongs_to` > 0) observed stands before this one's."""
     curve = trained_evaluations(trial)
     place = [float(value) for value in study.space.encode(configuration)]
+
+    def row(share: float, gain: float, variance: float, committed: int, step: int, *, last: bool) -> _Row:
+        inputs = [*place, size, share, float(trial.number), float(belongs_to)]
+        return _Row(inputs, gain, variance, (-belongs_to or committed, trial.number, step), last)
+
+    if _went_wrong(trial):
+        gain = curve[-1].score - base if curve else 0.0
+        variance = curve[-1].standard_error ** 2 if curve else measurement_variance(study, ())
+        return [row(1.0, gain, variance, trial.segments[-1].committed, trial.step, last=True)]
     return [
-        _Row(
-            [*place, size, progress(study.spec, evaluation.prompts), float(trial.number), float(belongs_to)],
+        row(
+            progress(study.spec, evaluation.prompts),
             evaluation.score - base,
             evaluation.standard_error**2,
-            (-belongs_to or _rank(trial, evaluation), trial.number, evaluation.step),
-            evaluation is curve[-1],
+            _rank(trial, evaluation),
+            evaluation.step,
+            last=evaluation is curve[-1],
         )
         for evaluation in thinned(curve)
     ]
+
+
+def _went_wrong(trial: Trial) -> bool:
+    """Whether a rule stopped the training for what it did, and not because others are better."""
+    if trial.state is not TrialState.STOPPED:
+        return False
+    return trial.decision is None or trial.decision.rule != Unpromising.name
 
 
 def _translated(study: Study, earlier: EarlierStudy, trial: Trial) -> Configuration | None:

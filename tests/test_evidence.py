@@ -25,7 +25,7 @@ from jfhpo_core.evidence import (
 )
 from jfhpo_core.study import EarlierStudy, Study
 from jfhpo_core.surrogate import ANY_SEED
-from jfhpo_core.trial import Configuration, FailureKind, Outcome, TrialState
+from jfhpo_core.trial import Configuration, Decision, FailureKind, Outcome, TrialState
 from tests.studies import BECAUSE, evaluation, result, simulated_study, trained
 
 
@@ -53,10 +53,30 @@ def test_gains_are_measured_from_the_untrained_model_of_that_size(study: Study) 
     torch.testing.assert_close(data.variances, torch.full((3,), 4e-4, dtype=torch.double))
 
 
-def test_a_stopped_trial_contributes_what_was_measured_and_nothing_else(study: Study) -> None:
+def test_a_training_that_went_wrong_counts_at_full_length_with_the_score_it_was_stopped_at(study: Study) -> None:
     trial = trained(study, middle(study), "small", [0.1, 0.3, 0.05], outcome=Outcome.STOPPED)
     assert trial.state is TrialState.STOPPED
-    assert observe(study, [trial]).gains.tolist() == pytest.approx([0.2, -0.05])
+    seen = observe(study, [trial])
+    assert seen.gains.tolist() == pytest.approx([-0.05])
+    assert seen.inputs[:, study.space.dimension + 1].tolist() == [1.0]
+    assert seen.variances.tolist() == pytest.approx([0.02**2])
+
+
+def test_one_that_was_stopped_before_any_score_counts_as_no_better_than_the_untrained_model(study: Study) -> None:
+    trial = trained(study, middle(study), "small", [0.1], outcome=Outcome.STOPPED)
+    seen = observe(study, [trial])
+    assert seen.gains.tolist() == [0.0]
+    assert seen.inputs[:, study.space.dimension + 1].tolist() == [1.0]
+    assert seen.variances.tolist() == [measurement_variance(study, [])]
+
+
+def test_one_that_others_surpass_counts_with_its_curve(study: Study) -> None:
+    decision = Decision(stop=True, rule="unpromising", signal="score", value=0.1, threshold=0.2, step=20)
+    trial = trained(study, middle(study), "small", [0.1, 0.3, 0.15], outcome=Outcome.STOPPED, decision=decision)
+    seen = observe(study, [trial])
+    assert seen.gains.tolist() == pytest.approx([0.2, 0.05])
+    shares = [level / study.spec.fidelity.horizon_prompts for level in study.spec.fidelity.levels[:2]]
+    assert seen.inputs[:, study.space.dimension + 1].tolist() == pytest.approx(shares)
 
 
 def test_verdicts_leave_out_what_infrastructure_lost(study: Study) -> None:
