@@ -61,6 +61,14 @@ def test_the_page_compares_the_same_seeds_and_says_what_a_trial_costs(tmp_path: 
     assert "| -0.050 |" in parts
 
 
+def test_a_seed_that_was_looked_at_is_called_so(tmp_path: Path) -> None:
+    pages = []
+    for seed in (reproduction.LOOKED_AT, reproduction.LOOKED_AT + 1):
+        reproduction.write({("full", seed): live("full", seed, 0.7)}, tmp_path)
+        pages.append((tmp_path / reproduction.PAGE).read_text())
+    assert [reproduction.NOT_BLIND in page for page in pages] == [True, False]
+
+
 def test_a_mean_comes_with_its_t_interval() -> None:
     assert reproduction.mean_text([]) == "none"
     assert reproduction.mean_text([0.5]) == "0.500"
