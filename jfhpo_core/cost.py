@@ -68,7 +68,7 @@ class LogLinearLaw:
 
 def step_law() -> LogLinearLaw:
     """Seconds of a training step; features: 1, log size ratio, log completions / 128, log mini-batches."""
-    return LogLinearLaw(np.array([0.0, 0.6, 0.8, 0.1]), np.diag([4.0, 0.09, 0.04, 0.01]), noise=0.15)
+    return LogLinearLaw(np.array([0.0, 0.6, 0.8, 0.1]), np.diag([4.0, 0.09, 0.04, 0.01]), noise=0.2)
 
 
 def evaluation_law() -> LogLinearLaw:

@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from jfhpo_core.acquisition import NetCostUtility, TargetKnowledgeGradient, expected_improvement
-from jfhpo_core.cost import CostModel
+from jfhpo_core.cost import CostEstimate, CostModel
 from jfhpo_core.evidence import (
     as_of,
     is_extendable,
@@ -208,8 +208,9 @@ class JointFidelity:
         random = np.random.default_rng(seed)
         ranked = self._ranked(trials, beliefs)
         candidates = self._candidates(study, trials, beliefs, ranked, random)
-        priced = [(item, self._cost(costs, item)) for item in candidates]
-        priced = [(item, cost) for item, cost in priced if cost <= remaining_seconds]
+        # What might not fit is not begun: it would be paid with what is held back to finish the best.
+        estimates = [(item, self._estimate(costs, item)) for item in candidates]
+        priced = [(item, estimate.seconds) for item, estimate in estimates if estimate.high <= remaining_seconds]
         if not priced:
             return None
         share = self._wanted_share(beliefs)
@@ -459,8 +460,11 @@ class JointFidelity:
         return Proposal(candidate.configuration, candidate.model, candidate.stop_prompts, suggestion)
 
     @staticmethod
-    def _cost(costs: CostModel, item: Candidate) -> float:
-        return costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts).seconds
+    def _estimate(costs: CostModel, item: Candidate) -> CostEstimate:
+        return costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts)
+
+    def _cost(self, costs: CostModel, item: Candidate) -> float:
+        return self._estimate(costs, item).seconds
 
     @staticmethod
     def _ranked(trials: Sequence[Trial], beliefs: Beliefs) -> list[tuple[Configuration, float, float]]:

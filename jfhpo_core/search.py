@@ -184,8 +184,8 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
 def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float:
     """Device-seconds held back for validation, within the budget's share and what is left.
 
-    They are what the top k still need on the target, of those as many as can be paid for; as long as nothing has
-    finished there, the whole room if not even one can.
+    They are what the top k may still need on the target (the upper end of the estimate), of those as many as can be
+    paid for; as long as nothing has finished there, the whole room if not even one can.
     """
     spec = study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
@@ -200,7 +200,7 @@ def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float
         known = on_target.get(configuration_key(configuration))
         if known is None or (known.final is None and known.open_segment is None):
             done = known.step * known.prompts_per_step if known is not None else 0
-            needed = costs.estimate(configuration, target, done, horizon).seconds
+            needed = costs.estimate(configuration, target, done, horizon).high
             if held + needed <= room:
                 held += needed
     if not held and not any(trial.final is not None or trial.open_segment is not None for trial in on_target.values()):

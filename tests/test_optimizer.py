@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from jfhpo_core import optimizer, surrogate
+from jfhpo_core.cost import CostModel
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.hyperparameters import default_spaces
 from jfhpo_core.ledger import MemoryLedger
@@ -144,14 +145,19 @@ def test_a_running_training_is_not_suggested_again(tmp_path: Path, completed: Se
     assert (second.configuration, second.model) != (first.configuration, first.model)
 
 
-def test_nothing_is_suggested_that_does_not_fit_the_remaining_budget(tmp_path: Path, completed: SearchResult) -> None:
+def test_nothing_is_suggested_that_might_not_fit_the_remaining_budget(tmp_path: Path, completed: SearchResult) -> None:
     study = simulated(tmp_path)
     trials = list(completed.trials)
     assert JointFidelity().suggest(study, trials, 0.01, 1) is None
     affordable = JointFidelity().suggest(study, trials, 12.0, 1)
     assert affordable is not None
-    assert affordable.suggestion.expected_cost_seconds is not None
-    assert affordable.suggestion.expected_cost_seconds <= 12.0
+    chosen = (affordable.configuration, affordable.model)
+    same = next((trial for trial in trials if (trial.configuration, trial.model) == chosen), None)
+    costs = CostModel.fit(study, trials)
+    start = same.step * same.prompts_per_step if same is not None else 0
+    cost = costs.estimate(affordable.configuration, affordable.model, start, affordable.stop_prompts)
+    assert affordable.suggestion.expected_cost_seconds == cost.seconds
+    assert cost.seconds < cost.high <= 12.0
 
 
 def test_a_study_in_which_everything_fails_ends_without_a_recommendation(tmp_path: Path) -> None:

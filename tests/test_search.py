@@ -423,8 +423,7 @@ def test_what_is_held_back_is_what_validations_within_their_share_cost(
 ) -> None:
     plain = simulated_study(tmp_path)
     costs = [
-        CostModel.fit(plain, []).estimate(item, "large", 0, 480).seconds
-        for item in fresh_configurations(plain, (), 0, 2)
+        CostModel.fit(plain, []).estimate(item, "large", 0, 480).high for item in fresh_configurations(plain, (), 0, 2)
     ]
     budget = trainings * max(costs)
     study = simulated_study(tmp_path, baselines=[], budget={"trial_seconds": budget, "top_k": 2})
