@@ -109,7 +109,7 @@ class Problem:
                 "budget": {
                     "trial_seconds": self.trainings * self.training_seconds,
                     "max_parallel": 1,
-                    **changed.pop("budget", {}),
+                    **changed.get("budget", {}),
                 },
                 "seeds": {"search": self.seed, "training": [self.seed]},
                 "tracking": {"workspace": str(workspace)},
