@@ -56,7 +56,7 @@ def transfer(data: Data = DATA, out: Out = EVIDENCE) -> None:
 @app.command()
 def rules(data: Data = DATA, out: Out = EVIDENCE) -> None:
     """What each stopping rule would have done to the recorded trainings: errors and compute saved."""
-    from benchmarks.rl_table.rules import write
+    from benchmarks.rl_table.rules_page import write
 
     write(data, out)
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from benchmarks.markdown import markdown_table
-from benchmarks.rl_table.generate import SIZES, TASKS
 from jfhpo_core.evidence import milestone, thinned
 from jfhpo_core.prospects import gain_floors
-from jfhpo_core.stopping import RULE_SETS, RULES, Course, Monitor, StoppingRule, Unpromising
+from jfhpo_core.stopping import Course, Monitor, StoppingRule, Unpromising
 from jfhpo_core.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations, fitted_surrogate
-from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
-from jfhpo_core.trial import Evaluation, StepRecord
+from jfhpo_core.trainers.replay_table import SPACE, Recording, Table
+from jfhpo_core.trial import Decision, Evaluation, StepRecord
 
 POOR_SHARE = 0.5
 GOOD_SHARE = 0.25
@@ -102,7 +99,7 @@ def _fates(recordings: Sequence[Recording], steps: Sequence[int | None], total_s
     poor, good = np.quantile(finals, [POOR_SHARE, 1 - GOOD_SHARE])
     found = []
     for recording, final, stopped in zip(recordings, finals, steps, strict=True):
-        costs = _step_seconds(recording, total_steps)
+        costs = step_seconds(recording, total_steps)
         found.append(
             Fate(
                 stopped=stopped,
@@ -134,25 +131,33 @@ def fates_in_sequence(
     """
     recordings = [recording for recording in table.of_size(size) if recording.seed == 0]
     recordings = [recordings[i] for i in np.random.default_rng(order).permutation(len(recordings))]
-    rule = next((rule for rule in rules if isinstance(rule, Unpromising)), None)
+    model_rule = next((rule for rule in rules if isinstance(rule, Unpromising)), None)
     rows: list[tuple[list[float], float, float]] = []
     fitted = 0
     steps: list[int | None] = []
     for number, recording in enumerate(recordings):
         floors: dict[int, float] = {}
-        if rule is not None and number >= warm_up:
+        if model_rule is not None and number >= warm_up:
             if milestone(number) > fitted:
                 fitted, basis = milestone(number), len(rows)
-            floors = _floors(rule, _observations(rows), _observations(rows[:basis]), recording, number, table)
-        stopped = stopping_step(rules, recording, table.total_steps, floors)
-        steps.append(stopped)
-        seen = [e for e in recording.evaluations if 0 < e.step <= (stopped or table.total_steps)]
+            floors = _floors(model_rule, _observations(rows), _observations(rows[:basis]), recording, number, table)
+        decision = first_decision(rules, recording, table.total_steps, floors)
+        steps.append(decision and decision.step)
         base = recording.evaluations[0].score
         rows += [
-            (_input(recording, e.step / table.total_steps, number), e.score - base, e.standard_error**2)
-            for e in thinned(seen)
+            (_input(recording, progress, number), evaluation.score - base, evaluation.standard_error**2)
+            for progress, evaluation in _learned(recording, decision, table.total_steps)
         ]
     return _fates(recordings, steps, table.total_steps)
+
+
+def _learned(recording: Recording, decision: Decision | None, total_steps: int) -> list[tuple[float, Evaluation]]:
+    """Progress and score of what a search would learn from a training (see `jfhpo_core.evidence.observe`)."""
+    if decision is not None and decision.rule != Unpromising.name:
+        return [(1.0, recording.evaluation(decision.step))]
+    end = total_steps if decision is None else decision.step
+    seen = [evaluation for evaluation in recording.evaluations if 0 < evaluation.step <= end]
+    return [(evaluation.step / total_steps, evaluation) for evaluation in thinned(seen)]
 
 
 def _floors(
@@ -186,16 +191,25 @@ def stopping_step(
     rules: Sequence[StoppingRule], recording: Recording, total_steps: int, floors: Mapping[int, float] | None = None
 ) -> int | None:
     """The step after which one of the rules stops a training; None if none does."""
+    decision = first_decision(rules, recording, total_steps, floors)
+    return decision and decision.step
+
+
+def first_decision(
+    rules: Sequence[StoppingRule], recording: Recording, total_steps: int, floors: Mapping[int, float] | None = None
+) -> Decision | None:
+    """The decision with which one of the rules stops a training; None if none does."""
     monitor = Monitor(rules, Course(total_steps, floors=dict(floors or {})))
     evaluations = {evaluation.step: evaluation for evaluation in recording.evaluations}
     events: list[StepRecord | Evaluation] = [evaluations[0]]
     for record in recording.steps:
         events += [record, *([evaluations[record.step]] if record.step in evaluations else [])]
     decisions = (monitor.update(event) for event in events)
-    return next((decision.step for decision in decisions if decision is not None), None)
+    return next((decision for decision in decisions if decision is not None), None)
 
 
-def _step_seconds(recording: Recording, total_steps: int) -> list[float]:
+def step_seconds(recording: Recording, total_steps: int) -> list[float]:
+    """CPU seconds of each step up to the full horizon."""
     costs = [record.generation_seconds + record.training_seconds for record in recording.steps]
     return costs + [float(np.mean(costs[-RECENT_STEPS:]))] * (total_steps - len(costs))
 
@@ -225,133 +239,3 @@ def judge(found: Sequence[Fate]) -> Verdict:
 
 def _share(truths: Sequence[bool]) -> float | None:
     return sum(truths) / len(truths) if truths else None
-
-
-def candidates() -> dict[str, tuple[StoppingRule, ...]]:
-    """Each rule with its defaults, alone, and the sets of rules that a study can ask for."""
-    # A recorded training has no search around it that would set floors.
-    single = {f"`{name}`": (rule(),) for name, rule in RULES.items() if name != Unpromising.name}
-    sets = {f"set `{name}`": rules for name, rules in RULE_SETS.items() if name != "none"}
-    return single | sets
-
-
-DEFAULT = Unpromising().probability
-
-BOLD = 0.2
-"""A probability for the rule `unpromising` that stops more trainings than its default."""
-
-
-def with_floors() -> dict[str, tuple[StoppingRule, ...]]:
-    """The default set, whose rule `unpromising` needs a model, with its default and with a bold probability."""
-    usual = RULE_SETS["default"]
-    bold = tuple(Unpromising(BOLD) if isinstance(rule, Unpromising) else rule for rule in usual)
-    return {f"p = {DEFAULT:g}": usual, f"p = {BOLD:g}": bold}
-
-
-def write(data: Path, folder: Path) -> None:
-    """Write `rules.md`.
-
-    Args:
-        data: Folder of the table.
-        folder: Where it is written.
-    """
-    tables = {task: read_table(str(data), task) for task in TASKS}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rules.md").write_text(_page(tables), encoding="utf-8")
-
-
-def _page(tables: Mapping[str, Table]) -> str:
-    watched = {
-        name: {(task, size): fates(rules, table, size) for task, table in tables.items() for size in SIZES}
-        for name, rules in candidates().items()
-    }
-    overall = [
-        [name, *_cells(judge([fate for group in groups.values() for fate in group]))]
-        for name, groups in watched.items()
-    ]
-    by_group = [
-        [name, task, f"`{size}`", *_cells(judge(group))]
-        for name, groups in watched.items()
-        if name.startswith("set")
-        for (task, size), group in groups.items()
-    ]
-    in_sequence = {
-        (name, task, size): [fate for order in range(ORDERS) for fate in fates_in_sequence(rules, table, size, order)]
-        for name, rules in with_floors().items()
-        for task, table in tables.items()
-        for size in SIZES
-    }
-    modelled = [
-        [name, task, f"`{size}`", *_cells(judge(group)), _percent(judge(group).best)]
-        for (name, task, size), group in in_sequence.items()
-    ]
-    trainings = sum(len(table.recordings) for table in tables.values())
-    usual, extended = (
-        judge([fate for group in watched[f"set `{name}`"].values() for fate in group])
-        for name in ("default", "extended")
-    )
-    floored = judge([fate for (name, *_), group in in_sequence.items() if str(DEFAULT) in name for fate in group])
-    return f"""# Stopping rules on recorded trainings
-
-Each rule read the step records of {trainings} recorded trainings (`benchmarks/rl_table/data`), which ran without
-stopping rules, up to the step at which it would have stopped them. Made by `python -m benchmarks.rl_table rules`.
-
-- precision: of the stopped trainings, the share that ends in the lower half of its task and size;
-- recall: of the trainings that end in the lower half, the share that is stopped;
-- collapsed: of the trainings that collapsed for good, the share that is stopped;
-- false kills: stopped trainings that would have ended in the top quarter of their task and size, and their share among
-  these, with an exact 95 % interval;
-- saved: share of the compute (CPU seconds of the steps) of all trainings at full length. A collapsed training, which
-  was cut short when recorded, counts with the cost of its last steps up to the full length;
-- step: median step of the stop; a full training has {max(table.total_steps for table in tables.values())}.
-
-## All tasks and sizes
-
-{markdown_table(["rule", *COLUMNS], overall)}
-
-What was asked of the default set: to save at least 35 % of the compute with false kills of at most 1 % of the top
-quarter. **Missed**: reading one training alone it saves {usual.saved:.0%} with {usual.false_kills} of {usual.good},
-the extended set {extended.saved:.0%} with {extended.false_kills} of {extended.good}. With the search's model (below) it
-saves {floored.saved:.0%} and stopped the best training in {floored.best:.0%} of the orders, but
-{floored.false_kills} of {floored.good} of the top quarter, which it does not try to keep. Tried on the first
-124 trainings: floors by the probability of reaching the upper half (0.02 to 0.1) saved 20 to 22 % with 0 of 68, of
-the upper quarter 27 to 34 % with 4 to 6 of 68. What is in the way: how good trainings rank among themselves shows
-late (see [transfer](transfer.md) between lengths), and what is stopped late saves little.
-
-## Sets, by task and size
-
-{markdown_table(["rules", "task", "size", *COLUMNS], by_group)}
-
-## With the search's model
-
-The rule `unpromising` compares evaluations with floors that the model of a search has set. Here a size's trainings,
-first seeds, are made one after another in {ORDERS} random orders, all to full length unless a rule of the default set
-stops them; from number {WARM_UP + 1} on, the surrogate has seen what was trained of those before, and sets floors below
-which a training has a probability of less than p of becoming the best so far. It does not try to keep the top quarter:
-a training that will end tenth does not matter to a search. Its own measure is the last column: in what share of the
-orders the very best training was stopped. In a search the floors are for proxies only, and what is stopped there can
-still be trained on the target.
-
-{markdown_table(["p", "task", "size", *COLUMNS, "best one stopped"], modelled)}
-"""
-
-
-COLUMNS = ("trainings", "stopped", "precision", "recall", "collapsed", "false kills", "saved", "step")
-
-
-def _cells(verdict: Verdict) -> list[str]:
-    low, high = verdict.false_kill_interval
-    return [
-        str(verdict.trainings),
-        str(verdict.stopped),
-        _percent(verdict.precision),
-        _percent(verdict.recall),
-        _percent(verdict.caught),
-        f"{verdict.false_kills} of {verdict.good} [{low:.1%}, {high:.1%}]",
-        _percent(verdict.saved),
-        "" if verdict.step is None else f"{verdict.step:g}",
-    ]
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.rl_table import rules, transfer
+from benchmarks.rl_table import rules, thresholds, transfer
 from benchmarks.rl_table.generate import (
     HEALTHY_LEARNING_RATES,
     SIZES,
@@ -31,7 +31,7 @@ from benchmarks.rl_table.generate import (
 )
 from benchmarks.rl_table.pack import pack, unpack
 from jfhpo_core.errors import JfhpoError
-from jfhpo_core.stopping import RewardDrop, Unpromising, ZeroReward
+from jfhpo_core.stopping import RULES, BelowBase, NonFinite, PaperRewardDrop, RewardDrop, Unpromising, ZeroReward
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
 from jfhpo_core.trial import Evaluation
 from tests.studies import step_record
@@ -188,6 +188,40 @@ def test_a_rule_is_judged_by_what_the_trainings_come_to() -> None:
     low, high = both.false_kill_interval
     assert low < 0.05
     assert high > 0.95
+
+
+def test_thresholds_are_chosen_for_what_they_save_without_stopping_good_trainings() -> None:
+    falling, dipping = [0.5] * 4 + [0.01] * 12, [0.5] * 5 + [0.3] * 3 + [0.9] * 8
+    table = Table(
+        tuple(
+            recording(number, rewards, final)
+            for number, (rewards, final) in enumerate([(falling, 0.1), (falling, 0.2), (dipping, 0.3), (dipping, 0.9)])
+        )
+    )
+    mild, middling, strict = (RewardDrop(threshold=drop, patience=1, warmup=4) for drop in (0.9, 0.5, 0.2))
+    watched = thresholds.watch([mild, middling, strict], table, ["s"])
+    assert watched.good.tolist() == [False, False, False, True]
+    # A step costs a second: the strict variant stops the falling ones after step 6 and the dipping ones after step 8.
+    assert watched.stops.tolist() == [[8, 7, 6]] * 2 + [[16, 16, 8]] * 2
+    assert [watched.saved([i]) for i in range(3)] == [16 / 64, 18 / 64, 36 / 64]
+    assert [watched.false_kills([i]) for i in range(3)] == [0, 0, 1]
+    assert thresholds.best_variant(watched, RewardDrop) == 1
+    assert thresholds.best_variant(watched, ZeroReward) is None
+    assert thresholds.best_set(watched) == [1]
+    assert thresholds.described(middling) == "`reward_drop` (threshold 0.5, patience 1, warmup 4)"
+
+
+def test_every_variant_of_a_grid_is_a_rule_of_its_own() -> None:
+    found = [rule for kind in thresholds.GRIDS for rule in thresholds.variants(kind)]
+    assert len(set(found)) == len(found)
+    assert {type(rule) for rule in found} | {Unpromising, PaperRewardDrop, NonFinite} == set(RULES.values())
+
+
+def test_hindsight_saves_what_lies_below_every_good_training_at_the_same_step() -> None:
+    table = read_table(str(RECORDED), "instruct")
+    watched = thresholds.watch(thresholds.variants(BelowBase), table, ["s"])
+    safe = [watched.saved([i]) for i in range(len(watched.rules)) if watched.false_kills([i]) == 0]
+    assert max(safe) < thresholds.hindsight(table, ["s"]) < 1
 
 
 def test_floors_of_the_model_stop_only_after_a_warm_up_and_only_at_rungs() -> None:
