@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mlflow import MlflowClient
@@ -75,9 +76,9 @@ def _write(study: StudySpec, count: int) -> list[tuple[str, float, float]]:
         trial = _trial(study, number)
         for index in range(SEGMENTS):
             segment = _segment(index)
-            begun.append(_timed("", lambda one=trial, two=segment: ledger.begin(one, two))[0])
+            begun.append(_timed("", partial(ledger.begin, trial, segment))[0])
             result, records = _result(number, segment)
-            committed.append(_timed("", lambda key=trial.key, one=result, two=records: ledger.commit(key, one, two))[0])
+            committed.append(_timed("", partial(ledger.commit, trial.key, result, records))[0])
             trial = ledger.trials()[-1]
     last = committed[-SEGMENTS * min(100, count) :]
     return [

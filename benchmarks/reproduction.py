@@ -58,7 +58,7 @@ YARDSTICK = "suited-recipe"
 
 RECIPES: Mapping[str, Configuration] = {
     "verl-recipe": {**REFERENCE, "learning_rate": 1e-6, "n_samples": 5, "mini_batches": 4},
-    YARDSTICK: {**REFERENCE, "learning_rate": REFERENCE["learning_rate"] / 3},
+    YARDSTICK: {**REFERENCE, "learning_rate": float(REFERENCE["learning_rate"]) / 3},
 }
 """VeRL's, and the demo's, whose learning rate for a width of 128 is divided by 384 / 128."""
 

@@ -7,6 +7,7 @@ table later. Only a training that has plainly collapsed is cut short, and marked
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import platform
 import signal
@@ -244,7 +245,8 @@ def versions() -> dict[str, str]:
     """What a training's numbers depend on; `trainer` is a digest of the trainer's source."""
     from jfhpo_core.trainers import trl_rollout, trl_training
 
-    source = hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in (trl_training, trl_rollout)))
+    sources = (inspect.getsource(module).encode() for module in (trl_training, trl_rollout))
+    source = hashlib.sha256(b"".join(sources))
     packages = {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "numpy")}
     return {
         "python": platform.python_version(),

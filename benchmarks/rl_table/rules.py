@@ -142,7 +142,7 @@ def fates_in_sequence(
                 fitted, basis = milestone(number), len(rows)
             floors = _floors(model_rule, _observations(rows), _observations(rows[:basis]), recording, number, table)
         decision = first_decision(rules, recording, table.total_steps, floors)
-        steps.append(decision and decision.step)
+        steps.append(None if decision is None else decision.step)
         base = recording.evaluations[0].score
         rows += [
             (_input(recording, progress, number), evaluation.score - base, evaluation.standard_error**2)
@@ -192,7 +192,7 @@ def stopping_step(
 ) -> int | None:
     """The step after which one of the rules stops a training; None if none does."""
     decision = first_decision(rules, recording, total_steps, floors)
-    return decision and decision.step
+    return None if decision is None else decision.step
 
 
 def first_decision(

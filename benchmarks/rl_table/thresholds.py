@@ -82,18 +82,19 @@ class Watched:
 
     def false_kills(self, chosen: Sequence[int]) -> int:
         """How many good trainings variants stop together."""
-        return int((self._stops(chosen)[self.good] < self._horizon).sum())
+        return int(np.count_nonzero(self._stops(chosen)[self.good] < self._horizon))
 
     def allows(self, chosen: Sequence[int]) -> bool:
         """Whether variants stop few enough good trainings together."""
-        return self.false_kills(chosen) <= MAX_FALSE_KILLS * self.good.sum()
+        return self.false_kills(chosen) <= MAX_FALSE_KILLS * int(self.good.sum())
 
     @property
     def _horizon(self) -> int:
-        return self.left.shape[1] - 1
+        return int(self.left.shape[1]) - 1
 
     def _stops(self, chosen: Sequence[int]) -> NDArray[np.int64]:
-        return self.stops[:, list(chosen)].min(axis=1, initial=self._horizon)
+        stops: NDArray[np.int64] = self.stops[:, list(chosen)].min(axis=1, initial=self._horizon)
+        return stops
 
 
 def watch(rules: Iterable[StoppingRule], table: Table, sizes: Sequence[str]) -> Watched:
