@@ -246,18 +246,3 @@ def measurement_variance(study: Study, trials: Sequence[Trial]) -> float:
             (study.spec.evaluation.prompts or ASSUMED_PROMPTS) * study.spec.evaluation.samples_per_prompt
         )
     return sum(evaluation.standard_error**2 for evaluation in evaluations) / len(evaluations)
-
-
-def is_extendable(trial: Trial) -> bool:
-    """Whether a trial can go on from its checkpoint: it is paused, or its last segment was lost to infrastructure.
-
-    What was lost twice in a row is given up.
-    """
-    if trial.state is TrialState.LOST:
-        return not any(result.outcome is Outcome.LOST for result in trial.segments[-2:-1])
-    return trial.state is TrialState.PAUSED
-
-
-def kept_prompts(trial: Trial) -> int:
-    """Prompts that a trial's newest segment that was not lost has brought it to; 0 if there is none."""
-    return max((result.end_prompts for result in trial.segments if result.outcome is not Outcome.LOST), default=0)

@@ -28,8 +28,6 @@ from jfhpo_core.acquisition import NetCostUtility, TargetKnowledgeGradient, expe
 from jfhpo_core.cost import CostEstimate, CostModel
 from jfhpo_core.evidence import (
     as_of,
-    is_extendable,
-    kept_prompts,
     measurement_variance,
     milestone,
     observe,
@@ -413,7 +411,7 @@ class JointFidelity:
                 (trial.evaluations[-1].score, -trial.number, trial.configuration)
                 for trial in designed
                 if trial.evaluations
-                and (is_extendable(trial) or trial.state is TrialState.COMPLETED)
+                and (trial.is_extendable or trial.state is TrialState.COMPLETED)
                 and configuration_key(trial.configuration) not in known
             ]
             if not scored:
@@ -503,8 +501,8 @@ class JointFidelity:
         promising = {configuration_key(item) for item, _, _ in ranked[: self.continued]}
         candidates: list[Candidate] = []
         for trial in mine:
-            if is_extendable(trial) and configuration_key(trial.configuration) in promising:
-                done = kept_prompts(trial)
+            if trial.is_extendable and configuration_key(trial.configuration) in promising:
+                done = trial.kept_prompts
                 candidates += [
                     Candidate(trial.configuration, trial.model, done, level, trial.number)
                     for level in _spread([level for level in levels if level > done])

@@ -10,7 +10,7 @@ import torch
 
 from jfhpo_core.acquisition import expected_improvement
 from jfhpo_core.cost import CostModel
-from jfhpo_core.evidence import as_of, is_extendable, kept_prompts, milestone, point, thinned
+from jfhpo_core.evidence import as_of, milestone, point, thinned
 from jfhpo_core.strategies import Proposal, Recommendation, fresh_configurations
 from jfhpo_core.study import Study
 from jfhpo_core.surrogate import FIDELITY_COLUMNS, JointSurrogate, Observations, fitted_surrogate
@@ -54,11 +54,11 @@ class PaperStrategy:
         model = self._fit(study, mine)
         incumbent = max(mean for _, mean, _ in self._at_horizon(study, mine, model))
         candidates = [
-            (trial.configuration, kept_prompts(trial), level)
+            (trial.configuration, trial.kept_prompts, level)
             for trial in mine
-            if is_extendable(trial)
+            if trial.is_extendable
             for level in levels
-            if level > kept_prompts(trial)
+            if level > trial.kept_prompts
         ]
         candidates += [
             (configuration, 0, level)

@@ -199,7 +199,7 @@ def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float
     for configuration in best:
         known = on_target.get(configuration_key(configuration))
         if known is None or (known.final is None and known.open_segment is None):
-            done = known.step * known.prompts_per_step if known is not None else 0
+            done = 0 if known is None else known.kept_prompts
             needed = costs.estimate(configuration, target, done, horizon).high
             if held + needed <= room:
                 held += needed
@@ -247,7 +247,7 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
         known = tried.get(configuration_key(item.configuration))
         if known is not None and known.state not in (TrialState.PAUSED, TrialState.LOST):
             continue
-        done = known.step * known.prompts_per_step if known is not None else 0
+        done = 0 if known is None else known.kept_prompts
         cost = costs.estimate(item.configuration, target, done, horizon).seconds
         if cost > remaining and secured:
             continue

@@ -240,6 +240,21 @@ class Trial(Record):
         return max((result.end_step for result in self.segments), default=0)
 
     @property
+    def is_extendable(self) -> bool:
+        """Whether it can go on from its checkpoint: it is paused, or its last segment was lost to infrastructure.
+
+        What was lost twice in a row is given up.
+        """
+        if self.state is TrialState.LOST:
+            return not any(result.outcome is Outcome.LOST for result in self.segments[-2:-1])
+        return self.state is TrialState.PAUSED
+
+    @property
+    def kept_prompts(self) -> int:
+        """Prompts that the newest segment that was not lost has brought it to; 0 if there is none."""
+        return max((result.end_prompts for result in self.segments if result.outcome is not Outcome.LOST), default=0)
+
+    @property
     def checkpoint(self) -> Checkpoint | None:
         """The newest committed checkpoint."""
         return next((result.checkpoint for result in reversed(self.segments) if result.checkpoint), None)

@@ -14,8 +14,6 @@ from jfhpo_core import evidence
 from jfhpo_core.evidence import (
     CURVE_POINTS,
     as_of,
-    is_extendable,
-    kept_prompts,
     measurement_variance,
     milestone,
     observe,
@@ -106,11 +104,11 @@ def test_a_continuation_that_was_lost_is_tried_once_more_from_the_checkpoint(stu
     once = paused.model_copy(update={"segments": (*paused.segments, lost)})
     twice = paused.model_copy(update={"segments": (*once.segments, lost)})
     again = paused.model_copy(update={"segments": (*once.segments, result(2, paused.step, paused.step + 3), lost)})
-    assert [is_extendable(trial) for trial in (paused, once, twice, again)] == [True, True, False, True]
-    assert [kept_prompts(trial) for trial in (paused, once, twice)] == [kept] * 3
-    assert kept_prompts(again) == kept + 3 * paused.prompts_per_step
+    assert [trial.is_extendable for trial in (paused, once, twice, again)] == [True, True, False, True]
+    assert [trial.kept_prompts for trial in (paused, once, twice)] == [kept] * 3
+    assert again.kept_prompts == kept + 3 * paused.prompts_per_step
     stopped = result(1, paused.step, paused.step + 3, outcome=Outcome.STOPPED)
-    assert not is_extendable(paused.model_copy(update={"segments": (*paused.segments, stopped)}))
+    assert not paused.model_copy(update={"segments": (*paused.segments, stopped)}).is_extendable
 
 
 def test_baselines_inside_the_space_are_learned_from_and_others_are_not(study: Study) -> None:
