@@ -36,7 +36,7 @@ from jfhpo_core.stopping import (
 from jfhpo_core.trial import Decision, Evaluation, StepRecord
 from tests.studies import evaluation, step_record
 
-LITERAL_KL = KlGrowth(window=1, floor=0.0, warmup=0)
+LITERAL_KL = KlGrowth(window=1, floor=0.0, warmup=0, reward_growth=math.inf)
 
 
 def stream(**signals: Sequence[Any]) -> list[StepRecord]:
@@ -104,6 +104,22 @@ def test_the_hardened_kl_rule_fires_on_a_collapse_and_waits_for_its_warm_up() ->
     assert_stops_at(KlGrowth(), stream(kl=exploding), 9)
     assert_stops_at(KlGrowth(warmup=0), stream(kl=exploding), 8)
     assert_stops_at(KlGrowth(warmup=10), stream(kl=exploding), 11)
+
+
+def test_kl_that_grows_while_the_reward_rises_is_learning() -> None:
+    exploding = [0.4 * 1.3**step for step in range(12)]
+    rising = [0.1 + 0.02 * step for step in range(12)]
+    assert first_stop(KlGrowth(), stream(kl=exploding, reward=rising)) is None
+    assert_stops_at(LITERAL_KL, stream(kl=exploding, reward=rising), 6)
+    # Back at 0.1 after step 10: the mean of three is not above the first one's any more at step 12.
+    risen_and_fallen = [*rising[:9], 0.1, 0.1, 0.1]
+    assert_stops_at(KlGrowth(), stream(kl=exploding, reward=risen_and_fallen), 12)
+    # At step 9 the mean of three, 0.24, is twice the first one; penalties, which are negative, rise towards zero.
+    assert_stops_at(KlGrowth(reward_growth=1.1), stream(kl=exploding, reward=rising), 9)
+    assert first_stop(KlGrowth(reward_growth=0.9), stream(kl=exploding, reward=rising)) is None
+    penalties = [-1.0 + 0.05 * step for step in range(12)]
+    assert first_stop(KlGrowth(), stream(kl=exploding, reward=penalties)) is None
+    assert_stops_at(KlGrowth(), stream(kl=exploding, reward=[-reward for reward in rising]), 9)
 
 
 def test_the_kl_floor_holds_for_the_newest_window() -> None:
@@ -344,7 +360,7 @@ def test_every_set_watches_for_non_finite_values_first(name: str) -> None:
 
 def test_the_paper_set_has_the_papers_numbers() -> None:
     rules = {rule.name: rule for rule in RULE_SETS["paper"]}
-    assert rules["kl_growth"] == KlGrowth(threshold=0.15, patience=5, window=1, floor=0.0, warmup=0)
+    assert rules["kl_growth"] == LITERAL_KL
     assert rules["paper_reward_drop"] == PaperRewardDrop(threshold=0.10, patience=5)
     assert rules["zero_reward"] == ZeroReward(patience=5)
 
