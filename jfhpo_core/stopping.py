@@ -1,13 +1,13 @@
 """Early stopping on training dynamics: one rule, one class, one formula.
 
 A rule reads the course of a training, its step records and held-out evaluations, and may decide that it is not worth
-continuing. The decision names rule, signal, value, threshold and step. What a rule stops is censored for the
-optimizer: the evaluation taken at that step counts, and nothing is invented for the rest.
+continuing. The decision names rule, signal, value, threshold and step. The optimizer takes the score at which a
+training was stopped for its last one (see `jfhpo_core.evidence.observe`).
 
 The paper's rules (JF-HPO, section on early stopping) fire on noise when taken literally: growth of the KL from 0.005 to
-0.010 is "15 % five times". The default set therefore adds a floor, a window and a warm-up, and lets the KL grow while the
-reward rises; the set `paper` keeps the literal rules, for comparison. How often each rule is right, on recorded trainings, and what it saves is measured in
-docs/evidence/rules.md.
+0.010 is "15 % five times". The default set therefore adds a floor, a window and a warm-up, and lets the KL grow while
+the reward rises; the set `paper` keeps the literal rules, for comparison. How often each rule is right, on recorded
+trainings, and what it saves is measured in docs/evidence/rules.md.
 """
 
 from __future__ import annotations
