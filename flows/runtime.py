@@ -102,7 +102,7 @@ def run_study(
                 on_status("releasing the workers")
                 dispatcher.close()
         on_status("writing the report and registering the model")
-        with _shown(ledger):
+        with _shown(ledger, complete=result.complete):
             outbox.deliver()
             return _publish(study, ledger, result)
 
@@ -230,8 +230,8 @@ def _open(study: Study) -> tuple[MlflowLedger, Outbox]:
 
 
 @contextmanager
-def _shown(ledger: MlflowLedger) -> Iterator[None]:
-    """Let MLflow show it if what is done inside fails or is interrupted."""
+def _shown(ledger: MlflowLedger, *, complete: bool = False) -> Iterator[None]:
+    """Let MLflow show it if what is done inside fails or is interrupted; a complete study stays finished then."""
     from mlflow_plugin.presentation import StudyState
 
     try:
@@ -240,7 +240,7 @@ def _shown(ledger: MlflowLedger) -> Iterator[None]:
         ledger.end(StudyState.FAILED)
         raise
     except BaseException:
-        ledger.end(StudyState.INTERRUPTED)
+        ledger.end(StudyState.FINISHED if complete else StudyState.INTERRUPTED)
         raise
 
 

@@ -1,21 +1,31 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
+from mlflow import MlflowClient
+
+import flows.runtime
 from flows.runtime import run_study
 from jfhpo_core.spec import StudySpec
 from tests.studies import study_data
 
 
-def test_a_checkpoint_that_is_gone_hides_no_result(tmp_path: Path) -> None:
-    spec = StudySpec.model_validate(
+@pytest.fixture
+def spec(tmp_path: Path) -> StudySpec:
+    return StudySpec.model_validate(
         study_data(
             tmp_path / "workspace",
+            strategy={"name": "random"},
             cluster={"address": "inline"},
             budget={"trial_seconds": 120, "max_parallel": 1},
             tracking={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "workspace": str(tmp_path / "workspace")},
         )
     )
+
+
+def test_a_checkpoint_that_is_gone_hides_no_result(spec: StudySpec, tmp_path: Path) -> None:
     first = run_study(spec)
     trial = first.result.target_trial
     assert trial is not None
@@ -30,3 +40,20 @@ def test_a_checkpoint_that_is_gone_hides_no_result(tmp_path: Path) -> None:
     assert "cannot be registered" in without.model_note
     (tmp_path / "away").rename(folder)
     assert run_study(spec).model_note == first.model_note
+
+
+def test_ctrl_c_while_the_report_is_written_leaves_the_study_finished(
+    spec: StudySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.runtime, "write_plots", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(spec)
+    client = MlflowClient(spec.tracking.uri)
+    (experiment,) = [one for one in client.search_experiments() if one.name != "Default"]
+    (study,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{spec.study}'")
+    assert (study.info.status, study.data.tags["jfhpo.state"]) == ("FINISHED", "finished")
+    assert run_study(spec).report.exists()
