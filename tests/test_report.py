@@ -389,7 +389,7 @@ def test_signals_that_are_missing_or_not_finite(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_thousand_trials_stay_below_five_megabytes(tmp_path: Path) -> None:
-    study = resolve(parse_study(STUDY))
+    study = resolve(parse_study(STUDY + "strategy: {name: random}\n"))
     configurations = fresh_configurations(study, [], 0, 1000)
     models = [model.name for model in study.ladder.models]
     trials = [
