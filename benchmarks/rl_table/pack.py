@@ -213,7 +213,8 @@ collapsed):
 - Collapsed trainings: at steps {" and ".join(map(str, made.CHECKS))} a training is cut short if its held-out score is
   below {made.COLLAPSED_SHARE:g} of the base model's and the mean training reward of each of the last
   {made.COLLAPSED_STEPS} steps is below {made.COLLAPSED_REWARD:g}.
-- Made on a virtual machine with two cores of an AMD EPYC, with:
+- Made on virtual machines with two cores, at first of an AMD EPYC, later of an Intel Xeon (which of them made which
+  training was not recorded), with:
 
 {_bullets(versions)}
 
