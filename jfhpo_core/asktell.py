@@ -22,18 +22,19 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from jfhpo_core.cost import CostModel
 from jfhpo_core.errors import LedgerError, SpecError
 from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.ledger import MemoryLedger, mismatch_message
 from jfhpo_core.search import Phase, plan_next, recommend
 from jfhpo_core.spec import StudySpec, parse_value
+from jfhpo_core.stopping import Unpromising
 from jfhpo_core.strategies import Recommendation, load_strategy
 from jfhpo_core.study import Study
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trial import (
     Checkpoint,
     Configuration,
+    Decision,
     Evaluation,
     FailureKind,
     Outcome,
@@ -146,24 +147,11 @@ class Optimizer:
 
     def ask(self) -> Assignment | None:
         """The next assignment; None if there is none now: the study is `done`, or it waits for what is `pending`."""
-        trials = self.trials
-        step = plan_next(self.study, self._strategy, trials)
+        step = plan_next(self.study, self._strategy, self.trials)
         if step.trial is None or step.segment is None:
             return None
-        suggestion = step.segment.suggestion
-        if suggestion.expected_cost_seconds is None:
-            # Of some strategies; without a cost, pending work would not count against the budget.
-            batch = step.trial.prompts_per_step
-            cost = CostModel.fit(self.study, trials).estimate(
-                step.trial.configuration,
-                step.trial.model,
-                step.segment.start_step * batch,
-                step.segment.stop_step * batch,
-            )
-            suggestion = suggestion.model_copy(update={"expected_cost_seconds": cost.seconds})
-        segment = step.segment.model_copy(update={"suggestion": suggestion})
-        self._ledger.begin(step.trial, segment)
-        return self._assignment(step.trial, segment)
+        self._ledger.begin(step.trial, step.segment)
+        return self._assignment(step.trial, step.segment)
 
     def tell(
         self,
@@ -186,8 +174,9 @@ class Optimizer:
             score: Held-out score at the end; needed if the training reached it or was stopped.
             standard_error: Of the score; for the share p of n prompts solved, sqrt(p (1 - p) / n).
             seconds: What this assignment took; charged times the model's `devices`.
-            outcome: 'reached'; 'stopped' if the training was ended early because it went wrong; 'infeasible' if the
-                configuration failed (out of memory, not finite, refused); 'lost' if something else failed.
+            outcome: 'reached'; 'stopped' if the training was ended early, because it went wrong or because it lay below
+                the assignment's floor there; 'infeasible' if the configuration failed (out of memory, not finite,
+                refused); 'lost' if something else failed.
             prompts: How far it came, if not to the end; needed if it was stopped.
             evaluations: Scores measured on the way, if any: the learning curve makes the forecasts sharper.
             base_score: Held-out score of the untrained model, known from the first training of each model. What is
@@ -241,6 +230,7 @@ class Optimizer:
             seconds=seconds,
             startup_seconds=min(seconds, _finite("startup_seconds", startup_seconds, minimum=0.0)),
             devices=self.study.ladder[trial.model].devices,
+            decision=_decision(segment, outcome, taken.get(end)),
             failure=FailureKind.REJECTED if outcome is Outcome.INFEASIBLE else None,
             message=message,
             committed=1 + sum(len(known.segments) for known in self.trials),
@@ -362,6 +352,16 @@ def _own_model(model: Any) -> Any:
     if model.get("parameters") is None:
         raise SpecError(f"family: model {model.get('name')!r} lacks `parameters`, its parameter count; add it")
     return {"path": OWN_LOOP, **model}
+
+
+def _decision(segment: Segment, outcome: Outcome, last: Evaluation | None) -> Decision | None:
+    """That of the rule `unpromising`, if the caller stopped a training below its floor; others are not known."""
+    floor = next((floor.score for floor in segment.floors if last is not None and floor.step == last.step), None)
+    if outcome is not Outcome.STOPPED or last is None or floor is None or last.score >= floor:
+        return None
+    return Decision(
+        stop=True, rule=Unpromising.name, signal="held-out score", value=last.score, threshold=floor, step=last.step
+    )
 
 
 def _outcome(outcome: Outcome | str) -> Outcome:

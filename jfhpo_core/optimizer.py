@@ -41,7 +41,7 @@ from jfhpo_core.fidelity import progress
 from jfhpo_core.prospects import gain_floors
 from jfhpo_core.space import Vector
 from jfhpo_core.stopping import Unpromising, build_rules
-from jfhpo_core.strategies import Proposal, Recommendation, fresh_configurations
+from jfhpo_core.strategies import Proposal, RandomSearch, Recommendation, fresh_configurations
 from jfhpo_core.study import Study, base_scores
 from jfhpo_core.surrogate import FIDELITY_COLUMNS, THIS_STUDY, JointSurrogate, fitted_surrogate
 from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, committed_seconds, configuration_key
@@ -234,7 +234,7 @@ class JointFidelity:
         gain, cost = float(gains[best]), float(seconds[best])
         if self._is_converged(study, costs, chosen.configuration, float(worth[best])):
             return None
-        verb = "train another seed" if chosen.seed is not None else "continue" if chosen.start_prompts else "train"
+        verb = "continue" if chosen.trial < len(trials) else "train" if chosen.seed is None else "train another seed"
         return Proposal(
             chosen.configuration,
             chosen.model,
@@ -254,8 +254,12 @@ class JointFidelity:
 
     @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
     def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
-        """See `Strategy.rank`: by the expected score at the target."""
-        beliefs = Beliefs.form(study, trials)
+        """See `Strategy.rank`: by the expected score at the target; by measured ones if no surrogate can be fitted."""
+        try:
+            beliefs = Beliefs.form(study, trials)
+        except NUMERICAL_ERRORS:
+            logger.warning("ranking by measured scores: the surrogate could not be fitted", exc_info=True)
+            return RandomSearch().rank(study, trials)
         if beliefs is None:
             return []
         ranked = self._ranked(trials, beliefs)
@@ -504,7 +508,7 @@ class JointFidelity:
             if trial.is_extendable and configuration_key(trial.configuration) in promising:
                 done = trial.kept_prompts
                 candidates += [
-                    Candidate(trial.configuration, trial.model, done, level, trial.number)
+                    Candidate(trial.configuration, trial.model, done, level, trial.number, trial.seed)
                     for level in _spread([level for level in levels if level > done])
                 ]
         seen = {(configuration_key(trial.configuration), trial.model) for trial in mine}

@@ -189,23 +189,39 @@ def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float
     """
     spec = study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
-    on_target = _search_trials_on_target(study, trials)
-    best = [item.configuration for item in rank(study, strategy, trials)][: spec.budget.top_k] or [{}]
+    best = [(item.configuration, known) for item, known in _finalists(study, strategy, trials)] or [({}, None)]
     best += best[-1:] * (spec.budget.top_k - len(best))
     costs = CostModel.fit(study, trials)
     budget = spec.budget.device_seconds
     room = min(spec.budget.validation_share * budget, max(0.0, budget - committed_seconds(trials)))
     held = 0.0
-    for configuration in best:
-        known = on_target.get(configuration_key(configuration))
-        if known is None or (known.final is None and known.open_segment is None):
-            done = 0 if known is None else known.kept_prompts
+    for configuration, known in best:
+        done = 0 if known is None else _planned_prompts(known)
+        if done < horizon:
             needed = costs.estimate(configuration, target, done, horizon).high
             if held + needed <= room:
                 held += needed
-    if not held and not any(trial.final is not None or trial.open_segment is not None for trial in on_target.values()):
-        return room
-    return held
+    secured = any(_planned_prompts(trial) >= horizon for trial in _search_trials_on_target(study, trials).values())
+    return held if held or secured else room
+
+
+def _planned_prompts(trial: Trial) -> int:
+    """Prompts that a trial has consumed, or will have when its running segment ends."""
+    running = trial.open_segment
+    return trial.kept_prompts if running is None else running.stop_step * trial.prompts_per_step
+
+
+def _finalists(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[tuple[Recommendation, Trial | None]]:
+    """The best-ranked configurations, as many as are validated, and what was trained of them on the target.
+
+    Those that a rule stopped or that failed on the target are passed over.
+    """
+    on_target = _search_trials_on_target(study, trials)
+    ranked = ((item, on_target.get(configuration_key(item.configuration))) for item in rank(study, strategy, trials))
+    ruined = (TrialState.STOPPED, TrialState.INFEASIBLE)
+    return [(item, known) for item, known in ranked if known is None or known.state not in ruined][
+        : study.spec.budget.top_k
+    ]
 
 
 def _search_trials_on_target(study: Study, trials: Sequence[Trial]) -> dict[str, Trial]:
@@ -243,8 +259,7 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
     secured = running or finished or tries >= spec.budget.top_k
     remaining = spec.budget.device_seconds - committed_seconds(trials)
     costs = CostModel.fit(study, trials)
-    for item in rank(study, strategy, trials)[: spec.budget.top_k]:
-        known = tried.get(configuration_key(item.configuration))
+    for item, known in _finalists(study, strategy, trials):
         if known is not None and known.state not in (TrialState.PAUSED, TrialState.LOST):
             continue
         done = 0 if known is None else known.kept_prompts
@@ -302,7 +317,14 @@ def _step(study: Study, trials: Sequence[Trial], proposal: Proposal, phase: Phas
     seed = study.spec.seeds.training[0] if proposal.seed is None else proposal.seed
     new = study.new_trial(len(trials), proposal.configuration, proposal.model, seed, purpose)
     trial = next((trial for trial in trials if trial.key == new.key), new)
-    segment = study.next_segment(trial, proposal.stop_prompts, proposal.suggestion)
+    suggestion = proposal.suggestion
+    if suggestion.expected_cost_seconds is None:
+        # Not every strategy knows prices; without one, a running segment would not count against the budget.
+        cost = CostModel.fit(study, trials).estimate(
+            proposal.configuration, proposal.model, trial.kept_prompts, proposal.stop_prompts
+        )
+        suggestion = suggestion.model_copy(update={"expected_cost_seconds": cost.seconds})
+    segment = study.next_segment(trial, proposal.stop_prompts, suggestion)
     floors = tuple(
         ScoreFloor(step=steps_at(prompts, trial.prompts_per_step), score=score) for prompts, score in proposal.floors
     )
@@ -474,7 +496,7 @@ def _finals(study: Study, trials: Sequence[Trial], configuration: Configuration)
     by_seed: dict[int, Trial] = {}
     for trial in trials:
         # Some trainers score at rungs only, so one that was stopped early may have no score at all.
-        ended = trial.state in (TrialState.COMPLETED, TrialState.STOPPED) and trial.evaluations
+        ended = trial.final is not None or (trial.state is TrialState.STOPPED and trial.evaluations)
         if (
             ended
             and trial.model == study.ladder.target.name

@@ -308,7 +308,7 @@ def spent_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float
 
 def before_comparison(trials: Sequence[Trial]) -> list[Trial]:
     """What a choice may rest on: all but the trainings of the final comparison, which judge it."""
-    return [trial for trial in trials if trial.purpose != "confirmation"]
+    return [trial for trial in trials if trial.purpose not in ("confirmation", "random-search")]
 
 
 def committed_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float:

@@ -12,6 +12,7 @@ import yaml
 
 from jfhpo_core.asktell import Assignment, Optimizer
 from jfhpo_core.errors import LedgerError, SpecError
+from jfhpo_core.evidence import observe
 from jfhpo_core.trial import Outcome, TrialState, spent_seconds
 
 GUIDE = Path("docs/how-to/ask-tell.md")
@@ -52,11 +53,16 @@ def tell(optimizer: Optimizer, work: Assignment) -> None:
     optimizer.tell(work, score(work), 0.02, seconds=seconds(work), base_score=BASE)
 
 
+def ask(optimizer: Optimizer) -> Assignment:
+    work = optimizer.ask()
+    assert work is not None
+    return work
+
+
 def advance(optimizer: Optimizer, count: int) -> list[Assignment]:
     done = []
     for _ in range(count):
-        work = optimizer.ask()
-        assert work is not None
+        work = ask(optimizer)
         tell(optimizer, work)
         done.append(work)
     return done
@@ -185,6 +191,22 @@ def test_work_comes_with_floors_between_its_ends() -> None:
     for work, (prompts, limit) in floors:
         assert work.from_prompts < prompts < work.to_prompts
         assert math.isfinite(limit)
+
+
+@pytest.mark.parametrize(("below", "rule"), [(True, "unpromising"), (False, None)])
+def test_a_stop_below_a_floor_is_no_collapse(below: bool, rule: str | None) -> None:
+    patient = study(strategy={"name": "jfhpo", "settings": {"target_share": 0.1}})
+    optimizer = Optimizer(patient)
+    while not (work := ask(optimizer)).floors:
+        tell(optimizer, work)
+    prompts, floor = work.floors[0]
+    optimizer.tell(
+        work, floor + (-0.01 if below else 0.01), 0.02, seconds=1, outcome="stopped", prompts=prompts, base_score=BASE
+    )
+    (trial,) = [trial for trial in optimizer.trials if trial.key == work.trial]
+    assert (trial.decision.rule if trial.decision is not None else None) == rule
+    observed = observe(optimizer.study, [trial]).inputs[-1]
+    assert float(observed[-3]) == (prompts / 100 if below else 1.0)
 
 
 def test_seconds_are_charged_for_every_device() -> None:

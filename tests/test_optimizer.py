@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,7 +18,7 @@ from jfhpo_core.hyperparameters import default_spaces
 from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.optimizer import Beliefs, JointFidelity
 from jfhpo_core.paper import PaperStrategy
-from jfhpo_core.search import SearchResult, call_seed, run_search
+from jfhpo_core.search import SearchResult, call_seed, plan_next, recommend, run_search
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.strategies import load_strategy
 from jfhpo_core.study import Study, resolve
@@ -259,6 +260,39 @@ def test_a_lost_continuation_is_a_candidate_again(completed: SearchResult) -> No
     mine = [item for item in candidates if item.trial == paused.number and item.model == paused.model]
     assert {item.start_prompts for item in mine} == {paused.step * paused.prompts_per_step}
     assert study.spec.fidelity.horizon_prompts in {item.stop_prompts for item in mine}
+
+
+def test_a_lost_further_seed_is_tried_again_as_what_it_is(completed: SearchResult) -> None:
+    study, trials = completed.study, list(completed.trials)
+    done = next(trial for trial in trials if trial.model == "large" and trial.final is not None)
+    fresh = study.new_trial(len(trials), done.configuration, "large", 7)
+    lost = fresh.model_copy(update={"segments": (result(0, 0, 1, outcome=Outcome.LOST),)})
+    known = [*trials, lost]
+    beliefs = Beliefs.form(study, known)
+    assert beliefs is not None
+    ranked = [(done.configuration, 0.5, 0.1)]
+    candidates = JointFidelity()._candidates(study, known, beliefs, ranked, np.random.default_rng(0))
+    mine = [item for item in candidates if item.trial == lost.number]
+    assert mine
+    assert {(item.seed, item.start_prompts) for item in mine} == {(7, 0)}
+
+
+def test_a_surrogate_that_cannot_be_fitted_ends_no_search(
+    completed: SearchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("not positive definite")
+
+    monkeypatch.setattr(Beliefs, "form", broken)
+    trials = [trial for trial in completed.trials if trial.purpose == "search"]
+    assert recommend(completed.study, JointFidelity(), trials) is not None
+    study = completed.study
+    larger = study.spec.model_copy(
+        update={"budget": study.spec.budget.model_copy(update={"trial_seconds": 2 * study.spec.budget.device_seconds})}
+    )
+    step = plan_next(replace(study, spec=larger), JointFidelity(), trials)
+    assert step.segment is not None
+    assert "could not be fitted" in step.segment.suggestion.explanation
 
 
 def test_expectations_fade_with_the_number_of_trials(tmp_path: Path, completed: SearchResult) -> None:

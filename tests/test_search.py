@@ -31,7 +31,7 @@ from jfhpo_core.search import (
 from jfhpo_core.strategies import Proposal, RandomSearch, Recommendation, Strategy, fresh_configurations
 from jfhpo_core.study import Study
 from jfhpo_core.trainers import Job
-from jfhpo_core.trial import Outcome, Trial, TrialState, configuration_key
+from jfhpo_core.trial import FailureKind, Outcome, Trial, TrialState, configuration_key
 from tests.studies import BECAUSE, evaluation, result, simulated_study
 
 TWO_SEEDS = {"search": 0, "training": [0, 1]}
@@ -445,6 +445,55 @@ def test_nothing_is_held_back_for_a_validation_that_cannot_be_paid_any_more(tmp_
     assert told.remaining == [pytest.approx(5.0)]
 
 
+def test_what_a_running_training_still_needs_is_held_back(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, baselines=[], budget={"trial_seconds": 1000.0, "top_k": 2, "max_parallel": 2})
+    trials: list[Trial] = []
+    for number, configuration in enumerate(fresh_configurations(study, (), 0, 2)):
+        trial = study.new_trial(number, configuration, "large", 0)
+        paused = trial.model_copy(update={"segments": (result(0, 0, 10, evaluations=(evaluation(10, 0.4),)),)})
+        priced = BECAUSE.model_copy(update={"expected_cost_seconds": 0.0})
+        trials.append(paused.model_copy(update={"open_segment": study.next_segment(paused, 320, priced)}))
+    told = Told()
+    plan_next(study, told, trials)
+    costs = CostModel.fit(study, trials)
+    held = sum(costs.estimate(trial.configuration, "large", 320, 480).high for trial in trials)
+    assert told.remaining == [pytest.approx(1000.0 - 20.0 - held)]
+
+
+@dataclass(frozen=True)
+class InOrder(Told):
+    """Ranks configurations as they came, whatever became of them on the target."""
+
+    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
+        return [Recommendation(item, 0.5, 0.1) for item in fresh_configurations(study, (), 0, 3)]
+
+
+def test_what_the_target_has_ruined_is_passed_over(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, baselines=[], budget={"trial_seconds": 200.0, "top_k": 2, "max_parallel": 1})
+    first, second, third = fresh_configurations(study, (), 0, 3)
+    stopped = result(0, 0, 10, outcome=Outcome.STOPPED, evaluations=(evaluation(10, 0.1),))
+    failed = result(0, 0, 10, outcome=Outcome.INFEASIBLE, failure=FailureKind.OUT_OF_MEMORY)
+    trials = [
+        study.new_trial(number, configuration, "large", 0).model_copy(update={"segments": (done,)})
+        for number, (configuration, done) in enumerate([(first, stopped), (second, failed)])
+    ]
+    strategy = InOrder(plan=())
+    assert recommend(study, strategy, trials) is None
+    step = plan_next(study, strategy, trials)
+    assert step.trial is not None
+    assert (step.phase, step.trial.configuration, step.trial.model) == (Phase.VALIDATION, third, "large")
+
+
+def test_a_running_segment_of_a_strategy_that_knows_no_prices_counts_against_the_budget(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, baselines=[])
+    step = plan_next(study, RandomSearch(), [])
+    assert step.trial is not None
+    assert step.segment is not None
+    price = CostModel.fit(study, []).estimate(step.trial.configuration, "large", 0, 480).seconds
+    assert step.segment.suggestion.expected_cost_seconds == pytest.approx(price)
+    assert committed_seconds([step.trial.model_copy(update={"open_segment": step.segment})]) == pytest.approx(price)
+
+
 def test_at_least_one_configuration_is_validated_however_small_the_budget(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, budget={"trial_seconds": 1, "max_parallel": 1})
     outcome, _ = search(study, strategy=Climb())
@@ -626,6 +675,8 @@ def test_what_judges_the_choice_does_not_make_it(tmp_path: Path) -> None:
     best = recommend(study, BestSeen(), trials)
     assert best is not None
     assert best.configuration == {"learning_rate": 1e-3}
+    compared = [*trials, finished(study, 3, 0, 0.9, 2e-3, purpose="random-search")]
+    assert recommend(study, BestSeen(), compared) == best
 
 
 def test_only_what_was_finished_on_the_target_is_recommended(tmp_path: Path) -> None:

@@ -68,7 +68,6 @@ class Verdict:
         caught: Share of stopped ones among the collapsed.
         good: How many good ones there were.
         false_kills: How many of these were stopped.
-        best: Share of the best ones that was stopped.
         false_kill_interval: Of their share, 95 % (Clopper and Pearson, Biometrika 1934).
         saved: Share of the compute of all full trainings that the rule saves.
         step: Median step at which it stops.
@@ -81,7 +80,6 @@ class Verdict:
     caught: float | None
     good: int
     false_kills: int
-    best: float | None
     false_kill_interval: tuple[float, float]
     saved: float
     step: float | None
@@ -230,7 +228,6 @@ def judge(found: Sequence[Fate]) -> Verdict:
         caught=_share([fate.stopped is not None for fate in collapsed]),
         good=len(good),
         false_kills=false_kills,
-        best=_share([fate.stopped is not None for fate in found if fate.best]),
         false_kill_interval=(float(interval.low), float(interval.high)),
         saved=sum(fate.saved_seconds for fate in found) / sum(fate.seconds for fate in found),
         step=float(np.median([fate.stopped for fate in stopped])) if stopped else None,

@@ -6,6 +6,7 @@ A rule's thresholds are the ones of its grid that save the most compute on the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
@@ -40,7 +41,12 @@ LEAST_GAIN = 0.002
 GRIDS: dict[type[StoppingRule], dict[str, tuple[float, ...]]] = {
     ZeroReward: {"patience": (3, 5, 8)},
     RewardDrop: {"threshold": (0.2, 0.3, 0.5, 0.7), "patience": (2, 4), "warmup": (4, 8)},
-    KlGrowth: {"threshold": (0.15, 0.3, 0.5), "patience": (3, 5), "floor": (0.3, 1.0)},
+    KlGrowth: {
+        "threshold": (0.15, 0.3, 0.5),
+        "patience": (3, 5),
+        "floor": (0.3, 1.0),
+        "reward_growth": (0.0, math.inf),
+    },
     AbsoluteKl: {"threshold": (1.0, 2.0, 5.0, 10.0, 20.0)},
     ZeroVariance: {"threshold": (0.6, 0.8), "patience": (5, 10), "reward": (0.1, 0.2)},
     GradientNorm: {"threshold": (3.0, 5.0, 10.0), "patience": (1, 3)},
