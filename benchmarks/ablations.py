@@ -50,7 +50,10 @@ VARIANTS = {
     FULL: Variant("full method"),
     "no-proxies": Variant("without proxies: every trial on the target", changes={"fidelity": {"proxies": []}}),
     "no-stopping": Variant("without early stopping", changes={"stopping": {"rules": "none"}}),
-    "no-reuse": Variant("without checkpoint reuse: no paused trial is continued", settings={"continued": 0}),
+    "no-reuse": Variant(
+        "without checkpoint reuse: a trial's length is chosen once, only validation goes on from one",
+        settings={"continued": 0},
+    ),
     "no-size": Variant(
         "without size in the model: the paper's way, a search on one proxy, then the target", strategy="paper"
     ),

@@ -78,7 +78,8 @@ Real GRPO trainings of the embedded task `{TASK}`: {STEPS} steps of {PROMPTS_PER
 of 7.1M parameters, proxies of 0.1M and 0.6M, the space `tiny` of seven hyperparameters. A search may spend the device
 time of {TRAININGS} full trainings of the target with the recipe that suits its size; baselines are free. Accuracy is
 that of a second training of what was recommended, with a seed that had no part in the choice, on 512 held-out prompts
-that no search has seen, four completions each. Behind ± are half-widths of 95 % t intervals over seeds: of a mean over
+that no search has seen, four completions each; of one that a rule stopped, the score it was stopped at, and 0 if it
+failed or nothing was recommended. Behind ± are half-widths of 95 % t intervals over seeds: of a mean over
 the seeds given, or of the mean paired difference. The ablation without size is the paper's way: it searches one proxy
 with a Gaussian process over hyperparameters and steps, and trains what it finds best."""
 
@@ -94,7 +95,8 @@ not measured again."""
 COSTS = """\
 A trial is a configuration on a model, all its continuations included. The third figure says how many trials a full
 training of the target with the suited recipe would pay for (the paper reports 9.1 to 14.9), the fourth compares with
-BOHB (the paper: 3.1 to 3.7)."""
+BOHB (the paper: 3.1 to 3.7). Searches end near their budget: one that knows no prices begins a training as long as
+anything is left."""
 
 LABELS = (*METHODS, *(label for label in ablations.VARIANTS if label not in METHODS))
 
@@ -138,6 +140,11 @@ class Live(BaseModel):
     commit: str
     versions: dict[str, str]
     processor: str
+
+    @property
+    def accuracy(self) -> float:
+        """The second training's test score; 0 if it failed or nothing was recommended."""
+        return 0.0 if self.fresh_score is None else self.fresh_score
 
 
 def make_base(root: Path = CACHE) -> Path:
@@ -324,7 +331,7 @@ def _page(results: Mapping[tuple[str, int], Live]) -> str:
         INTRODUCTION,
         _seeds(results),
         NOT_BLIND if (FULL, LOOKED_AT) in results else "",
-        "## Accuracy at equal device time",
+        "## Accuracy at equal budgets",
         _accuracies({label: by_label[label] for label in METHODS if label in by_label}, METHODS),
         "## Cost of a trial",
         COSTS,
@@ -353,21 +360,16 @@ def _environment(lives: Sequence[Live]) -> str:
 
 
 def _accuracies(by_label: Mapping[str, Sequence[Live]], variants: Mapping[str, Variant]) -> str:
-    own = {live.seed: live.fresh_score for live in by_label.get(FULL, ())}
+    own = {live.seed: live.accuracy for live in by_label.get(FULL, ())}
     rows = []
     for label, lives in by_label.items():
-        scores = [live.fresh_score for live in lives if live.fresh_score is not None]
-        against = [
-            live.fresh_score - mine
-            for live in lives
-            if live.fresh_score is not None and (mine := own.get(live.seed)) is not None
-        ]
+        against = [live.accuracy - own[live.seed] for live in lives if live.seed in own]
         chosen = [live.chosen_score for live in lives if live.chosen_score is not None]
         rows.append(
             [
                 variants[label].title,
-                mean_text(scores),
-                ", ".join("none" if live.fresh_score is None else f"{live.fresh_score:.3f}" for live in lives),
+                mean_text([live.accuracy for live in lives]),
+                ", ".join("failed" if live.fresh_score is None else f"{live.fresh_score:.3f}" for live in lives),
                 mean_text(chosen),
                 "" if label == FULL else mean_text(against),
             ]
@@ -391,14 +393,15 @@ def _costs(by_label: Mapping[str, Sequence[Live]]) -> str:
             [
                 {**ablations.VARIANTS, **METHODS}[label].title,
                 ", ".join(f"{count:.1f} on {name}" for name, count in trials.items() if count),
+                f"{spent / sum(live.budget_seconds for live in lives):.0%}",
                 f"{per_trial[label]:.0f}",
                 f"{full / per_trial[label]:.1f}",
                 f"{per_trial['bohb'] / per_trial[label]:.1f}" if "bohb" in per_trial else "",
                 f"{sum(live.completions for live in lives) / spent:.0f}",
             ]
         )
-    head = ["", "trials of a search", "seconds per trial", "full target trial / trial", "BOHB's trial / trial",
-            "completions per second"]  # fmt: skip
+    head = ["", "trials of a search", "spent of the budget", "seconds per trial", "full target trial / trial",
+            "BOHB's trial / trial", "completions per second"]  # fmt: skip
     return markdown_table(head, rows)
 
 

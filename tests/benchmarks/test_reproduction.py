@@ -54,11 +54,19 @@ def test_the_page_compares_the_same_seeds_and_says_what_a_trial_costs(tmp_path: 
     assert "0.700, 0.800" in accuracy
     assert "without proxies" not in accuracy
     # 20 seconds per trial: a full training of the target has 800 / 8 of them, a trial of BOHB 80.
-    assert "| jfhpo | 38.0 on s, 1.0 on m, 1.0 on xl | 20 | 5.0 | 4.0 | 10 |" in cost
+    assert "| jfhpo | 38.0 on s, 1.0 on m, 1.0 on xl | 100% | 20 | 5.0 | 4.0 | 10 |" in cost
     assert "VeRL" not in cost
     assert "| without proxies: every trial on the target |" in parts
     assert "0.650, 0.990" in parts
     assert "| -0.050 |" in parts
+
+
+def test_a_second_training_that_failed_counts_as_nothing(tmp_path: Path) -> None:
+    found = [live("full", 1, 0.7), live("bohb", 1, 0.6), live("bohb", 2, 0.8, fresh_score=None)]
+    reproduction.write({(item.label, item.seed): item for item in found}, tmp_path)
+    accuracy = (tmp_path / reproduction.PAGE).read_text().split("\n## ")[1]
+    assert f"| BOHB | {reproduction.mean_text([0.6, 0.0])} | 0.600, failed |" in accuracy
+    assert "| -0.100 |" in accuracy
 
 
 def test_a_seed_that_was_looked_at_is_called_so(tmp_path: Path) -> None:
