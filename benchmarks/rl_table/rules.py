@@ -6,6 +6,7 @@ its task and size (`POOR_SHARE`), and a false kill if it ends in the top quarter
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,8 @@ class Fate:
 
     Attributes:
         stopped: Step at which the rule stops it; None if it does not.
+        rule: The rule's name; None if it does not.
+        final: Score at full length, or of the last evaluation before it collapsed.
         poor: Whether it ends in the lower half of its task and size.
         good: Whether it ends in the top quarter.
         best: Whether none ends better.
@@ -48,6 +51,8 @@ class Fate:
     """
 
     stopped: int | None
+    rule: str | None
+    final: float
     poor: bool
     good: bool
     best: bool
@@ -88,25 +93,27 @@ class Verdict:
 def fates(rules: Sequence[StoppingRule], table: Table, size: str) -> list[Fate]:
     """What rules do to each training of a size, all seeds."""
     recordings = table.of_size(size)
-    steps = [stopping_step(rules, recording, table.total_steps) for recording in recordings]
-    return _fates(recordings, steps, table.total_steps)
+    decisions = [first_decision(rules, recording, table.total_steps) for recording in recordings]
+    return _fates(recordings, decisions, table.total_steps)
 
 
-def _fates(recordings: Sequence[Recording], steps: Sequence[int | None], total_steps: int) -> list[Fate]:
+def _fates(recordings: Sequence[Recording], decisions: Sequence[Decision | None], total_steps: int) -> list[Fate]:
     finals = np.array([recording.evaluations[-1].score for recording in recordings])
     poor, good = np.quantile(finals, [POOR_SHARE, 1 - GOOD_SHARE])
     found = []
-    for recording, final, stopped in zip(recordings, finals, steps, strict=True):
+    for recording, final, decision in zip(recordings, finals, decisions, strict=True):
         costs = step_seconds(recording, total_steps)
         found.append(
             Fate(
-                stopped=stopped,
+                stopped=None if decision is None else decision.step,
+                rule=None if decision is None else decision.rule,
+                final=float(final),
                 poor=bool(final < poor),
                 good=bool(final >= good),
                 best=bool(final == finals.max()),
                 collapsed=not recording.completed,
                 seconds=sum(costs),
-                saved_seconds=0.0 if stopped is None else sum(costs[stopped:]),
+                saved_seconds=0.0 if decision is None else sum(costs[decision.step :]),
             )
         )
     return found
@@ -132,7 +139,7 @@ def fates_in_sequence(
     model_rule = next((rule for rule in rules if isinstance(rule, Unpromising)), None)
     rows: list[tuple[list[float], float, float]] = []
     fitted = 0
-    steps: list[int | None] = []
+    decisions: list[Decision | None] = []
     for number, recording in enumerate(recordings):
         floors: dict[int, float] = {}
         if model_rule is not None and number >= warm_up:
@@ -140,13 +147,29 @@ def fates_in_sequence(
                 fitted, basis = milestone(number), len(rows)
             floors = _floors(model_rule, _observations(rows), _observations(rows[:basis]), recording, number, table)
         decision = first_decision(rules, recording, table.total_steps, floors)
-        steps.append(None if decision is None else decision.step)
+        decisions.append(decision)
         base = recording.evaluations[0].score
         rows += [
             (_input(recording, progress, number), evaluation.score - base, evaluation.standard_error**2)
             for progress, evaluation in _learned(recording, decision, table.total_steps)
         ]
-    return _fates(recordings, steps, table.total_steps)
+    return _fates(recordings, decisions, table.total_steps)
+
+
+def would_have_led(order: Sequence[Fate]) -> tuple[int, int]:
+    """Of trainings made one after another, those that `unpromising` stopped, and that would have been the best so far.
+
+    Returns:
+        How many would have ended better than every one before them that was not stopped, and how many were stopped.
+    """
+    best, led, stopped = -math.inf, 0, 0
+    for fate in order:
+        if fate.rule == Unpromising.name:
+            stopped += 1
+            led += fate.final > best
+        elif fate.stopped is None:
+            best = max(best, fate.final)
+    return led, stopped
 
 
 def _learned(recording: Recording, decision: Decision | None, total_steps: int) -> list[tuple[float, Evaluation]]:

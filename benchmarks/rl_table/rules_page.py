@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.markdown import markdown_table
 from benchmarks.rl_table.generate import SIZES, TASKS
-from benchmarks.rl_table.rules import ORDERS, WARM_UP, Fate, Verdict, fates, fates_in_sequence, judge
+from benchmarks.rl_table.rules import ORDERS, WARM_UP, Fate, Verdict, fates, fates_in_sequence, judge, would_have_led
 from benchmarks.rl_table.thresholds import (
     GRIDS,
     LEAST_GAIN,
@@ -83,6 +83,18 @@ def _page(tables: Mapping[str, Table]) -> str:
         task: watch((variant for rule in GRIDS for variant in variants(rule)), table, SIZES)
         for task, table in tables.items()
     }
+    overall = [[name, *_cells(found := _together(groups)), _kills(found)] for name, groups in watched.items()]
+    by_group = [
+        [name, task, f"`{size}`", *_cells(judge(group)), _kills(judge(group))]
+        for name, groups in watched.items()
+        if name.startswith("set")
+        for (task, size), group in groups.items()
+    ]
+    modelled = [
+        [f"{probability:g}", task, f"`{size}`", *_in_sequence(orders)]
+        for probability, groups in in_sequence.items()
+        for (task, size), orders in groups.items()
+    ]
     trainings = sum(len(table.recordings) for table in tables.values())
     return f"""# Stopping rules on recorded trainings
 
@@ -101,28 +113,13 @@ stopping rules, up to the step at which it would have stopped them. Made by `pyt
 
 ## All tasks and sizes
 
-{
-        markdown_table(
-            ["rule", *COLUMNS, FALSE_KILLS],
-            [[name, *_cells(all_of := _together(groups)), _kills(all_of)] for name, groups in watched.items()],
-        )
-    }
+{markdown_table(["rule", *COLUMNS, FALSE_KILLS], overall)}
 
 {_verdict(watched, in_sequence[DEFAULT])}
 
 ## Sets, by task and size
 
-{
-        markdown_table(
-            ["rules", "task", "size", *COLUMNS, FALSE_KILLS],
-            [
-                [name, task, f"`{size}`", *_cells(judge(group)), _kills(judge(group))]
-                for name, groups in watched.items()
-                if name.startswith("set")
-                for (task, size), group in groups.items()
-            ],
-        )
-    }
+{markdown_table(["rules", "task", "size", *COLUMNS, FALSE_KILLS], by_group)}
 
 ## With the search's model
 
@@ -130,29 +127,13 @@ The rule `unpromising` compares evaluations with floors that the model of a sear
 first seeds, are made one after another in {ORDERS} random orders, all to full length unless a rule of the default set
 stops them; from number {WARM_UP + 1} on, the surrogate has seen what was trained of those before, and sets floors below
 which a training has a probability of less than p of becoming the best so far. It does not try to keep the top quarter:
-a training that will end tenth does not matter to a search. Its own measure is the last column: of the orders in which
-the very best training came after number {
-        WARM_UP
-    }, those in which it was stopped. In a search the floors are for proxies
-only, and what is stopped there can still be trained on the target. A training counts once in each order.
+a training that will end tenth does not matter to a search. Its own measure is how many of those that it stopped would
+have ended better than every earlier one that was not stopped: if the model is right, at most a share of p. In a long
+sequence that is enough to lose the very best one, which the last column counts, of the orders in which it came after
+number {WARM_UP}. In a search the floors are for proxies only, and what is stopped there can still be trained on the
+target. A training counts once in each order.
 
-{
-        markdown_table(
-            ["p", "task", "size", *COLUMNS, "false kills", "best one stopped"],
-            [
-                [
-                    f"{probability:g}",
-                    task,
-                    f"`{size}`",
-                    *_cells(found := judge([f for order in orders for f in order])),
-                    f"{found.false_kills} of {found.good}",
-                    "{} of {}".format(*_best_stopped(orders)),
-                ]
-                for probability, groups in in_sequence.items()
-                for (task, size), orders in groups.items()
-            ],
-        )
-    }
+{markdown_table(["p", "task", "size", *COLUMNS, *SEQUENCE_COLUMNS], modelled)}
 
 ## Thresholds chosen on one task and judged on the other
 
@@ -181,16 +162,31 @@ def _verdict(
     """Whether the default set does what was asked of it."""
     usual, extended = (_together(watched[f"set `{name}`"]) for name in ("default", "extended"))
     modelled = judge([fate for orders in floored.values() for order in orders for fate in order])
+    led, stopped = np.sum([_led(orders) for orders in floored.values()], axis=0)
     lost, counted = np.sum([_best_stopped(orders) for orders in floored.values()], axis=0)
     saves, keeps = usual.saved >= ASKED_SAVING, usual.false_kills <= MAX_FALSE_KILLS * usual.good
     return f"""What was asked of the default set: to save at least {ASKED_SAVING:.0%} of the compute
 (**{"met" if saves else "missed"}**) with false kills of at most {MAX_FALSE_KILLS:.0%} of the top quarter
 (**{"met" if keeps else "missed"}**). Reading one training alone it saves {usual.saved:.1%} with {usual.false_kills} of
 {usual.good}, the extended set {extended.saved:.1%} with {extended.false_kills} of {extended.good}. With the search's
-model (below) it saves {modelled.saved:.1%}, and stopped the best training in {lost} of {counted} orders, but
-{modelled.false_kills} of {modelled.good} of the top quarter, which it does not try to keep. What else was tried is in
+model (below) it saves {modelled.saved:.1%}: {led} of {stopped} that were stopped for want of prospects would have been
+the best so far ({led / stopped:.1%}; p = {DEFAULT:.0%} was allowed), the very best one of all was stopped in {lost} of
+{counted} orders, and {modelled.false_kills} of {modelled.good} of the top quarter, which this rule does not try to
+keep, were stopped. What else was tried is in
 [note 15](../decisions/0015-floors-from-the-model.md). What is in the way: how good trainings rank among themselves
 shows late (see [transfer](transfer.md) between lengths), and what is stopped late saves little."""
+
+
+def _in_sequence(orders: Sequence[Sequence[Fate]]) -> list[str]:
+    found = judge([fate for order in orders for fate in order])
+    counts = ((found.false_kills, found.good), _led(orders), _best_stopped(orders))
+    return [*_cells(found), *(f"{part} of {whole}" for part, whole in counts)]
+
+
+def _led(orders: Sequence[Sequence[Fate]]) -> tuple[int, int]:
+    """See `would_have_led`, over orders."""
+    counts = [would_have_led(order) for order in orders]
+    return sum(led for led, _ in counts), sum(stopped for _, stopped in counts)
 
 
 def _best_stopped(orders: Sequence[Sequence[Fate]]) -> tuple[int, int]:
@@ -225,6 +221,8 @@ def _judged(watched: Mapping[str, Watched], task: str, chosen: list[int]) -> lis
 COLUMNS = ("trainings", "stopped", "precision", "recall", "collapsed", "saved", "step")
 
 FALSE_KILLS = "false kills"
+
+SEQUENCE_COLUMNS = (FALSE_KILLS, "would have been the best so far", "best one stopped")
 
 CHOICE_COLUMNS = ("chosen", "on", "saved there", "saved on the other task", "false kills on the other task")
 

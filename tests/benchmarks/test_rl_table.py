@@ -190,6 +190,18 @@ def test_a_rule_is_judged_by_what_the_trainings_come_to() -> None:
     assert high > 0.95
 
 
+def test_a_stop_for_want_of_prospects_is_judged_by_what_was_best_then() -> None:
+    def fate(final: float, rule: str | None) -> rules.Fate:
+        return rules.Fate(
+            stopped=8 if rule else None, rule=rule, final=final, poor=False, good=False, best=False, collapsed=False,
+            seconds=1.0, saved_seconds=0.5,
+        )  # fmt: skip
+
+    order = [fate(0.5, None), fate(0.6, "unpromising"), fate(0.9, "reward_drop"), fate(0.55, "unpromising"),
+             fate(0.7, None), fate(0.65, "unpromising"), fate(0.71, "unpromising")]  # fmt: skip
+    assert rules.would_have_led(order) == (3, 4)
+
+
 def test_thresholds_are_chosen_for_what_they_save_without_stopping_good_trainings() -> None:
     falling, dipping = [0.5] * 4 + [0.01] * 12, [0.5] * 5 + [0.3] * 3 + [0.9] * 8
     table = Table(
