@@ -91,10 +91,10 @@ wrong was mended ([notes 17](../decisions/0017-stopped-is-final.md) and [16](../
 the searches were made again. Seed 1001 had no part in that."""
 
 COSTS = """\
-A trial is a configuration on a model, all its continuations included. "Full target trial / trial" says how many trials a
-full training of the target with the suited recipe would pay for (the paper reports 9.1 to 14.9), "BOHB's trial / trial"
-compares with BOHB (the paper: 3.1 to 3.7). Searches end near their budget: one that knows no prices begins a training
-as long as anything is left."""
+A trial is a configuration on a model, all its continuations included. "Full target trial / trial" says how many trials
+a full training of the target with the suited recipe would pay for (the paper reports 9.1 to 14.9), "BOHB's trial /
+trial" compares with BOHB (the paper: 3.1 to 3.7). Searches end near their budget: one that knows no prices begins a
+training as long as anything is left."""
 
 LABELS = (*METHODS, *(label for label in ablations.VARIANTS if label not in METHODS))
 
