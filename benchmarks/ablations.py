@@ -26,7 +26,10 @@ FULL = "full"
 INTRODUCTION = f"""\
 One part is taken away at a time; everything spends the price of {TRAININGS} full trainings of the target. The score is
 the true one of what the search delivers at the end, on the target at full length. Differences are to the full method on
-the same instances; intervals are 95 % bootstrap intervals over seeds."""
+the same instances; intervals are 95 % bootstrap intervals over seeds. The landscapes `table-...` replay the recorded
+trainings (`benchmarks/rl_table`) by a [surrogate](replay.md) fitted to them; there the target is only six times its
+smallest proxy, so proxies save less than in practice. The same parts with real trainings of a target seventy times its
+smallest proxy: [live](reproduction.md)."""
 
 
 @dataclass(frozen=True)
