@@ -51,7 +51,7 @@ coverage: $(READY) ## Run the whole test suite and say which lines it has not ru
 	@$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 test-fast: $(READY) ## Run the tests that take seconds
-	@$(BIN)/pytest --quiet -m "not slow"
+	@$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile -m "not slow"
 
 # The trainer's environment cannot be this one: vLLM and Prefect need different versions of fastapi.
 OPENRLHF_ENV ?= .openrlhf

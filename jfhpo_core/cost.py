@@ -119,7 +119,7 @@ class CostModel:
                 evaluations += [([1.0, size], evaluation.seconds) for evaluation in result.evaluations]
                 if result.startup_seconds > 0:
                     startups.append(([1.0, size], result.startup_seconds))
-                count = result.end_step - result.segment.start_step
+                count = result.end_step - result.began_step
                 trained = result.seconds - result.startup_seconds - result.evaluation_seconds
                 if count > 0 and trained > 0:
                     steps.append((_step_features(study, trial.configuration, trial.model), trained / count))

@@ -132,8 +132,10 @@ def _curve(
         return _Row(inputs, gain, variance, (-belongs_to or committed, trial.number, step), last)
 
     if _went_wrong(trial):
-        gain = curve[-1].score - base if curve else 0.0
-        variance = curve[-1].standard_error ** 2 if curve else measurement_variance(study, ())
+        # Some trainers score at rungs only: what a rung before the stop says is not what became of the training.
+        scored = bool(curve) and curve[-1].step == trial.step
+        gain = curve[-1].score - base if scored else 0.0
+        variance = curve[-1].standard_error ** 2 if scored else measurement_variance(study, ())
         return [row(1.0, gain, variance, trial.segments[-1].committed, trial.step, last=True)]
     return [
         row(

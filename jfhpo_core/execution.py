@@ -100,6 +100,7 @@ def run_job(
         devices=job.devices,
         decision=decision,
         message=note,
+        moved_to=job.segment.start_step if job.segment.start_step != segment.start_step else None,
     )
 
 

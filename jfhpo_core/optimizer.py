@@ -41,7 +41,15 @@ from jfhpo_core.fidelity import progress
 from jfhpo_core.prospects import gain_floors
 from jfhpo_core.space import Vector
 from jfhpo_core.stopping import Unpromising, build_rules
-from jfhpo_core.strategies import Proposal, RandomSearch, Recommendation, fresh_configurations
+from jfhpo_core.strategies import (
+    Count,
+    Positive,
+    Proposal,
+    RandomSearch,
+    Recommendation,
+    Share,
+    fresh_configurations,
+)
 from jfhpo_core.study import Study, base_scores
 from jfhpo_core.surrogate import FIDELITY_COLUMNS, THIS_STUDY, JointSurrogate, fitted_surrogate
 from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, committed_seconds, configuration_key
@@ -174,19 +182,19 @@ class JointFidelity:
     """
 
     name: ClassVar[str] = "jfhpo"
-    initial_trials: int | None = None
-    choice: int = 8
-    expectation_trials: int = 10
-    anchors: int = 1
-    pool: int = 512
-    fresh: int = 24
-    local: int = 24
-    known: int = 8
-    continued: int = 24
-    replicated: int = 4
-    untried: int = 3
+    initial_trials: Positive | None = None
+    choice: Positive = 8
+    expectation_trials: Positive = 10
+    anchors: Count = 1
+    pool: Positive = 512
+    fresh: Positive = 24
+    local: Count = 24
+    known: Count = 8
+    continued: Count = 24
+    replicated: Count = 4
+    untried: Count = 3
     stop_gain: float = 0.0
-    target_share: float = 0.5
+    target_share: Share = 0.5
     patience_seconds: float = 60.0
 
     @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]  # on small matrices threads wait for each other

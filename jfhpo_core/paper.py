@@ -11,7 +11,7 @@ import torch
 from jfhpo_core.acquisition import expected_improvement
 from jfhpo_core.cost import CostModel
 from jfhpo_core.evidence import as_of, milestone, point, thinned
-from jfhpo_core.strategies import Proposal, Recommendation, fresh_configurations
+from jfhpo_core.strategies import Positive, Proposal, Recommendation, check_model, fresh_configurations
 from jfhpo_core.study import Study
 from jfhpo_core.surrogate import FIDELITY_COLUMNS, JointSurrogate, Observations, fitted_surrogate
 from jfhpo_core.trial import Configuration, Outcome, Suggestion, Trial
@@ -35,8 +35,8 @@ class PaperStrategy:
 
     name: ClassVar[str] = "paper"
     proxy: str | None = None
-    initial_trials: int = 8
-    fresh: int = 64
+    initial_trials: Positive = 8
+    fresh: Positive = 64
 
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
@@ -97,6 +97,10 @@ class PaperStrategy:
             return []
         ranked = sorted(self._at_horizon(study, mine, self._fit(study, mine)), key=lambda item: -item[1])
         return [Recommendation(*item) for item in ranked]
+
+    def check(self, study: Study) -> None:
+        """See `Checked.check`."""
+        check_model("proxy", self.proxy, study)
 
     @staticmethod
     def _fit(study: Study, trials: Sequence[Trial]) -> JointSurrogate:

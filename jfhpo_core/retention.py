@@ -96,7 +96,7 @@ def _value(study: Study, trial: Trial | None, step: int, recommended: Trial | No
     if recommended is not None and trial.key == recommended.key:
         newest = trial.checkpoint is not None and trial.checkpoint.step == step
         return newest, "the recommended training" if newest else "an earlier one of the recommended training"
-    if trial.state is TrialState.PAUSED:
+    if _may_go_on(study, trial):
         if complete:
             return False, "the study is complete: only a larger budget would continue its trial"
         newest = trial.checkpoint is not None and trial.checkpoint.step == step
@@ -108,11 +108,21 @@ def _value(study: Study, trial: Trial | None, step: int, recommended: Trial | No
     return False, f"its training was {trial.state.value}" if trial.segments else "nothing of its trial is committed"
 
 
+def _may_go_on(study: Study, trial: Trial) -> bool:
+    """Whether the search may continue a trial; one that was lost twice is continued on the target only, to validate."""
+    lost_on_target = trial.state is TrialState.LOST and trial.model == study.ladder.target.name
+    return trial.checkpoint is not None and (trial.is_extendable or lost_on_target)
+
+
 def _within(judgements: Sequence[Judgement], ranked: Sequence[Recommendation], limit_bytes: int) -> list[Judgement]:
     """Give up the checkpoints of the least promising paused trials until the rest fits."""
     ranks = {configuration_key(item.configuration): rank for rank, item in enumerate(ranked)}
     kept = {judgement.folder: judgement for judgement in judgements}
-    paused = [one for one in judgements if one.keep and one.trial is not None and one.trial.state is TrialState.PAUSED]
+    paused = [
+        one
+        for one in judgements
+        if one.keep and one.trial is not None and one.trial.state in (TrialState.PAUSED, TrialState.LOST)
+    ]
 
     def promise(one: Judgement) -> tuple[int, int]:
         assert one.trial is not None

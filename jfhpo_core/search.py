@@ -189,7 +189,8 @@ def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float
     """
     spec = study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
-    best = [(item.configuration, known) for item, known in _finalists(study, strategy, trials)] or [({}, None)]
+    best = [(item.configuration, known) for item, known in _finalists(study, strategy, trials)]
+    best = best or [(study.space.middle(), None)]
     best += best[-1:] * (spec.budget.top_k - len(best))
     costs = CostModel.fit(study, trials)
     budget = spec.budget.device_seconds
@@ -501,6 +502,8 @@ def _finals(study: Study, trials: Sequence[Trial], configuration: Configuration)
             ended
             and trial.model == study.ladder.target.name
             and trial.purpose != "random-search"
+            # Further seeds by which the search chose are no part of the comparison: baselines have none of them.
+            and trial.seed in study.spec.seeds.training
             and configuration_key(trial.configuration) == wanted
         ):
             by_seed.setdefault(trial.seed, trial)

@@ -306,6 +306,20 @@ class Space(RootModel[dict[str, Parameter]]):
                 configuration[name] = parameter.decode([float(value) for value in point[coordinates]])
         return configuration
 
+    def middle(self, **wanted: Value) -> Configuration:
+        """The configuration in the middle of the space, but for wanted values; their conditions are made to hold."""
+        point = np.full(self.dimension, 0.5)
+        places = self.slices()
+
+        def place(name: str, value: Value) -> None:
+            point[places[name]] = self.root[name].encode(value)
+            for parent, values in self.root[name].when.items():
+                place(parent, values[0])
+
+        for name, value in wanted.items():
+            place(name, value)
+        return self.decode(point)
+
     def snap(self, points: Vector) -> Vector:
         """Move points to the ones that stand for the same configurations: encode(decode(p)) for many p at once.
 
@@ -353,7 +367,9 @@ class Space(RootModel[dict[str, Parameter]]):
             parameter, active[name] = self.root[name], self._holds(name, points, active)
             if parameter.expected is not None:
                 distance = points[:, columns] - np.array(parameter.encode(parameter.expected))
-                total -= np.where(active[name], (distance**2).sum(-1) / (2 * parameter.spread**2), 0.0)
+                # Any other value of an unordered choice is as far away as the other one of two: half the range.
+                squared = (distance**2).sum(-1) / (8 if parameter.width > 1 else 1)
+                total -= np.where(active[name], squared / (2 * parameter.spread**2), 0.0)
         return total
 
     def restrict(self, configuration: Mapping[str, Value]) -> Configuration:

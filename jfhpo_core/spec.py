@@ -18,6 +18,9 @@ from jfhpo_core.hyperparameters import default_spaces
 from jfhpo_core.space import ChoiceParameter, Space
 from jfhpo_core.trial import Configuration, canonical_json
 
+DEFAULT_BATCH = 16
+"""Prompts per step, in all trainers, where a study does not say."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names of studies, models and baselines: they become folder names, so no separators and no leading dot."""
 
@@ -330,9 +333,9 @@ class StudySpec(_Section):
                 raise _fault(
                     "space.prompts_per_step", "it must be a choice, so that every rung is a whole number of steps"
                 )
-            values = list(parameter.values)
+            values = [*parameter.values, *([DEFAULT_BATCH] if parameter.when else [])]
         else:
-            values = [self.trainer.fixed.get("prompts_per_step", 16)]
+            values = [self.trainer.fixed.get("prompts_per_step", DEFAULT_BATCH)]
         values += [b.configuration["prompts_per_step"] for b in self.baselines if "prompts_per_step" in b.configuration]
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -80,6 +80,12 @@ def _least(values: Iterable[float]) -> float:
     return math.nan if any(map(math.isnan, numbers)) else min(numbers)
 
 
+def _standard_error(values: Sequence[float]) -> float:
+    """Of the mean, from the spread of the values; 0 if there is only one."""
+    mean, count = _mean(values), len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (count * max(1, count - 1)))
+
+
 def _windows(signal: Sequence[float], window: int, count: int) -> list[float]:
     """Means of the last `count` overlapping windows of the signal, oldest first; empty if it is too short."""
     if len(signal) < window + count - 1:
@@ -157,8 +163,10 @@ class RewardDrop(StoppingRule):
     """Stop when the smoothed training reward lies far below where it began, `patience` steps in a row.
 
     With m_t the mean reward of the last `window` steps and m_0 that of the first `window` steps, the drop is
-    (m_0 - m_t) / |m_0|. It counts after `warmup` steps. The paper's rule compares neighbouring steps instead (10 %
-    down, five times in a row, which is a fall by 41 %) and almost never fires; see `PaperRewardDrop`.
+    (m_0 - m_t) / |m_0|. It counts after `warmup` steps, and only if m_0 - m_t is also more than `deviations` standard
+    errors of m_0 (from the spread of its steps): rewards that begin near zero, as those of -1 and 1 may, vary by more
+    than half of themselves by chance. The paper's rule compares neighbouring steps instead (10 % down, five times in a
+    row, which is a fall by 41 %) and almost never fires; see `PaperRewardDrop`.
     """
 
     name: ClassVar[str] = "reward_drop"
@@ -166,6 +174,7 @@ class RewardDrop(StoppingRule):
     patience: int = 2
     window: int = 4
     warmup: int = 8
+    deviations: float = 3.0
 
     def judge(self, course: Course) -> Decision | None:
         """See `StoppingRule.judge`."""
@@ -174,8 +183,10 @@ class RewardDrop(StoppingRule):
         means = _windows(signal, self.window, self.patience)
         if not means or len(records) <= max(self.warmup, self.window + self.patience):
             return None
-        start = _mean(signal[: self.window])
-        if start == 0:
+        first = signal[: self.window]
+        start = _mean(first)
+        noise = _standard_error(first)
+        if start == 0 or _least(start - mean for mean in means) <= self.deviations * noise:
             return None
         drop = _least((start - mean) / abs(start) for mean in means)
         return _decision(self, course, "drop of the smoothed reward since the start", drop, self.threshold)

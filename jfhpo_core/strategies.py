@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 from scipy.stats import qmc
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study import Study
 from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, configuration_key
+
+Count = Annotated[int, Field(ge=0)]
+"""Setting of a strategy: a whole number."""
+
+Positive = Annotated[int, Field(ge=1)]
+"""Setting of a strategy: a whole number of at least 1."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""Setting of a strategy: a share."""
+
+Reduction = Annotated[int, Field(ge=2)]
+"""Setting of a strategy: of so many trials one goes on to the next rung."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,19 @@ class Strategy(Protocol):
         ...
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """A strategy that may refuse a study."""
+
+    def check(self, study: Study) -> None:
+        """Called when the strategy is loaded, before anything is trained.
+
+        Raises:
+            SpecError: The strategy cannot work on this study.
+        """
+        ...
+
+
 ENTRY_POINT_GROUP = "jfhpo.strategies"
 """Further strategies come by this group; an entry point names a class whose settings are keyword arguments."""
 
@@ -111,6 +137,15 @@ def load_strategy(study: Study) -> Strategy:
         strategy: Strategy = kind(**settings)
     except TypeError as error:
         raise SpecError(f"strategy.settings: {error}") from None
+    if is_dataclass(kind):
+        try:
+            strategy = TypeAdapter(kind).validate_python(dict(settings))
+        except ValidationError as error:
+            fault = error.errors(include_url=False)[0]
+            place = ".".join(str(part) for part in ("strategy.settings", *fault["loc"]))
+            raise SpecError(f"{place}: {fault['msg']}, got {fault['input']!r}") from None
+    if isinstance(strategy, Checked):
+        strategy.check(study)
     return strategy
 
 
@@ -178,6 +213,19 @@ class Given:
     def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
         """The configuration, once it is trained."""
         return RandomSearch().rank(study, trials)
+
+
+def check_model(setting: str, name: str | None, study: Study) -> None:
+    """Check the model that a strategy's setting names, if it names one.
+
+    Raises:
+        SpecError: The study has no such model.
+    """
+    names = [model.name for model in study.ladder.models]
+    if name is not None and name not in names:
+        raise SpecError(
+            f"strategy.settings.{setting}: {name!r} is not among the models of the study ({', '.join(names)})"
+        )
 
 
 def fresh_configurations(study: Study, trials: Sequence[Trial], seed: int, count: int) -> list[Configuration]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from pydantic import ValidationError
 
 from jfhpo_core.errors import SpecError
@@ -16,6 +17,9 @@ from jfhpo_core.spec import StudySpec
 from jfhpo_core.stopping import build_rules
 from jfhpo_core.trainers import Job, Trainer, load_trainer
 from jfhpo_core.trial import Configuration, Purpose, Segment, StepRecord, Suggestion, Trial, trial_key
+
+SAMPLES = 256
+"""Random configurations of a space that are checked, besides the ends of each parameter."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,10 @@ class Study:
         except ValidationError as error:
             fault = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in fault["loc"])
+            refused = f"{name}={merged.get(name)!r}" if name else f"the configuration {merged}"
             known = ", ".join(self.trainer.hyperparameters.model_fields)
             raise SpecError(
-                f"trainer {self.spec.trainer.name!r} refuses {name}={merged.get(name)!r}: {fault['msg']}; "
-                f"its hyperparameters are {known}"
+                f"trainer {self.spec.trainer.name!r} refuses {refused}: {fault['msg']}; its hyperparameters are {known}"
             ) from None
         return full
 
@@ -175,7 +179,9 @@ def resolve(spec: StudySpec) -> Study:
     study.complete({})
     for name in spec.space:
         for value in _extremes(spec.space, name):
-            _complete_or_explain(study, {name: value}, f"space.{name}")
+            _complete_or_explain(study, spec.space.middle(**{name: value}), f"space.{name}")
+    for point in np.random.default_rng(0).random((SAMPLES, spec.space.dimension)):
+        _complete_or_explain(study, spec.space.decode(point), "space")
     for baseline in spec.baselines:
         _complete_or_explain(study, baseline.configuration, f"baselines.{baseline.name}")
     trainer.check(spec)

@@ -184,6 +184,16 @@ class SegmentResult(Record):
     message: str | None = None
     attempts: int = Field(default=1, ge=1, description="Tries needed, infrastructure failures included.")
     committed: int = Field(default=0, ge=0, description="Rank of its commit in the study, from 1; 0 if not known.")
+    moved_to: int | None = Field(
+        default=None,
+        ge=0,
+        description="Step at which it really began, if the checkpoint that it begins at was damaged.",
+    )
+
+    @property
+    def began_step(self) -> int:
+        """Step at which the training began."""
+        return self.segment.start_step if self.moved_to is None else self.moved_to
 
     @property
     def charge_seconds(self) -> float:

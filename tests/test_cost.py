@@ -242,3 +242,15 @@ def test_segments_that_were_cut_off_teach_nothing(study: Study, outcome: Outcome
     assert CostModel.fit(study, [failed]).estimate(configuration, "large", 0, 480) == CostModel.fit(study, []).estimate(
         configuration, "large", 0, 480
     )
+
+
+def test_what_was_repeated_after_a_damaged_checkpoint_does_not_look_expensive(study: Study) -> None:
+    (whole,) = synthetic_trials(study, 1, 0, noise=0.0)
+    (done,) = whole.segments
+    late = {"segment": done.segment.model_copy(update={"start_step": done.end_step - 1})}
+    repeated, short = (done.model_copy(update={**late, "moved_to": step}) for step in (0, None))
+    prices = [
+        CostModel.fit(study, [whole.model_copy(update={"segments": (segment,)})]).step.mean[0]
+        for segment in (done, repeated, short)
+    ]
+    assert prices[1] == prices[0] < prices[2]

@@ -33,7 +33,7 @@ def study(tmp_path: Path) -> Study:
 
 
 def middle(study: Study) -> Configuration:
-    return study.space.decode([0.5] * study.space.dimension)
+    return study.space.middle()
 
 
 def test_gains_are_measured_from_the_untrained_model_of_that_size(study: Study) -> None:
@@ -66,6 +66,15 @@ def test_one_that_was_stopped_before_any_score_counts_as_no_better_than_the_untr
     assert seen.gains.tolist() == [0.0]
     assert seen.inputs[:, study.space.dimension + 1].tolist() == [1.0]
     assert seen.variances.tolist() == [measurement_variance(study, [])]
+
+
+def test_a_rung_before_the_stop_says_nothing_about_what_went_wrong(study: Study) -> None:
+    """Some trainers score at rungs only."""
+    trial = trained(study, middle(study), "small", [0.1, 0.6], outcome=Outcome.STOPPED)
+    late = trial.segments[-1].model_copy(update={"end_step": trial.step + 3})
+    seen = observe(study, [trial.model_copy(update={"segments": (*trial.segments[:-1], late)})])
+    assert seen.gains.tolist() == [0.0]
+    assert seen.inputs[:, study.space.dimension + 1].tolist() == [1.0]
 
 
 def test_one_that_others_surpass_counts_with_its_curve(study: Study) -> None:

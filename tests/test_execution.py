@@ -109,6 +109,7 @@ def test_a_damaged_checkpoint_is_passed_over(bench: Bench, calm: Bench) -> None:
     assert result.message is not None
     assert "from step 10 instead of 20" in result.message
     assert "quarantine" in result.message
+    assert (result.began_step, result.segment.start_step) == (10, 20)
     assert bench.outcome() == calm.outcome()
     assert bench.stored() == [10, 30]
     # It pays for what it had to repeat.

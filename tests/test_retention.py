@@ -56,8 +56,18 @@ def test_a_running_search_keeps_what_it_may_use(shelf: Shelf) -> None:
     shelf.put("small", 30)  # its full length
     shelf.put("large", 30)
     shelf.put("small", 10, outcome=Outcome.STOPPED)
-    shelf.put("small", 10, outcome=Outcome.LOST)
-    assert shelf.kept(complete=False) == {(0, 10), (0, 20), (2, 30)}
+    shelf.put("small", 10, outcome=Outcome.LOST)  # is tried once more
+    assert shelf.kept(complete=False) == {(0, 10), (0, 20), (2, 30), (4, 10)}
+    assert shelf.kept(complete=True) == set()
+
+
+def test_what_was_lost_twice_may_go_on_on_the_target_only(shelf: Shelf) -> None:
+    for model in ("small", "large"):
+        trial = shelf.put(model, 10, outcome=Outcome.LOST)
+        again = result(2, 10, 11, outcome=Outcome.LOST)
+        shelf.trials[-1] = trial.model_copy(update={"segments": (*trial.segments, again)})
+    assert shelf.kept(complete=False) == {(1, 10)}
+    assert shelf.kept(limit=0, complete=False) == set()
 
 
 def test_a_complete_study_keeps_the_recommended_training(shelf: Shelf) -> None:

@@ -445,6 +445,19 @@ def test_nothing_is_held_back_for_a_validation_that_cannot_be_paid_any_more(tmp_
     assert told.remaining == [pytest.approx(5.0)]
 
 
+def test_a_space_may_leave_out_the_trainers_own_batch_size(tmp_path: Path) -> None:
+    space = {
+        "prompts_per_step": {"type": "choice", "values": [5, 25]},
+        "learning_rate": {"type": "float", "low": 1e-5, "high": 1e-2, "log": True},
+    }
+    study = simulated_study(
+        tmp_path, space=space, baselines=[], fidelity={"horizon_prompts": 300, "rungs": 3}, seeds={"training": [0]}
+    )
+    outcome, _ = search(study)
+    assert outcome.complete
+    assert outcome.recommended is not None
+
+
 def test_what_a_running_training_still_needs_is_held_back(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, baselines=[], budget={"trial_seconds": 1000.0, "top_k": 2, "max_parallel": 2})
     trials: list[Trial] = []
@@ -622,6 +635,19 @@ def test_a_row_is_the_mean_over_seeds_with_the_larger_of_two_errors(tmp_path: Pa
     assert (row.seeds, row.seconds) == (2, 20)
     alike = build(study, lambda s: [finished(s, 0, 0, 0.5, 1e-3), finished(s, 1, 1, 0.5, 1e-3, purpose="confirmation")])
     assert alike.rows[0].standard_error == pytest.approx(0.02 / math.sqrt(2))
+
+
+def test_seeds_by_which_the_search_chose_are_no_part_of_the_comparison(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, seeds=TWO_SEEDS, baselines=[])
+    found = build(
+        study,
+        lambda s: [
+            finished(s, 0, 0, 0.5, 1e-3),
+            finished(s, 1, 7, 0.9, 1e-3),
+            finished(s, 2, 1, 0.6, 1e-3, purpose="confirmation"),
+        ],
+    )
+    assert (found.rows[0].score, found.rows[0].seeds) == (pytest.approx(0.55), 2)
 
 
 def test_a_stopped_baseline_counts_with_its_last_score(tmp_path: Path) -> None:

@@ -349,6 +349,32 @@ def test_expectations_fall_off_around_the_expected_values() -> None:
     np.testing.assert_allclose(space.log_expectation(points), [0.0, -0.5, 0.0], atol=1e-9)
 
 
+def test_the_middle_has_what_is_wanted_of_it_with_the_conditions_for_it() -> None:
+    space = Space.model_validate(
+        {
+            "loss": {"type": "choice", "values": ["grpo", "rloo", "ppo"]},
+            "estimator": {"type": "choice", "values": ["k1", "k2"], "when": {"loss": ["rloo"]}},
+            "rate": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True},
+        }
+    )
+    assert space.middle() == {"loss": "grpo", "rate": 1e-4}
+    assert space.middle(estimator="k1") == {"loss": "rloo", "estimator": "k1", "rate": 1e-4}
+    assert space.middle(rate=1e-2, loss="ppo") == {"loss": "ppo", "rate": 1e-2}
+
+
+def test_other_values_of_a_choice_are_half_a_range_away_however_many_there_are() -> None:
+    two, three = (
+        Space.model_validate({"scheduler": {"type": "choice", "values": values, "expected": "constant"}})
+        for values in (["constant", "cosine"], ["constant", "cosine", "linear"])
+    )
+    found = [
+        space.log_expectation(np.array([space.encode({"scheduler": value}) for value in ("constant", "cosine")]))
+        for space in (two, three)
+    ]
+    np.testing.assert_allclose(found[1], found[0])
+    assert found[0][0] == 0 > found[0][1]
+
+
 def test_what_is_expected_of_a_hyperparameter_says_nothing_where_it_is_inactive() -> None:
     space = Space.model_validate(
         {

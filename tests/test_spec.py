@@ -164,6 +164,14 @@ BAD = {
     "batch does not divide": (
         changed("temperature: 0.9", "prompts_per_step: 7"), 15, "fidelity", "7", "not a whole number of steps",
     ),
+    "batch only now and then": (
+        changed(
+            "  scheduler: {type: choice, values: [constant, cosine]}",
+            "  scheduler: {type: choice, values: [constant, cosine]}\n"
+            "  prompts_per_step: {type: choice, values: [3, 6], when: {scheduler: [cosine]}}",
+        ).replace("horizon_prompts: 480", "horizon_prompts: 90"),
+        16, "fidelity", "30", "not a whole number of steps of 16",
+    ),
     "batch as a range": (
         changed(
             "  scheduler: {type: choice, values: [constant, cosine]}",

@@ -167,6 +167,14 @@ def test_reward_drop_understands_negative_rewards() -> None:
     assert_stops_at(RewardDrop(), stream(reward=[-1.0] * 8 + [-3.0] * 8), 11)
 
 
+def test_reward_drop_is_not_fooled_by_rewards_that_begin_near_zero() -> None:
+    rising = [0.06, -0.04, 0.05, -0.01, 0.02, -0.06, 0.04, 0.01, -0.03, 0.0, -0.04, 0.03, 0.1, 0.2, 0.3, 0.4]
+    assert first_stop(RewardDrop(), stream(reward=rising)) is None
+    assert first_stop(RewardDrop(deviations=0.0), stream(reward=rising)) is not None
+    # A real fall is many standard errors deep.
+    assert_stops_at(RewardDrop(), stream(reward=[*rising[:8], *[-0.9] * 8]), 10)
+
+
 def test_reward_drop_from_zero_is_undefined_and_silent() -> None:
     assert first_stop(RewardDrop(), stream(reward=[0.0] * 4 + [-1.0] * 20)) is None
 

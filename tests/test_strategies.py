@@ -86,6 +86,11 @@ def test_strategies_with_a_model_are_loaded_by_name(tmp_path: Path, name: str) -
     [
         ("grid", "strategy.name: no strategy 'grid'; there are .*jfhpo, paper, random, .*tpe"),
         ({"name": "random", "settings": {"depth": 3}}, "strategy.settings: .*depth"),
+        ({"name": "jfhpo", "settings": {"target_share": "half"}}, "strategy.settings.target_share: .*got 'half'"),
+        ({"name": "jfhpo", "settings": {"anchors": -1}}, "strategy.settings.anchors: .*greater than or equal to 0"),
+        ({"name": "paper", "settings": {"proxy": "nope"}}, r"strategy.settings.proxy: 'nope' is not among the models"),
+        ({"name": "tpe", "settings": {"model": "nope"}}, r"strategy.settings.model: 'nope' is not .*small, medium"),
+        ({"name": "asha", "settings": {"eta": 1}}, "strategy.settings.eta: .*greater than or equal to 2, got 1"),
     ],
 )
 def test_unknown_strategies_and_settings_are_refused(tmp_path: Path, strategy: object, message: str) -> None:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from jfhpo_core.cost import CostModel
-from jfhpo_core.errors import SpecError
 from jfhpo_core.space import ChoiceParameter, FloatParameter, IntParameter
-from jfhpo_core.strategies import Proposal, Recommendation, fresh_configurations
+from jfhpo_core.strategies import Proposal, Recommendation, check_model, fresh_configurations
 from jfhpo_core.study import Study
 from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, Value, configuration_key
 
@@ -77,6 +76,10 @@ class Peer:
         )
         return Proposal(choice.configuration, model, choice.stop_prompts, suggestion)
 
+    def check(self, study: Study) -> None:
+        """See `Checked.check`."""
+        check_model("model", self.model, study)
+
     def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
         """See `Strategy.rank`: by the score at the highest rung reached, highest rungs first.
 
@@ -97,16 +100,7 @@ class Peer:
         return [item for _, item in sorted(best.values(), key=lambda entry: entry[0], reverse=True)]
 
     def trained_model(self, study: Study) -> str:
-        """Name of the model that the peer trains.
-
-        Raises:
-            SpecError: The study has no such model.
-        """
-        names = [model.name for model in study.ladder.models]
-        if self.model is not None and self.model not in names:
-            raise SpecError(
-                f"strategy.settings.model: {self.model!r} is not among the models of the study ({', '.join(names)})"
-            )
+        """Name of the model that the peer trains."""
         return self.model or study.ladder.target.name
 
     def trials(self, study: Study, trials: Sequence[Trial]) -> list[Trial]:

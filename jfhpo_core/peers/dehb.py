@@ -10,7 +10,7 @@ from dehb import DEHB
 from loguru import logger
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.peers.base import rung_of, top_budget
+from jfhpo_core.peers.base import ladder, rung_of, top_budget
 from jfhpo_core.peers.replay import Library, ReplayedPeer, Request
 from jfhpo_core.space import Space
 from jfhpo_core.study import Study
@@ -26,17 +26,17 @@ class Dehb(ReplayedPeer):
 
     name: ClassVar[str] = "dehb"
 
-    def library(self, study: Study, rungs: int) -> Library:
-        """See `ReplayedPeer.library`.
-
-        Raises:
-            SpecError: The study has a single rung.
-        """
-        if rungs < 2:
+    def check(self, study: Study) -> None:
+        """See `Checked.check`; a single rung is refused."""
+        super().check(study)
+        if len(ladder(study.spec.fidelity.levels, self.eta)) < 2:
             raise SpecError(
                 f"fidelity.rungs: strategy 'dehb' needs at least two rungs that lie a factor of {self.eta} apart, and "
                 f"the study has {list(study.spec.fidelity.levels)}; add earlier rungs, or choose another strategy"
             )
+
+    def library(self, study: Study, rungs: int) -> Library:
+        """See `ReplayedPeer.library`."""
         return _Evolution(study, rungs, self.eta)
 
 

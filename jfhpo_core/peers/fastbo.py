@@ -21,7 +21,7 @@ import numpy as np
 
 from jfhpo_core.peers.base import Choice, Peer
 from jfhpo_core.peers.gp import Scored, propose, with_failed
-from jfhpo_core.strategies import Recommendation, fresh_configurations
+from jfhpo_core.strategies import Count, Positive, Recommendation, Share, fresh_configurations
 from jfhpo_core.study import Study, base_scores
 from jfhpo_core.trial import Evaluation, Trial, TrialState, configuration_key
 
@@ -92,11 +92,11 @@ class FastBo(Peer):
     """
 
     name: ClassVar[str] = "fastbo"
-    warmup_share: float = 0.2
+    warmup_share: Share = 0.2
     threshold: float = 0.02
-    initial_trials: int | None = None
-    fresh: int = 256
-    local: int = 256
+    initial_trials: Positive | None = None
+    fresh: Positive = 256
+    local: Count = 256
 
     def choose(self, study: Study, mine: Sequence[Trial], seed: int) -> Choice | None:
         """See `Peer.choose`."""

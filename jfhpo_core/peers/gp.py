@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jfhpo_core.peers.base import Choice, Peer
 from jfhpo_core.space import Space
-from jfhpo_core.strategies import fresh_configurations
+from jfhpo_core.strategies import Count, Positive, fresh_configurations
 from jfhpo_core.study import Study
 from jfhpo_core.trial import Configuration, Trial, TrialState, configuration_key
 
@@ -47,9 +47,9 @@ class Gp(Peer):
     """
 
     name: ClassVar[str] = "gp"
-    initial_trials: int | None = None
-    fresh: int = 256
-    local: int = 256
+    initial_trials: Positive | None = None
+    fresh: Positive = 256
+    local: Count = 256
 
     def choose(self, study: Study, mine: Sequence[Trial], seed: int) -> Choice | None:
         """See `Peer.choose`."""

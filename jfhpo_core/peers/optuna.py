@@ -34,6 +34,7 @@ from jfhpo_core.peers.base import (
     score_at,
 )
 from jfhpo_core.space import FloatParameter, IntParameter, Space
+from jfhpo_core.strategies import Positive, Reduction
 from jfhpo_core.study import Study
 from jfhpo_core.trial import Configuration, Outcome, Trial, TrialState
 
@@ -194,7 +195,7 @@ class Tpe(OptunaPeer):
     """
 
     name: ClassVar[str] = "tpe"
-    startup_trials: int = 10
+    startup_trials: Positive = 10
 
     def sampler(self, seed: int) -> BaseSampler:
         """See `OptunaPeer.sampler`."""
@@ -210,7 +211,7 @@ class Asha(OptunaPeer):
     """
 
     name: ClassVar[str] = "asha"
-    eta: int = 3
+    eta: Reduction = 3
 
     def rungs(self, study: Study) -> tuple[int, ...]:
         """See `OptunaPeer.rungs`."""
@@ -239,7 +240,7 @@ class Bohb(Asha):
     """
 
     name: ClassVar[str] = "bohb"
-    startup_trials: int = 4
+    startup_trials: Positive = 4
 
     def sampler(self, seed: int) -> BaseSampler:
         """See `OptunaPeer.sampler`."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jfhpo_core.peers.base import DRAWS, Choice, Peer, ladder
-from jfhpo_core.strategies import fresh_configurations
+from jfhpo_core.strategies import Reduction, fresh_configurations
 from jfhpo_core.study import Study
 from jfhpo_core.trial import Configuration, Outcome, Trial, TrialState, configuration_key
 
@@ -156,7 +156,7 @@ class ReplayedPeer(Peer):
         eta: One in `eta` trials is promoted at each rung, and rungs lie about a factor of `eta` apart.
     """
 
-    eta: int = 3
+    eta: Reduction = 3
 
     @abstractmethod
     def library(self, study: Study, rungs: int) -> Library:

@@ -34,6 +34,7 @@ from smac.runhistory.encoder import RunHistoryEncoder
 from jfhpo_core.peers.base import from_native, is_ordinal, native, rung_of, top_budget
 from jfhpo_core.peers.replay import Library, ReplayedPeer, Request
 from jfhpo_core.space import ChoiceParameter, FloatParameter, IntParameter, Space
+from jfhpo_core.strategies import Positive
 from jfhpo_core.study import Study
 from jfhpo_core.trial import Configuration
 
@@ -100,7 +101,7 @@ class Smac3(SuccessiveHalving):
     """
 
     name: ClassVar[str] = "smac3"
-    initial_trials: int | None = None
+    initial_trials: Positive | None = None
 
     def facade(self, scenario: Scenario, study: Study) -> Any:
         """See `SuccessiveHalving.facade`."""

@@ -12,7 +12,7 @@ from tests.peers.test_peers import peer_study, search
 def test_a_single_rung_is_refused(tmp_path: Path) -> None:
     study = peer_study(tmp_path, "dehb", fidelity={"horizon_prompts": 480, "rungs": 1})
     with pytest.raises(SpecError, match=r"fidelity\.rungs: .*at least two rungs.*\[480\]"):
-        load_strategy(study).suggest(study, [], 100.0, 0)
+        load_strategy(study)
 
 
 def test_brackets_follow_hyperband(tmp_path: Path) -> None:

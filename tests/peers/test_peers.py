@@ -220,7 +220,7 @@ def test_a_peer_can_search_on_a_proxy(tmp_path: Path, name: str) -> None:
 def test_a_model_that_is_not_in_the_study_is_refused(tmp_path: Path, name: str) -> None:
     study = peer_study(tmp_path, name, strategy={"name": name, "settings": {"model": "huge"}})
     with pytest.raises(SpecError, match=r"strategy\.settings\.model: 'huge' .*small, medium, large"):
-        load_strategy(study).suggest(study, [], 100.0, 0)
+        load_strategy(study)
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "fastbo"])

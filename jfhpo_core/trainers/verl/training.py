@@ -185,9 +185,9 @@ class Loop:
 
     def _wait_for(self, path: Path) -> None:
         """Verl writes completions in a thread of their own."""
-        before = -1
-        while not (path.exists() and path.stat().st_size == before):
-            before = path.stat().st_size if path.exists() else -1
+        before = 0
+        while not (path.exists() and path.stat().st_size == before > 0):
+            before = path.stat().st_size if path.exists() else 0
             self._poll()
 
     def _record(self, data: dict[str, float]) -> StepRecord:
@@ -230,7 +230,7 @@ class Loop:
 def _groups(path: Path) -> dict[str, list[float]]:
     """Rewards of a file of completions, by prompt."""
     groups: dict[str, list[float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # completions may hold other line separators
         entry = json.loads(line)
         # PROMPT_ROLLOUT_OUTPUT
         groups.setdefault(entry["uid"].rsplit("_", 2)[0], []).append(float(entry["score"]))

@@ -47,10 +47,11 @@ folder = Path(sys.argv[1])
 def generations(name, step, rewards):
     (folder / name).mkdir(exist_ok=True)
     lines = [
-        {"input": "", "output": "", "gts": None, "score": reward, "step": step, "uid": f"p{place // 2}_{place % 2}_0"}
+        {"input": "", "output": "one\u2028two", "score": reward, "step": step, "uid": f"p{place // 2}_{place % 2}_0"}
         for place, reward in enumerate(rewards)
     ]
-    (folder / name / f"{step}.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\\n" for line in lines)
+    (folder / name / f"{step}.jsonl").write_text(text)
 def log(step, data):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "data": data}) + "\\n")
