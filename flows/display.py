@@ -473,7 +473,7 @@ def next_steps(outcome: StudyOutcome) -> dict[str, str]:
     return {
         "browse": outcome.url or f"mlflow ui --backend-store-uri {outcome.tracking_uri}",
         "report": str(outcome.report),
-        "model": outcome.model_uri or f"none registered: {outcome.model_note}",
+        "model": f"{outcome.model_uri or 'none registered'}, {outcome.model_note}",
     }
 
 

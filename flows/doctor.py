@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from flows.runtime import INLINE, recorded
 from jfhpo_core.errors import JfhpoError
 from jfhpo_core.preflight import Finding, Level, examine
+from jfhpo_core.report.text import without_credentials
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.study import Study, resolve
 
@@ -30,7 +31,9 @@ def _ledger(study: Study) -> Finding:
     try:
         ledger = recorded(study)
     except Exception as error:  # noqa: BLE001  whatever its client raises
-        return Finding(Level.FAILURE, "ledger", f"MLflow does not answer: {error}; check tracking.uri")
+        return Finding(
+            Level.FAILURE, "ledger", f"MLflow does not answer: {without_credentials(str(error))}; check tracking.uri"
+        )
     known = "holds no such study yet" if ledger is None else f"holds {len(ledger.trials())} trials of it"
     return Finding(Level.OK, "ledger", f"MLflow answers and {known}")
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from flows.runtime import run_study
 from jfhpo_core.errors import JfhpoError, SpecError
-from jfhpo_core.spec import StudySpec, parse_value
+from jfhpo_core.spec import StudySpec
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.project import NAME, ProjectSettings
 
@@ -95,7 +95,6 @@ def project_study(
     place = str(local.resolve()) if local.exists() else uri
     manager = {"env_manager": config[ENV_MANAGER]} if config.get(ENV_MANAGER) else {}
     settings = {**manager, **own, "uri": place, "entry_point": entry_point, "version": version}
-    fixed = {name: parse_value(value) for name, value in params.items()}
     budget = {"max_parallel": 1, **given.get("budget", {})}
     data = {
         "study": f"{Path(place).name.removesuffix('.git')}-{entry_point}",
@@ -110,7 +109,7 @@ def project_study(
         **given,
         "budget": budget,
         "fidelity": {"horizon_prompts": 1, "rungs": 1},
-        "trainer": {"name": NAME, "fixed": {**fixed, "prompts_per_step": 1}, "settings": settings},
+        "trainer": {"name": NAME, "fixed": {**params, "prompts_per_step": 1}, "settings": settings},
     }
     try:
         return StudySpec.model_validate(data)

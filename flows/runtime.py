@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from flows.summary import facts
 from jfhpo_core.checkpoints import CheckpointStore
 from jfhpo_core.dispatch import Dispatcher, InlineDispatcher
-from jfhpo_core.errors import CheckpointError, LedgerError
+from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
 from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.ledger import Ledger
 from jfhpo_core.outbox import Outbox
@@ -46,8 +46,8 @@ class StudyOutcome:
         tracking_uri: The MLflow store that holds it.
         url: The study's page, if the store is a server.
         report: The HTML report.
-        model_uri: The registered target model, e.g. 'models:/demo@champion'; None if none was registered.
-        model_note: Why it has that alias, or why nothing was registered.
+        model_uri: The registered version of the target model, e.g. 'models:/demo/1'; None if none was registered.
+        model_note: Which alias it was given and why, or why nothing was registered.
     """
 
     result: SearchResult
@@ -171,10 +171,16 @@ def judge_checkpoints(spec: StudySpec, limit_bytes: int | None = None, *, delete
         delete: Delete what is not worth its space.
 
     Raises:
-        LedgerError: The ledger holds no such study, or another process runs it and something is to be deleted.
+        LedgerError: The ledger holds no such study; or something is to be deleted while another process runs the study,
+            or while trials of it wait to be written to the ledger.
     """
     study = informed(resolve(spec))
     with _exclusive(study) if delete else nullcontext():
+        if delete and (study.folder / OUTBOX).exists():
+            raise LedgerError(
+                f"{study.folder / OUTBOX} holds trials that the ledger does not know yet; run `jfhpo search` first, "
+                "which delivers them, so that their checkpoints are not taken for nobody's"
+            )
         ledger, result = _look(study)
         ranked = rank(study, load_strategy(study), result.trials)
         judgements = judge(study, result.trials, result.target_trial, ranked, result.complete, limit_bytes)
@@ -236,11 +242,10 @@ def _shown(ledger: MlflowLedger, *, complete: bool = False) -> Iterator[None]:
 
     try:
         yield
-    except Exception:
-        ledger.end(StudyState.FAILED)
-        raise
-    except BaseException:
-        ledger.end(StudyState.FINISHED if complete else StudyState.INTERRUPTED)
+    except BaseException as error:
+        failed = isinstance(error, Exception) and not isinstance(error, Interruption)
+        over = StudyState.FINISHED if complete else StudyState.INTERRUPTED
+        ledger.end(StudyState.FAILED if failed else over)
         raise
 
 
@@ -265,7 +270,8 @@ def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyO
     from mlflow_plugin.registry import register_target
 
     report = study.folder / REPORT
-    state = canonical_json([trial.model_dump(mode="json") for trial in result.trials])
+    trials = [trial.model_dump(mode="json") for trial in result.trials]
+    state = canonical_json([trials, study.spec.tracking.registered_model])
     digest = hashlib.sha256(state.encode()).hexdigest()[:16]
     if ledger.facts().get(PUBLISHED) != digest or not report.exists():
         uri, note = "", UNFINISHED
@@ -276,8 +282,8 @@ def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyO
                 # Not published: once the checkpoint is back, the next call registers it.
                 note, digest = f"the recommended training cannot be registered: {error}", ""
             else:
-                note = registration.reason
-                uri = f"models:/{registration.name}@{registration.alias}" if registration.name else ""
+                # The version, and not its alias, which moves on to later versions.
+                note, uri = registration.note, registration.uri or ""
         ledger.summarize({**facts(result), MODEL_URI: uri, MODEL_NOTE: note})
         ledger.present(result, write_plots(result, study.folder / PLOTS))
         ledger.summarize({PUBLISHED: digest}, [_write_report(study, ledger, result)])

@@ -50,10 +50,10 @@ class TaskRuns:
     Args:
         inner: Runs the jobs, retries infrastructure failures and ends what hangs.
         ledger: Holds the study, open.
-        gate: Called with every job before it is started; may raise to end the flow run.
+        gate: Called with every job and its trial before it is started; may raise to end the flow run.
     """
 
-    def __init__(self, inner: Dispatcher, ledger: Ledger, gate: Callable[[Job], None] = lambda _: None) -> None:
+    def __init__(self, inner: Dispatcher, ledger: Ledger, gate: Callable[[Job, Trial], None] = lambda *_: None) -> None:
         self.slots = inner.slots
         self._inner = inner
         self._ledger = ledger
@@ -63,8 +63,8 @@ class TaskRuns:
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`."""
         self._settle()
-        self._gate(job)
         trial = self._trial(job.trial_key)
+        self._gate(job, trial)
         heard: queue.SimpleQueue[StepRecord | State[None]] = queue.SimpleQueue()
 
         @task(name="segment", task_run_name=task_run_name(trial, job), cache_policy=NO_CACHE)

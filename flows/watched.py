@@ -28,13 +28,14 @@ from flows.hold import LEASE_SECONDS, give_back, hold
 from flows.runtime import INLINE, StudyOutcome, rebuild_report, run_study
 from flows.segments import TaskRuns
 from jfhpo_core.dispatch import Dispatcher
-from jfhpo_core.errors import InfrastructureError, JfhpoError
+from jfhpo_core.errors import InfrastructureError, Interruption
 from jfhpo_core.ledger import Ledger
 from jfhpo_core.report.summary import verdict
-from jfhpo_core.search import VALIDATION, Phase, Progress
+from jfhpo_core.search import VALIDATION, Progress
 from jfhpo_core.spec import StudySpec, load_study
 from jfhpo_core.study import resolve
 from jfhpo_core.trainers import Job
+from jfhpo_core.trial import Trial
 
 DEFAULT_STUDY = "examples/demo.yaml"
 
@@ -48,8 +49,8 @@ RETRY_SECONDS = 60.0
 APPROVAL_SECONDS = 7 * 24 * 3600
 """A flow run that waits longer than this for an approval fails. Its study can be continued all the same."""
 
-GATED = (VALIDATION, str(Phase.COMPARISON))
-"""Sources of the segments that train on the target at full length once the search is over."""
+GATED = ("confirmation", "random-search")
+"""Purposes of trials that train on the target at full length once the search is over; validations do, too."""
 
 Answer = TypeVar("Answer")
 
@@ -60,7 +61,7 @@ class Approval(RunInput):
     approve: bool = Field(default=True, description="Train the target now; otherwise the run ends here.")
 
 
-class DeclinedError(JfhpoError):
+class DeclinedError(Interruption):
     """A person has declined the target run."""
 
 
@@ -98,7 +99,7 @@ def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
     log = get_run_logger()
     display = PlainDisplay(log.info)
     board = Board(spec.study, display.watch)
-    gate = _Gate(spec) if approve_target else None
+    gate = Gate(spec) if approve_target else None
     ledgers: list[Ledger] = []
 
     def on_open(ledger: Ledger) -> None:
@@ -110,7 +111,7 @@ def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
         board.progress(progress)
 
     def around(dispatcher: Dispatcher) -> Dispatcher:
-        return TaskRuns(dispatcher, ledgers[-1], gate.check if gate is not None else lambda _: None)
+        return TaskRuns(dispatcher, ledgers[-1], gate.check if gate is not None else lambda *_: None)
 
     with hold(spec.study), _devices(spec):
         try:
@@ -172,20 +173,21 @@ def _limit_exists(name: str) -> bool:
     return True
 
 
-class _Gate:
+class Gate:
     """Lets no training of the target begin at the end of the search before a person has agreed."""
 
     def __init__(self, spec: StudySpec) -> None:
         self._spec = spec
         self._approved = False
 
-    def check(self, job: Job) -> None:
+    def check(self, job: Job, trial: Trial) -> None:
         """Suspend the flow run, or, once it is resumed, go on or end it.
 
         Raises:
             DeclinedError: The answer was no.
         """
-        if self._approved or job.segment.suggestion.source not in GATED:
+        after_search = trial.purpose in GATED or job.segment.suggestion.source == VALIDATION
+        if self._approved or not after_search:
             return
         seconds = job.segment.suggestion.expected_cost_seconds
         cost = f" It should take {duration(seconds)} of trial time." if seconds is not None else ""

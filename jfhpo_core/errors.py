@@ -28,6 +28,10 @@ class InfrastructureError(JfhpoError):
     """A worker, node or service failed. Says nothing about the configuration; the segment is tried again."""
 
 
+class Interruption(JfhpoError):  # noqa: N818  nothing is wrong
+    """A person has ended the study for now; it can be continued."""
+
+
 class CheckpointError(JfhpoError):
     """A checkpoint is missing, incomplete or does not match its manifest."""
 

@@ -39,6 +39,7 @@ from pydantic import BaseModel, ValidationError
 from jfhpo_core.errors import LedgerError, LedgerUnavailable, SpecError
 from jfhpo_core.fidelity import Ladder, build_ladder
 from jfhpo_core.ledger import check_begin, check_commit, mismatch_message
+from jfhpo_core.report.text import without_credentials
 from jfhpo_core.search import SearchResult
 from jfhpo_core.spec import StudySpec, parse_study
 from jfhpo_core.study import checkpoint_store
@@ -90,6 +91,8 @@ AWAY = "TEMPORARILY_UNAVAILABLE"
 """MLflow's code for a database that is locked by another process, full or away."""
 TRANSIENT = {AWAY, "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "ABORTED"}
 """MLflow's codes for a server that is away, overloaded or about to restart."""
+REMOTE_NAMES = {"databricks", "databricks-uc", "uc"}
+"""Tracking URIs without a scheme that are no folders."""
 REFUSALS = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
 HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """The outbox tries again by itself: the driver shall not stand still for the minutes that MLflow's defaults take."""
@@ -147,7 +150,7 @@ def _signals_wait() -> Iterator[None]:
 
 
 def _short(error: Exception) -> str:
-    text = str(error)
+    text = without_credentials(str(error))
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
@@ -261,18 +264,16 @@ class MlflowLedger:
             LedgerError: The store holds no study of this name, or its study file is lost.
         """
         client = self._given or (connect(study) if _exists(_uri(study)) else None)
-        named = _experiment_name(study.model_copy(update={"study": name}))
-        experiment = client.get_experiment_by_name(named) if client is not None else None
-        wanted = f"tags.`{STUDY}` = '{name}'"
-        runs = _search(client, experiment.experiment_id, wanted) if client is not None and experiment else []
-        if not runs:
+        found = _study_anywhere(client, study, name) if client is not None else None
+        if found is None:
             raise LedgerError(
-                f"warm_start: the ledger holds no study {name!r} (MLflow experiment {named!r}); correct the name, or "
-                "remove it"
+                f"warm_start: the ledger holds no study {name!r} in experiment "
+                f"{_experiment_name(study)!r} or any jfhpo/...; correct the name, or remove it"
             )
         self._opened = client
-        spec = parse_study(self._read_text(runs[0].info.run_id, "study.yaml"), f"study {name!r} in the ledger")
-        spec = spec.model_copy(update={"tracking": study.tracking})
+        experiment, run = found
+        spec = parse_study(self._read_text(run.info.run_id, "study.yaml"), f"study {name!r} in the ledger")
+        spec = spec.model_copy(update={"tracking": study.tracking.model_copy(update={"experiment": experiment.name})})
         self.look(spec)
         return spec
 
@@ -412,7 +413,7 @@ class MlflowLedger:
     @property
     def tracking_uri(self) -> str:
         """Where the study is kept, as `mlflow ui --backend-store-uri` takes it; a password in it is masked."""
-        return _without_password(self._client.tracking_uri)
+        return without_credentials(self._client.tracking_uri)
 
     @property
     def remote(self) -> bool:
@@ -495,7 +496,7 @@ class MlflowLedger:
         """Log study file, versions and source with what can be derived from them, unless they are logged already."""
         tracking = self._study.tracking
         if tracking.uri is not None:
-            tracking = tracking.model_copy(update={"uri": _without_password(tracking.uri)})
+            tracking = tracking.model_copy(update={"uri": without_credentials(tracking.uri)})
         text = self._study.model_copy(update={"tracking": tracking}).to_yaml()
         versions = environment()
         digest = hashlib.sha256(canonical_json([text, versions, self._source]).encode()).hexdigest()
@@ -628,15 +629,18 @@ def connect(study: StudySpec) -> MlflowClient:
             pass  # MLflow's own settings for certificates decide
         except (requests.ConnectionError, requests.Timeout) as error:
             raise LedgerError(
-                f"the MLflow server {_without_password(uri)} does not answer ({type(error).__name__}); start it, or "
+                f"the MLflow server {without_credentials(uri)} does not answer ({type(error).__name__}); start it, or "
                 "correct tracking.uri in the study file or MLFLOW_TRACKING_URI"
             ) from None
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         return MlflowClient(tracking_uri=uri)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise LedgerError(
-            f"MLflow cannot use the tracking URI {_without_password(uri)!r}: {error}; correct tracking.uri"
-        ) from error
+            f"MLflow cannot use the tracking URI {without_credentials(uri)!r}: {_short(error)}; start the database (or "
+            "install its driver), or correct tracking.uri in the study file or MLFLOW_TRACKING_URI"
+        ) from None
 
 
 def _uri(study: StudySpec) -> str:
@@ -646,6 +650,8 @@ def _uri(study: StudySpec) -> str:
 def _exists(uri: str) -> bool:
     """Whether a store that is a local file or folder is there; MLflow would create it. True for all other stores."""
     parts = urlsplit(uri)
+    if uri in REMOTE_NAMES:
+        return True
     if parts.scheme == "sqlite":
         return Path(parts.path.removeprefix("/")).exists()
     return Path(parts.path).exists() if parts.scheme in ("", "file") else True
@@ -656,16 +662,11 @@ def _absolute(uri: str) -> str:
     prefix, parts = "sqlite:///", urlsplit(uri)
     if uri.startswith(prefix) and parts.path.strip("/"):
         return prefix + str(Path(uri.removeprefix(prefix)).absolute())
-    return str(Path(uri).absolute()) if parts.scheme == "" else uri
+    return str(Path(uri).absolute()) if parts.scheme == "" and uri not in REMOTE_NAMES else uri
 
 
 def _is_server(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
-
-
-def _without_password(uri: str) -> str:
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
 
 
 def _experiment_name(study: StudySpec) -> str:
@@ -698,6 +699,17 @@ def _artifact_folder(uri: str, experiment: str) -> str | None:
 def _study_run(client: MlflowClient, experiment_id: str, study: StudySpec) -> Run | None:
     runs = _search(client, experiment_id, f"tags.`{STUDY}` = '{study.study}'")
     return runs[0] if runs else None
+
+
+def _study_anywhere(client: MlflowClient, study: StudySpec, name: str) -> tuple[Experiment, Run] | None:
+    """The run of a study by its name, in the experiment of `study`, in its own, or else in any other jfhpo/...."""
+    likely = [client.get_experiment_by_name(one) for one in (_experiment_name(study), f"jfhpo/{name}")]
+    wanted = study.model_copy(update={"study": name})
+    for experiment in (*filter(None, likely), *client.search_experiments(filter_string="name LIKE 'jfhpo/%'")):
+        run = _study_run(client, experiment.experiment_id, wanted)
+        if run is not None:
+            return experiment, run
+    return None
 
 
 def _search(client: MlflowClient, experiment_id: str, condition: str) -> list[Run]:

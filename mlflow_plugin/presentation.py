@@ -145,7 +145,9 @@ def trial_parameters(
         for name in logarithmic(space)
         if isinstance(value := configuration.get(name), int | float) and 0 < value < math.inf
     }
-    return {name: str(value) for name, value in {**configuration, **logarithms, **fixed}.items()}
+    # A project may well have hyperparameters of these names.
+    ours = {f"jfhpo.{name}" if name in trial.configuration else name: value for name, value in fixed.items()}
+    return {name: str(value) for name, value in {**configuration, **logarithms, **ours}.items()}
 
 
 def logarithmic(space: Space) -> list[str]:

@@ -41,6 +41,10 @@ BEYOND_NOISE = 2.0
 MODEL_TYPE = "jfhpo-target"
 VERSIONS = "mlflow.modelVersions"
 """Tag of a logged model by which MLflow links it to its versions in the registry."""
+CHAT_NOTE = (
+    "\nIt was trained and scored on prompts in the chat template: hand it messages, "
+    '`[{"role": "user", "content": prompt}]`, not plain text.\n'
+)
 ADAPTER = "adapter_model.safetensors"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """Names that transformers gives to whole weights: in one file, and the index of several."""
@@ -74,6 +78,11 @@ class Registration:
     def uri(self) -> str | None:
         """Where `mlflow.transformers.load_model` and `mlflow.pyfunc.load_model` find it."""
         return None if self.name is None else f"models:/{self.name}/{self.version}"
+
+    @property
+    def note(self) -> str:
+        """Alias and reason in a sentence."""
+        return self.reason if self.alias is None else f"{self.alias}: {self.reason}"
 
 
 def register_target(study: Study, result: SearchResult, ledger: MlflowLedger) -> Registration:
@@ -184,6 +193,7 @@ def _description(study: Study, result: SearchResult, trial: Trial, final: Evalua
             ),
             *([verdict(result)] if result.recommended is not None else []),
             f"Configuration: {configuration_text(trial.configuration)}",
+            *([CHAT_NOTE.strip()] if _is_chat(study) else []),
             (
                 f"Training took {duration(trial.charge_seconds)} of device-time, the search before it "
                 f"{duration(result.spent_seconds)}."
@@ -215,8 +225,15 @@ def _measure(study: Study) -> str:
     Files count by their content, not by where they lie.
     """
     evaluation = study.spec.evaluation.model_dump(mode="json")
-    meaning = [evaluation, study.spec.task.max_completion_tokens, *(_digests(study.spec.task))]
+    wrapped = ["chat template"] if _is_chat(study) else []
+    meaning = [evaluation, study.spec.task.max_completion_tokens, *(_digests(study.spec.task)), *wrapped]
     return hashlib.sha256(canonical_json(meaning).encode()).hexdigest()[:16]
+
+
+def _is_chat(study: Study) -> bool:
+    """Whether prompts were wrapped as a user's message by the tokenizer's chat template."""
+    trainer = study.spec.trainer
+    return trainer.name == "verl" or bool(trainer.settings.get("chat_template"))
 
 
 def _digests(task: TaskSpec) -> list[str]:
@@ -283,6 +300,7 @@ def _card(study: Study) -> str:
         f"---\nbase_model: {spec.target}\npipeline_tag: text-generation\n---\n"
         f"# {spec.study}\n\n{spec.description}\n\n`{spec.target}`, fine-tuned by reinforcement learning on {task} with "
         "hyperparameters found by jfhpo. Configuration, score and cost are tags of its version in the registry.\n"
+        f"{CHAT_NOTE if _is_chat(study) else ''}"
     )
 
 

@@ -31,6 +31,7 @@ class FarLedger(MemoryLedger):
         super().__init__()
         self.away: Callable[[], bool] = lambda: False
         self.mute: Callable[[], bool] = lambda: False
+        self.asked: list[str] = []
 
     def _call(self, method: str, *arguments: Any) -> Any:
         if self.away():
@@ -50,6 +51,7 @@ class FarLedger(MemoryLedger):
         self._call("commit", key, result, records)
 
     def step_records(self, key: str) -> list[StepRecord]:
+        self.asked.append(key)
         answer: list[StepRecord] = self._call("step_records", key)
         return answer
 
@@ -74,6 +76,15 @@ def begun(store: FarLedger, path: Path) -> Outbox:
     outbox.open(make_study())
     outbox.begin(make_trial(0), make_segment(0, 0, 4))
     return outbox
+
+
+def test_what_the_rules_need_of_earlier_steps_is_asked_for_while_the_store_is_there(tmp_path: Path) -> None:
+    store = FarLedger()
+    outbox = begun(store, tmp_path / "outbox.jsonl")
+    outbox.commit(make_trial(0).key, make_result(make_segment(0, 0, 4)), make_records(0, 4))
+    store.asked.clear()
+    Outbox(store, tmp_path / "outbox.jsonl").open(make_study())
+    assert store.asked == [make_trial(0).key]
 
 
 @pytest.mark.usefixtures("no_waiting")

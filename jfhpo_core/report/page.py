@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from jfhpo_core.agreement import FidelityAgreement, length_agreements, most_telling, size_agreements
 from jfhpo_core.report import summary, text
+from jfhpo_core.report.text import without_credentials
 from jfhpo_core.search import SearchResult
 from jfhpo_core.space import ChoiceParameter, FloatParameter
 from jfhpo_core.study import Study
@@ -38,9 +39,6 @@ EDGE = 0.02
 """A value in the outer two percent of its range is called 'at the edge': the best may lie beyond."""
 
 DISTRIBUTIONS = ("jfhpo", "torch", "botorch", "trl", "transformers", "ray", "mlflow", "prefect")
-
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-"""User and password in a URI: never shown."""
 
 
 def write_report(
@@ -130,7 +128,7 @@ def _template() -> Any:
 
 def clip(value: object) -> str:
     """Text cut to `LONGEST_TEXT` characters, without credentials."""
-    whole = CREDENTIALS.sub("***", str(value))
+    whole = without_credentials(str(value))
     return whole if len(whole) <= LONGEST_TEXT else f"{whole[:LONGEST_TEXT]} … ({len(whole)} characters)"
 
 
@@ -220,7 +218,7 @@ def _context(
         "sources": summary.sources(trials),
         "rows": [trial_row(trial) for trial in trials[:LISTED_TRIALS]],
         "unlisted": max(0, len(trials) - LISTED_TRIALS),
-        "yaml": CREDENTIALS.sub("***", study.spec.to_yaml()),
+        "yaml": without_credentials(study.spec.to_yaml()),
         "versions": versions(),
         "facts": [(name, clip(value), is_address(value)) for name, value in facts.items()],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from jfhpo_core.trial import Value
 
 MINUTE, HOUR = 60.0, 3600.0
@@ -10,6 +12,18 @@ MINUS = "\N{MINUS SIGN}"
 
 SPACE = "\N{NO-BREAK SPACE}"
 """Between a number and its unit."""
+
+
+_CREDENTIALS = re.compile(r"(?<=://)(?:([^/@:\s]*):)?[^/@\s]+(?=@)")
+
+
+def without_credentials(text: str) -> str:
+    """A text whose URIs show no password and no token.
+
+    >>> without_credentials("postgresql://me:secret@host/db and https://token@host")
+    'postgresql://me:***@host/db and https://***@host'
+    """
+    return _CREDENTIALS.sub(lambda found: "***" if found[1] is None else f"{found[1]}:***", text)
 
 
 def duration_unit(seconds: float) -> tuple[float, str]:

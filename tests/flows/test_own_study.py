@@ -98,7 +98,7 @@ def test_an_unknown_family_and_task_run_from_a_study_file(study: Path, monkeypat
     command = [str(Path(sys.executable).with_name("jfhpo")), "search", "study.yaml", "--plain"]
     ended = subprocess.run(command, cwd=study.parent, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert "models:/colours@champion" in ended.stdout
+    assert "models:/colours/1, champion: it is the first one" in " ".join(ended.stdout.split())
 
     spec = load_study(study)
     uri = f"sqlite:///{study.parent}/mlflow.db"

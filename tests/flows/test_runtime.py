@@ -8,6 +8,8 @@ from mlflow import MlflowClient
 
 import flows.runtime
 from flows.runtime import run_study
+from flows.watched import DeclinedError
+from jfhpo_core.dispatch import Dispatcher
 from jfhpo_core.spec import StudySpec
 from tests.studies import study_data
 
@@ -40,6 +42,28 @@ def test_a_checkpoint_that_is_gone_hides_no_result(spec: StudySpec, tmp_path: Pa
     assert "cannot be registered" in without.model_note
     (tmp_path / "away").rename(folder)
     assert run_study(spec).model_note == first.model_note
+
+
+def test_what_a_person_ends_has_not_failed(spec: StudySpec) -> None:
+    def declined(dispatcher: Dispatcher) -> Dispatcher:
+        raise DeclinedError("not today")
+
+    with pytest.raises(DeclinedError):
+        run_study(spec, around=declined)
+    client = MlflowClient(spec.tracking.uri)
+    (experiment,) = [one for one in client.search_experiments() if one.name != "Default"]
+    (study,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{spec.study}'")
+    assert (study.info.status, study.data.tags["jfhpo.state"]) == ("KILLED", "interrupted")
+
+
+def test_a_model_that_is_named_later_is_registered_then(spec: StudySpec) -> None:
+    named, nameless = (
+        spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"registered_model": name})})
+        for name in ("later", "")
+    )
+    assert "registered_model is empty" in run_study(nameless).model_note
+    # The simulated trainer has no weights, which is noticed only where a name is given.
+    assert "holds no weights" in run_study(named).model_note
 
 
 def test_ctrl_c_while_the_report_is_written_leaves_the_study_finished(

@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 
 from flows.board import artifact_key, result_rows, trial_rows
-from flows.segments import task_run_name
-from flows.watched import RETRIES, persist, run_name
+from flows.segments import TaskRuns, task_run_name
+from flows.watched import RETRIES, Approval, DeclinedError, Gate, persist, run_name
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.ledger import MemoryLedger
 from jfhpo_core.search import run_search
 from jfhpo_core.spec import StudySpec
+from jfhpo_core.trainers import Job
 from tests.studies import BECAUSE, simulated_study, study_data
 
 
@@ -57,6 +58,32 @@ def test_a_task_run_says_what_is_trained_and_who_chose_it(tmp_path: Path) -> Non
     confirmation = study.new_trial(8, {}, "large", 3, "confirmation", "recipe")
     job = study.job(confirmation, study.next_segment(confirmation, 480, BECAUSE), (), None)
     assert task_run_name(confirmation, job) == "#8 large, steps 0 to 30 of 30 (recipe, seed 3)"
+
+
+def test_the_gate_asks_before_whatever_trains_the_target_once_the_search_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = simulated_study(tmp_path, random_search=True, seeds={"training": [0]})
+    asked: list[str] = []
+
+    class Recording(TaskRuns):
+        def submit(self, job: Job) -> None:
+            self._gate(job, self._trial(job.trial_key))
+            self._inner.submit(job)
+
+    def answer(**_: object) -> Approval:
+        asked.append("asked")
+        return Approval(approve=False)
+
+    monkeypatch.setattr("flows.watched.suspend_flow_run", answer)
+    ledger = MemoryLedger()
+    gate = Gate(study.spec)
+    with pytest.raises(DeclinedError):
+        run_search(study, ledger, Recording(InlineDispatcher(1), ledger, gate.check))
+    assert asked == ["asked"]
+    begun = ledger.trials()[-1]
+    assert begun.purpose == "random-search"
+    assert begun.open_segment is not None
 
 
 def test_tables_have_a_row_for_every_trial_and_every_configuration(tmp_path: Path) -> None:

@@ -47,6 +47,18 @@ def test_gc_shows_first_and_deletes_when_told(tracking_uri: str, tmp_path: Path)
     assert len(client.search_logged_models([ledger.experiment_id], "tags.`jfhpo.available` = 'true'")) == 1
 
 
+def test_gc_deletes_nothing_while_trials_wait_for_the_ledger(tracking_uri: str, tmp_path: Path) -> None:
+    study = simulated_study(tmp_path / "work", tracking={"workspace": str(tmp_path / "work"), "uri": tracking_uri})
+    run_search(study, MlflowLedger(MlflowClient(tracking_uri=tracking_uri)), InlineDispatcher(2))
+    before = checkpoints(study.store)
+    (study.folder / "outbox.jsonl").write_text("")
+    (tmp_path / "study.yaml").write_text(study.spec.to_yaml())
+    done = CliRunner().invoke(app, ["gc", str(tmp_path / "study.yaml"), "--delete"])
+    assert done.exit_code == 2
+    assert "run `jfhpo search` first" in " ".join(done.output.split())
+    assert checkpoints(study.store) == before
+
+
 def test_a_size_that_is_none_is_refused() -> None:
     for text in ("", "much", "5", "-1GB", "1e3MB"):
         with pytest.raises(SpecError, match="--limit"):

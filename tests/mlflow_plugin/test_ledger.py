@@ -19,6 +19,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import LedgerError, LedgerUnavailable
@@ -29,7 +30,7 @@ from jfhpo_core.space import Space
 from jfhpo_core.spec import StudySpec, TrackingSpec
 from jfhpo_core.study import resolve
 from jfhpo_core.trial import Decision, FailureKind, Outcome, PassAtN, Trial
-from mlflow_plugin.ledger import TAG_LIMIT, MlflowLedger
+from mlflow_plugin.ledger import TAG_LIMIT, MlflowLedger, _absolute, _exists
 from mlflow_plugin.presentation import StudyState
 from tests.ledger.conformance import (
     TOTAL_STEPS,
@@ -405,6 +406,52 @@ def test_a_password_is_neither_shown_nor_logged(client: MlflowClient, tmp_path: 
     ledger._opened = MlflowClient(tracking_uri="http://me:secret@localhost:5000")
     assert ledger.tracking_uri == "http://me:***@localhost:5000"
     assert str(ledger.url()).startswith("http://localhost:5000/#/experiments/")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["postgres://me:secret@localhost/db", "mysql+nodriver://me:secret@localhost/db", "sqlite:////proc/no/such.db"],
+)
+def test_a_store_that_cannot_be_used_is_explained_without_its_password(uri: str) -> None:
+    study = make_study(tracking=TrackingSpec(uri=uri))
+    with pytest.raises(LedgerError, match=r"correct tracking\.uri") as caught:
+        MlflowLedger().open(study)
+    assert "secret" not in str(caught.value)
+
+
+def test_an_error_of_mlflow_shows_no_password(ledger: MlflowLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any, **__: Any) -> None:
+        raise MlflowException("API request to http://me:secret@host/api failed", TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(ledger.client, "log_batch", away)
+    with pytest.raises(LedgerUnavailable, match="host/api failed") as caught:
+        ledger.summarize({"score": 0.5})
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["databricks", "databricks-uc"])
+def test_a_remote_store_without_a_scheme_is_no_folder(uri: str) -> None:
+    assert _exists(uri)
+    assert _absolute(uri) == uri
+
+
+def test_hyperparameters_may_have_the_names_of_ours(ledger: MlflowLedger) -> None:
+    trial = make_trial(0).model_copy(update={"configuration": {"learning_rate": 1e-3, "model": "resnet", "seed": 7}})
+    ledger.begin(trial, make_segment(0, 0, 4))
+    ledger.commit(trial.key, make_result(make_segment(0, 0, 4)), [])
+    shown = run_of(ledger, trial).data.params
+    assert (shown["model"], shown["seed"]) == ("resnet", "7")
+    assert (shown["jfhpo.model"], shown["jfhpo.seed"]) == (trial.model, str(trial.seed))
+
+
+def test_an_earlier_study_is_found_in_another_experiment(client: MlflowClient) -> None:
+    """As nights are: each is a study of its own in the experiment of the study that is repeated."""
+    night = make_study(study="demo-2026-11-23", tracking=TrackingSpec(experiment="jfhpo/demo"))
+    MlflowLedger(client).open(night)
+    other = make_study(study="other", tracking=TrackingSpec(experiment="jfhpo/third"))
+    assert MlflowLedger(client).recall(other, "demo-2026-11-23").identity() == night.identity()
+    with pytest.raises(LedgerError, match="holds no study 'never'"):
+        MlflowLedger(client).recall(other, "never")
 
 
 def test_the_default_store_lies_in_the_working_directory(

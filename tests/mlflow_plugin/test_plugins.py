@@ -135,10 +135,11 @@ with mlflow.start_run():
 
 def test_the_study_of_a_project(tmp_path: Path) -> None:
     config = {"metric": "loss", "goal": "minimize", "space": SPACE, "budget": {"trial_seconds": 9}, "SYNCHRONOUS": True}
-    spec = project_study(str(tmp_path), "main", {"depth": "3"}, None, config, {"uri": "sqlite:///x.db"})
-    assert spec.trainer.fixed == {"depth": 3, "prompts_per_step": 1}
+    spec = project_study(str(tmp_path), "main", {"depth": "010"}, None, config, {"uri": "sqlite:///x.db"})
+    # What the project is given is what the user wrote.
+    assert spec.trainer.fixed == {"depth": "010", "prompts_per_step": 1}
     assert spec.trainer.settings["uri"] == str(tmp_path)
-    assert resolve(spec).complete({"lr": 0.1}) == {"lr": 0.1, "depth": 3, "prompts_per_step": 1}
+    assert resolve(spec).complete({"lr": 0.1}) == {"lr": 0.1, "depth": "010", "prompts_per_step": 1}
     for change, message in {
         "metric": "`metric` is missing",
         "space": "space: Field required",

@@ -22,7 +22,7 @@ from jfhpo_core.study import Study, resolve
 from jfhpo_core.tasks import load_task
 from jfhpo_core.trial import Checkpoint, Evaluation, Outcome, Segment, SegmentResult, Suggestion
 from mlflow_plugin.ledger import MlflowLedger
-from mlflow_plugin.registry import _measure, register_target
+from mlflow_plugin.registry import _card, _measure, register_target
 from tests.studies import simulated_study
 
 TARGET = "s"
@@ -225,6 +225,17 @@ def test_the_champion_falls_only_to_a_clear_winner(client: MlflowClient, tmp_pat
     old = studies[0]
     assert register_target(old.study, old.result, old.ledger) == outcomes[0]
     assert client.get_registered_model("tuned").aliases == {"champion": 3, "challenger": 2}
+
+
+def test_what_was_scored_in_the_chat_template_says_so_and_is_compared_with_its_like(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    plain = finish(client, tmp_path, None, 0.5).study
+    trainer = plain.spec.trainer.model_copy(update={"settings": {"chat_template": True}})
+    chat = replace(plain, spec=plain.spec.model_copy(update={"trainer": trainer}))
+    assert _measure(chat) != _measure(plain)
+    assert "hand it messages" in _card(chat)
+    assert "hand it messages" not in _card(plain)
 
 
 def test_nothing_is_registered_without_weights(client: MlflowClient, tmp_path: Path) -> None:
