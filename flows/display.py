@@ -404,7 +404,7 @@ def trial_table(trials: Sequence[Trial]) -> Table:
             f"{trial.step}/{trial.total_steps}",
             show_score(trial.evaluations[-1]) if trial.evaluations else "",
             duration(trial.charge_seconds),
-            show_configuration(trial.configuration),
+            Text(show_configuration(trial.configuration)),  # values may hold what Rich takes for markup
         )
     return table
 

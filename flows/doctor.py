@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from flows.runtime import INLINE, recorded
+from flows.runtime import INLINE, informed, recorded
 from jfhpo_core.errors import JfhpoError
 from jfhpo_core.preflight import Finding, Level, examine
 from jfhpo_core.report.text import without_credentials
 from jfhpo_core.spec import StudySpec
+from jfhpo_core.strategies import load_strategy
 from jfhpo_core.study import Study, resolve
 
 
 def diagnose(spec: StudySpec) -> Iterator[Finding]:
     """All findings about a study, as they come."""
     try:
-        study = resolve(spec)
+        study = informed(resolve(spec))
+        load_strategy(study)
     except JfhpoError as error:
         yield Finding(Level.FAILURE, "study", str(error))
         return

@@ -21,6 +21,9 @@ from jfhpo_core.trial import Configuration, canonical_json
 DEFAULT_BATCH = 16
 """Prompts per step, in all trainers, where a study does not say."""
 
+RESERVED_NAMES = {"recommended", "random_search"}
+"""Rows of the final table, in MLflow `score.NAME`, that are no baselines."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names of studies, models and baselines: they become folder names, so no separators and no leading dot."""
 
@@ -311,6 +314,8 @@ class StudySpec(_Section):
         baselines = [baseline.name for baseline in self.baselines]
         if len(set(baselines)) < len(baselines):
             raise _fault("baselines", f"baseline names must differ from each other, got {baselines}")
+        for name in set(baselines) & RESERVED_NAMES:
+            raise _fault("baselines", f"{name!r} names a row of the final table itself; give the baseline another name")
         for name in self.space:
             if name in self.trainer.fixed:
                 raise _fault(

@@ -172,6 +172,9 @@ BAD = {
         ).replace("horizon_prompts: 480", "horizon_prompts: 90"),
         16, "fidelity", "30", "not a whole number of steps of 16",
     ),
+    "a baseline named like our rows": (
+        changed("name: recipe", "name: recommended"), 20, "baselines", "recommended", "another name",
+    ),
     "batch as a range": (
         changed(
             "  scheduler: {type: choice, values: [constant, cosine]}",

@@ -132,6 +132,13 @@ def test_the_trial_table_has_all_trials(study: Study) -> None:
     assert len(rows) == len(result.trials)
 
 
+def test_a_value_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    trial = study.new_trial(0, {"learning_rate": 1e-3}, "small", 0)
+    shown = text_of(trial_table([trial.model_copy(update={"configuration": {"prompt": "[INST]q[/INST]"}})]))
+    assert "[INST]q[/INST]" in shown
+
+
 def test_a_plan_warns_if_the_budget_cannot_validate(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, budget={"trial_seconds": 20})
     result, _ = follow(simulated_study(tmp_path))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -29,6 +30,12 @@ def test_a_study_that_is_refused_says_why_and_stops_there(tmp_path: Path) -> Non
     (finding,) = diagnose(study(tmp_path, trainer={"name": "simulated", "fixed": {"learning_rat": 1.0}}))
     assert (finding.level, finding.subject) == (Level.FAILURE, "study")
     assert "learning_rat" in finding.message
+
+
+@pytest.mark.parametrize("changes", [{"strategy": "nonsense"}, {"warm_start": ["never"]}])
+def test_what_a_search_would_refuse_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (finding,) = diagnose(study(tmp_path, **changes))
+    assert (finding.level, finding.subject) == (Level.FAILURE, "study")
 
 
 @pytest.mark.slow
