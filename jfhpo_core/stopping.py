@@ -163,9 +163,9 @@ class RewardDrop(StoppingRule):
     """Stop when the smoothed training reward lies far below where it began, `patience` steps in a row.
 
     With m_t the mean reward of the last `window` steps and m_0 that of the first `window` steps, the drop is
-    (m_0 - m_t) / |m_0|. It counts after `warmup` steps, and only if m_0 - m_t is also more than `deviations` standard
-    errors of m_0 (from the spread of its steps): rewards that begin near zero, as those of -1 and 1 may, vary by more
-    than half of themselves by chance. The paper's rule compares neighbouring steps instead (10 % down, five times in a
+    (m_0 - m_t) / |m_0|. It counts after `warmup` steps. Where rewards can be negative a mean near zero varies by more
+    than half of itself by chance: there it counts only if m_0 - m_t is also more than `deviations` standard errors of
+    m_0 (from the spread of its steps). The paper's rule compares neighbouring steps instead (10 % down, five times in a
     row, which is a fall by 41 %) and almost never fires; see `PaperRewardDrop`.
     """
 
@@ -185,7 +185,7 @@ class RewardDrop(StoppingRule):
             return None
         first = signal[: self.window]
         start = _mean(first)
-        noise = _standard_error(first)
+        noise = _standard_error(first) if min(signal) < 0 else 0.0
         if start == 0 or _least(start - mean for mean in means) <= self.deviations * noise:
             return None
         drop = _least((start - mean) / abs(start) for mean in means)
