@@ -83,7 +83,7 @@ def _least(values: Iterable[float]) -> float:
 def _standard_error(values: Sequence[float]) -> float:
     """Of the mean, from the spread of the values; 0 if there is only one."""
     mean, count = _mean(values), len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (count * max(1, count - 1)))
+    return math.dist(values, [mean] * count) / math.sqrt(count * max(1, count - 1))
 
 
 def _windows(signal: Sequence[float], window: int, count: int) -> list[float]:

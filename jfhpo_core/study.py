@@ -177,6 +177,7 @@ def resolve(spec: StudySpec) -> Study:
     study = Study(spec, build_ladder(spec), trainer)
     build_rules(spec.stopping)
     study.complete({})
+    trainer.check(spec)
     for name in spec.space:
         for value in _extremes(spec.space, name):
             _complete_or_explain(study, spec.space.middle(**{name: value}), f"space.{name}")
@@ -184,7 +185,6 @@ def resolve(spec: StudySpec) -> Study:
         _complete_or_explain(study, spec.space.decode(point), "space")
     for baseline in spec.baselines:
         _complete_or_explain(study, baseline.configuration, f"baselines.{baseline.name}")
-    trainer.check(spec)
     return study
 
 
