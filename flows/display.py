@@ -22,7 +22,7 @@ from rich.text import Text
 from flows.forecast import FEWEST_CONFIGURATIONS, Forecast, Quality, forecast, forecast_quality, scaled
 from flows.summary import counts
 from jfhpo_core.cost import CostEstimate
-from jfhpo_core.report.summary import Z_95, caveats, contrasts, interval, search_trial_ratio, verdict
+from jfhpo_core.report.summary import caveats, contrasts, interval, search_trial_ratio, verdict
 from jfhpo_core.search import Progress, SearchResult, rank
 from jfhpo_core.stopping import build_rules
 from jfhpo_core.strategies import Strategy, load_strategy
@@ -68,7 +68,7 @@ def bill(cost: CostEstimate) -> str:
 def show_quality(quality: Quality | None) -> str:
     """A forecast of the final score for people: '0.712 (0.671 to 0.745)'."""
     if quality is None:
-        return f"cannot be forecast before {FEWEST_CONFIGURATIONS} configurations have been evaluated"
+        return f"cannot be forecast before {FEWEST_CONFIGURATIONS} configurations have scores, one of them on the target"
     return f"{quality.score:.3f} ({quality.low:.3f} to {quality.high:.3f})"
 
 
@@ -423,12 +423,13 @@ def comparison_table(result: SearchResult) -> Table:
     for row in result.rows:
         low, high = interval(row.score, row.standard_error)
         contrast = ahead.get(row.label)
+        least, most = interval(contrast.difference, contrast.standard_error) if contrast else (0.0, 0.0)
         table.add_row(
             row.label,
             f"{row.score:.3f}",
             f"{low:.3f} to {high:.3f}",
             str(row.seeds),
-            f"{contrast.difference:+.3f} ± {Z_95 * contrast.standard_error:.3f}" if contrast else "",
+            f"{contrast.difference:+.3f} ({least:+.3f} to {most:+.3f})" if contrast else "",
         )
     return table
 

@@ -135,7 +135,10 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
 
 
 def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Sequence[Trial]) -> Quality | None:
-    """Forecast the score that the study ends with; None as long as too few configurations have been evaluated.
+    """Forecast the score that the study ends with.
+
+    None as long as too few configurations have been evaluated, or the search has evaluated none of them on the target:
+    what the smallest models promise of the target is too uncertain to be told before it was seen once.
 
     With A the best configuration's score, normal as the strategy believes it, and B the best of K further ones, drawn
     like those ranked so far, the final score is max(A, B):
@@ -156,7 +159,7 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
     # The expectation of an untried configuration is the largest of many, and so too high.
     tried = {configuration_key(trial.configuration) for trial in trials}
     ranked = [item for item in ranked if configuration_key(item.configuration) in tried]
-    if len(ranked) < FEWEST_CONFIGURATIONS or spent <= 0:
+    if len(ranked) < FEWEST_CONFIGURATIONS or spent <= 0 or not _seen_on_target(study, trials):
         return None
     best, count = ranked[0], len(ranked)
     further = count * max(0.0, study.spec.budget.device_seconds - spent) / spent
@@ -171,6 +174,16 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
     ceiling = _ceiling(trials)
     low, score, high = (min(ceiling, _quantile_of_maximum(share, known, another, further)) for share in SCORE_QUANTILES)
     return Quality(score, low, high, best.mean, count, further)
+
+
+def _seen_on_target(study: Study, trials: Sequence[Trial]) -> bool:
+    """Whether a training by which the study searches was evaluated on the target."""
+    return any(
+        trial.purpose == "search"
+        and trial.model == study.ladder.target.name
+        and any(evaluation.step for evaluation in trial.evaluations)
+        for trial in trials
+    )
 
 
 def _ceiling(trials: Sequence[Trial]) -> float:

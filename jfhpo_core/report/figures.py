@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from jfhpo_core.agreement import FidelityAgreement
-from jfhpo_core.report.summary import PURPOSES, Z_95, cost_by_purpose, incumbents, same_configuration
+from jfhpo_core.report.summary import PURPOSES, cost_by_purpose, incumbents, interval, same_configuration
 from jfhpo_core.report.text import duration, duration_unit, parameters, share
 from jfhpo_core.search import SearchResult
 from jfhpo_core.study import base_scores
@@ -224,13 +224,13 @@ def _draw_comparison(axes: Axes, result: SearchResult) -> None:
     rows = [row for row in result.rows if math.isfinite(row.score)]
     for position, row in enumerate(rows):
         color = LIGHT[_row_role(row.label)]
-        title = f"{row.label}: {row.score:.3f} ± {Z_95 * row.standard_error:.3f}, {row.seeds} seed(s)"
+        low, high = interval(row.score, row.standard_error)
+        title = f"{row.label}: {row.score:.3f} (95 %: {low:.3f} to {high:.3f}), {row.seeds} seed(s)"
         line = axes.plot([row.score], [position], "o", color=color, markersize=8, zorder=3)[0]
         line.set_gid(TITLE_PREFIX + title)
-        reach = Z_95 * row.standard_error
-        axes.plot([row.score - reach, row.score + reach], [position, position], color=color, linewidth=2.2)
+        axes.plot([low, high], [position, position], color=color, linewidth=2.2)
         axes.annotate(
-            f"{row.score:.3f}", (row.score + reach, position), (7, 0), textcoords="offset points", va="center",
+            f"{row.score:.3f}", (high, position), (7, 0), textcoords="offset points", va="center",
             color=color, fontweight="bold",
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), [_label(row.label) for row in rows])

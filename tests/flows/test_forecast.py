@@ -100,6 +100,8 @@ def test_the_final_score_cannot_be_forecast_from_nothing(study: Study) -> None:
     assert forecast_quality(study, strategy.rank(study, []), []) is None
     few = BELIEFS[: FEWEST_CONFIGURATIONS - 1]
     assert forecast_quality(study, few, spent(study, 0.5)) is None
+    cheap = [trained(study, TRIED, "small", [0.1, 0.5], seconds=0.5 * study.spec.budget.device_seconds)]
+    assert forecast_quality(study, BELIEFS, cheap) is None
 
 
 def test_with_nothing_left_to_spend_the_forecast_is_the_belief_in_the_best(study: Study) -> None:
