@@ -68,7 +68,7 @@ def bill(cost: CostEstimate) -> str:
 def show_quality(quality: Quality | None) -> str:
     """A forecast of the final score for people: '0.712 (0.671 to 0.745)'."""
     if quality is None:
-        return f"cannot be forecast before {FEWEST_CONFIGURATIONS} configurations have scores, one of them on the target"
+        return f"cannot be forecast before {FEWEST_CONFIGURATIONS} configurations have scores, one on the target"
     return f"{quality.score:.3f} ({quality.low:.3f} to {quality.high:.3f})"
 
 
