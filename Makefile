@@ -45,13 +45,13 @@ test coverage test-fast: export HF_HUB_OFFLINE = 1
 test coverage test-fast: export RAY_USAGE_STATS_ENABLED = 0
 
 test: $(READY) ## Run the whole test suite
-	@$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest --quiet --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 coverage: $(READY) ## Run the whole test suite and say which lines it has not run (slower)
-	@$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
+	@$(BIN)/pytest --quiet --numprocesses 3 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 test-fast: $(READY) ## Run the tests that take seconds
-	@$(BIN)/pytest --quiet --numprocesses 2 --dist loadfile -m "not slow"
+	@$(BIN)/pytest --quiet --numprocesses 3 --dist loadfile -m "not slow"
 
 # The trainer's environment cannot be this one: vLLM and Prefect need different versions of fastapi.
 OPENRLHF_ENV ?= .openrlhf
