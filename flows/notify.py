@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from urllib.parse import urlsplit
 
+import httpx
 from prefect.automations import EventTrigger
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import CallWebhook, ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, Posture
+from prefect.settings import PREFECT_API_URL
 from prefect.types import SecretDict
 from pydantic import SecretStr
+
+from jfhpo_core.errors import InfrastructureError, SpecError
+from jfhpo_core.report.text import without_credentials
 
 BLOCK = "jfhpo-notifications"
 NOTIFICATIONS = "jfhpo: tell how flow runs end"
@@ -41,15 +47,32 @@ def set_up(url: str) -> list[str]:
 
     Returns:
         Names of the automations.
+
+    Raises:
+        SpecError: `url` is no web address, or no server is named.
+        InfrastructureError: The server does not answer, or refuses.
     """
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise SpecError("the webhook is no web address: give one that begins with https:// or http://")
+    server = PREFECT_API_URL.value()
+    if not server:
+        raise SpecError(
+            "PREFECT_API_URL is not set, so there is no server to keep automations: start one (prefect server start) "
+            "and set it, e.g. to http://127.0.0.1:4200/api, or log in with: prefect cloud login"
+        )
     block = Webhook(method="POST", url=SecretStr(url), headers=SecretDict({"Content-Type": "application/json"}))
-    identity = block.save(BLOCK, overwrite=True, _sync=True)  # type: ignore[call-arg]  # Prefect's dispatch adds it
-    automations = [_notifications(str(identity)), _dead_runs()]
-    with get_client(sync_client=True) as client:
-        for automation in automations:
-            for known in client.read_automations_by_name(automation.name):
-                client.delete_automation(known.id)
-            client.create_automation(automation)
+    try:
+        identity = block.save(BLOCK, overwrite=True, _sync=True)  # type: ignore[call-arg]  # Prefect's dispatch adds it
+        automations = [_notifications(str(identity)), _dead_runs()]
+        with get_client(sync_client=True) as client:
+            for automation in automations:
+                for known in client.read_automations_by_name(automation.name):
+                    client.delete_automation(known.id)
+                client.create_automation(automation)
+    except httpx.HTTPError as error:
+        raise InfrastructureError(
+            f"the Prefect server at {without_credentials(server)} made no automations: {error}; is it running?"
+        ) from error
     return [automation.name for automation in automations]
 
 
