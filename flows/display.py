@@ -27,7 +27,7 @@ from jfhpo_core.search import Progress, SearchResult, rank
 from jfhpo_core.stopping import build_rules
 from jfhpo_core.strategies import Strategy, load_strategy
 from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, Evaluation, Outcome, SegmentResult, Trial, TrialState
+from jfhpo_core.trial import Configuration, Evaluation, Outcome, SegmentResult, StepRecord, Trial, TrialState
 
 if TYPE_CHECKING:
     from flows.runtime import StudyOutcome
@@ -283,7 +283,7 @@ class LiveDisplay:
         self._status = "checking the study"
         self._progress: Progress | None = None
         self._events: deque[str] = deque(maxlen=EVENTS_SHOWN)
-        self._trends: dict[str, deque[float]] = {}
+        self._trends: dict[str, deque[StepRecord]] = {}
         self._began = time.monotonic()
         self._spinner = Spinner("dots")
         self.watch = Watch()
@@ -310,7 +310,9 @@ class LiveDisplay:
         clock = duration(time.monotonic() - self._began)
         self._events.extend(f"{clock:>12}  {line}" for line in self.watch.news(progress))
         for key, record in progress.live.items():
-            self._trends.setdefault(key, deque(maxlen=TREND_LENGTH)).append(record.reward)
+            seen = self._trends.setdefault(key, deque(maxlen=TREND_LENGTH))
+            if not seen or seen[-1].step != record.step:
+                seen.append(record)
         self._trends = {key: trend for key, trend in self._trends.items() if key in progress.live}
         self._progress = progress
 
@@ -352,7 +354,7 @@ def _facts_grid(progress: Progress, elapsed: str, left: CostEstimate | None, qua
     return grid
 
 
-def _running(progress: Progress, trends: dict[str, deque[float]]) -> list[RenderableType]:
+def _running(progress: Progress, trends: dict[str, deque[StepRecord]]) -> list[RenderableType]:
     """A table of what is being trained now, and an empty line; nothing if nothing is."""
     running = [trial for trial in progress.trials if trial.open_segment is not None]
     if not running:
@@ -370,7 +372,7 @@ def _running(progress: Progress, trends: dict[str, deque[float]]) -> list[Render
             f"{step}/{trial.open_segment.stop_step}",
             f"{record.reward:.3f}" if record else "starting",
             f"{record.kl:.3f}" if record and record.kl is not None else "",
-            trend(trends.get(trial.key, ())),
+            trend(seen.reward for seen in trends.get(trial.key, ())),
             trial.label or trial.open_segment.suggestion.source,
         )
     return [table, Text()]

@@ -26,7 +26,7 @@ def diagnose(spec: StudySpec) -> Iterator[Finding]:
     yield Finding(Level.OK, "study", f"{spec.study}: {sizes}; trainer {spec.trainer.name}")
     yield from examine(study)
     yield _ledger(study)
-    yield _ray(spec)
+    yield _ray(study)
 
 
 def _ledger(study: Study) -> Finding:
@@ -40,8 +40,9 @@ def _ledger(study: Study) -> Finding:
     return Finding(Level.OK, "ledger", f"MLflow answers and {known}")
 
 
-def _ray(spec: StudySpec) -> Finding:
+def _ray(study: Study) -> Finding:
     """Whether the cluster answers and has what the study asks of it."""
+    spec = study.spec
     address = os.environ.get("RAY_ADDRESS", "local") if spec.cluster.address == "auto" else spec.cluster.address
     if address == INLINE:
         return Finding(Level.OK, "ray", "not used: trials run in the driver's own process")
@@ -53,9 +54,10 @@ def _ray(spec: StudySpec) -> Finding:
         resources = cluster_resources(address)
     except JfhpoError as error:
         return Finding(Level.FAILURE, "ray", str(error))
-    devices = max((model.devices for model in spec.family.models), default=1)
-    needed = spec.cluster.gpus_per_device * devices
+    devices = max(model.devices for model in study.ladder.models)
+    wanted = {"GPU": spec.cluster.gpus_per_device * devices, "CPU": spec.cluster.cpus_per_device * devices}
     there = f"{resources.get('GPU', 0.0):g} GPUs and {resources.get('CPU', 0.0):g} CPUs at {address}"
-    if resources.get("GPU", 0.0) < needed:
-        return Finding(Level.FAILURE, "ray", f"{there}, and the largest trial needs {needed:g} GPUs; add nodes")
+    for unit, needed in wanted.items():
+        if resources.get(unit, 0.0) < needed:
+            return Finding(Level.FAILURE, "ray", f"{there}, and the largest trial needs {needed:g} {unit}s; add nodes")
     return Finding(Level.OK, "ray", there)

@@ -33,6 +33,9 @@ TYPICAL_CONFIGURATIONS = 16
 FEWEST_CONFIGURATIONS = 4
 """Of fewer ranked configurations it cannot be told how far good ones differ."""
 
+FEWEST_DRAWS = 0.01
+"""Of a smaller fraction of a configuration nothing is to be hoped, and its quantiles cannot be computed."""
+
 SCORE_QUANTILES = (0.1, 0.5, 0.9)
 """Of the final score: the ends of a central 80 % interval, and its middle."""
 
@@ -194,7 +197,7 @@ def _ceiling(trials: Sequence[Trial]) -> float:
 
 def _quantile_of_maximum(share: float, known: rv_frozen, another: rv_frozen, count: float) -> float:
     """Quantile of the larger one of a draw of `known` and the best of `count` draws of `another`, all independent."""
-    if count == 0:
+    if count < FEWEST_DRAWS:
         return float(known.ppf(share))
     target = math.log(share)
     # Below the first bound one of the two alone is too improbable; at the second their product is probable enough.

@@ -253,7 +253,7 @@ def _save(study: Study, checkpoint: Path, path: Path, run_id: str, model: Any) -
     from huggingface_hub import ModelCard
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ColSpec, Schema
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     base = study.ladder.target.path
     if (checkpoint / ADAPTER).is_file():
@@ -266,6 +266,19 @@ def _save(study: Study, checkpoint: Path, path: Path, run_id: str, model: Any) -
         weights = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     task = load_task(study.spec.task)
+    # Generate as the score was measured, whatever the base model's own settings are.
+    sampling = {
+        "max_new_tokens": task.max_completion_tokens,
+        "do_sample": True,
+        "temperature": study.spec.evaluation.temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+    }
+    own = weights.generation_config
+    weights.generation_config = GenerationConfig(
+        **sampling, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
     text = Schema([ColSpec("string")])
     mlflow.transformers.save_model(
         {"model": weights, "tokenizer": tokenizer},
@@ -277,14 +290,7 @@ def _save(study: Study, checkpoint: Path, path: Path, run_id: str, model: Any) -
         signature=ModelSignature(inputs=text, outputs=text),
         input_example=[task.heldout[0]["prompt"]],
         model_card=ModelCard(_card(study)),
-        # Generate as the score was measured.
-        model_config={
-            "max_new_tokens": task.max_completion_tokens,
-            "do_sample": True,
-            "temperature": study.spec.evaluation.temperature,
-            "top_k": 0,
-            "return_full_text": False,
-        },
+        model_config={**sampling, "return_full_text": False},
         # Named here, because MLflow would load the model in a further process to find them out.
         pip_requirements=[
             f"{package}=={installed(package).partition('+')[0]}" for package in ("torch", "transformers")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,17 @@ def test_the_live_view_shows_budget_standings_running_trials_and_events(study: S
     assert re.search(r"best on the target +0\.\d+ ± 0\.\d+", view)
     assert "trained to step 30 of 30" in view
     assert re.search(r"final score +0\.\d+ \(0\.\d+ to \d\.\d+\)", view)
+
+
+def test_the_live_view_draws_a_step_once_however_long_it_takes(study: Study) -> None:
+    display = LiveDisplay(Console(width=200, record=True, force_terminal=False), "test")
+    _, snapshots = follow(study)
+    progress = next(snapshot for snapshot in snapshots if any(trial.open_segment for trial in snapshot.trials))
+    running = next(trial for trial in progress.trials if trial.open_segment)
+    for step, reward in enumerate((0.1, 0.2, 0.4), start=1):
+        for _ in range(30):
+            display.progress(replace(progress, live={running.key: step_record(step, reward=reward)}))
+    assert trend((0.1, 0.2, 0.4)) in text_of(display.render())
 
 
 def test_the_result_shows_every_row_and_does_not_overclaim(tmp_path: Path) -> None:

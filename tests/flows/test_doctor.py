@@ -11,6 +11,7 @@ from flows.cli import REFUSED, app
 from flows.doctor import _ray, diagnose
 from jfhpo_core.preflight import Finding, Level
 from jfhpo_core.spec import StudySpec
+from jfhpo_core.study import resolve
 from tests.studies import study_data
 
 
@@ -62,8 +63,27 @@ def test_a_failure_ends_with_the_code_of_a_refusal(tmp_path: Path) -> None:
 
 def test_ray_where_none_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    found: Finding = _ray(study(tmp_path))
+    found: Finding = _ray(resolve(study(tmp_path)))
     assert (found.level, "private instance" in found.message) == (Level.OK, True)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    found = _ray(study(tmp_path))
+    found = _ray(resolve(study(tmp_path)))
     assert (found.level, "no Ray cluster answers" in found.message) == (Level.FAILURE, True)
+
+
+def test_a_cluster_has_what_the_largest_model_that_is_trained_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "a-cluster:6379")
+    monkeypatch.setattr("jfhpo_core.ray_dispatch.cluster_resources", lambda _: {"CPU": 16.0, "GPU": 8.0})
+    family = [
+        {"name": "small", "path": "simulated", "parameters": 100_000},
+        {"name": "large", "path": "simulated", "parameters": 1_000_000, "devices": 8},
+        {"name": "unused", "path": "simulated", "parameters": 9_000_000, "devices": 64},
+    ]
+    for cluster, level, message in (
+        ({"gpus_per_device": 1}, Level.OK, "8 GPUs and 16 CPUs"),
+        ({"gpus_per_device": 2}, Level.FAILURE, "needs 16 GPUs"),
+        ({"cpus_per_device": 4}, Level.FAILURE, "needs 32 CPUs"),
+    ):
+        found = _ray(resolve(study(tmp_path, family=family, cluster=cluster)))
+        assert (found.level, message in found.message) == (level, True), found

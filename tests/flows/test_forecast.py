@@ -154,6 +154,12 @@ def test_more_budget_promises_more_but_by_less_and_less(study: Study) -> None:
     assert (np.diff(gains) < 0).all()
 
 
+def test_the_last_bit_of_a_budget_buys_nothing(study: Study) -> None:
+    for left in (1e-3, 1e-4, 1e-5, 1e-7, 1e-12):
+        quality = forecast_at(study, 1 - left)
+        assert quality.score == pytest.approx(0.7, abs=2e-3)
+
+
 def test_one_sure_belief_is_no_certainty_about_the_end(study: Study) -> None:
     sure = [Recommendation(TRIED, item.mean, 0.0) for item in BELIEFS]
     quality = forecast_at(study, 0.5, sure)

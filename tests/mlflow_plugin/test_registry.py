@@ -100,6 +100,8 @@ def perturbed(folder: Path) -> Path:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.01 * torch.randn_like(weight))
+    # As the checkpoints of instruction-tuned models have it.
+    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
     model.save_pretrained(folder)
     return folder
 
@@ -143,6 +145,11 @@ def test_the_registered_model_is_the_checkpoint_and_generates(
     expected = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :]
     said = pipeline(prompt, max_new_tokens=6, do_sample=False, return_full_text=False)[0]["generated_text"]
     assert said == tokenizer.decode(expected, skip_special_tokens=True)
+    # What it samples by is what the score was measured with.
+    task = load_task(done.study.spec.task)
+    own = pipeline.model.generation_config
+    assert (own.do_sample, own.temperature, own.top_k, own.top_p) == (True, 1.0, 0, 1.0)
+    assert (own.repetition_penalty, own.max_new_tokens) == (1.0, task.max_completion_tokens)
     answers = function.predict([prompt, prompt])
     assert len(answers) == 2
     assert all(isinstance(answer, str) and len(answer) <= 20 for answer in answers)

@@ -90,6 +90,9 @@ CAUSES = (
 FATAL = re.compile(r"Exception raised in creation task|jfhpo: the reward failed:|jfhpo: the driver is gone:")
 """After such a line a training never recovers, though OpenRLHF may wait for the dead part for ever."""
 
+REMOTE = re.compile(r"RayTaskError|\bray::")
+"""In a traceback that comes from an actor."""
+
 ERROR_LINE = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b: ?")
 
 
@@ -102,7 +105,10 @@ def explain(lines: Sequence[str], exit_code: int | None, log: str) -> TrialFailu
         log: Where the whole log lies.
     """
     plain = [ANSI.sub("", line) for line in lines]
+    remote = any(REMOTE.search(line) for line in plain)
     for cause in CAUSES:
+        if remote and cause.kind is FailureKind.REJECTED:
+            continue  # the command line is read before any actor exists
         line = next((line for line in plain if re.search(cause.pattern, line)), None)
         if line is not None:
             message = f"{cause.name}: {_quote(line)}; {cause.remedy} (log: {log})"

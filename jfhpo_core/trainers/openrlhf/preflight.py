@@ -102,10 +102,16 @@ def _versions(versions: dict[str, str | None], settings: OpenRlhfSettings) -> It
 def _jobs(settings: OpenRlhfSettings, address: str) -> Finding:
     """Whether the cluster's job server answers, and lets us in."""
     assert settings.interpreter is not None
-    done = subprocess.run(  # noqa: S603
-        [settings.interpreter, "-m", "ray.scripts.scripts", "job", "list", "--address", address],
-        env=environment(settings, os.environ, 1), capture_output=True, text=True, check=False, timeout=PROBE_SECONDS,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(  # noqa: S603
+            [settings.interpreter, "-m", "ray.scripts.scripts", "job", "list", "--address", address],
+            env=environment(settings, os.environ, 1), capture_output=True, text=True, check=False,
+            timeout=PROBE_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(
+            Level.FAILURE, "jobs", f"no answer from the job server at {address}: {error}; check that it can be reached"
+        )
     if done.returncode == 0:
         return Finding(Level.OK, "jobs", f"the job server at {address} answers")
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -91,3 +91,13 @@ def test_a_reward_outweighs_the_death_of_the_actor_that_it_caused() -> None:
 
 def test_silence_is_reported_as_such() -> None:
     assert "nothing was printed" in str(explain([], 3, "train.log"))
+
+
+def test_an_assertion_in_an_actor_is_no_refusal_of_the_command_line() -> None:
+    lines = [
+        "ray.exceptions.RayTaskError(AssertionError): ray::RayWorkerWrapper.execute_method() (pid=7, ip=10.0.0.1)",
+        "AssertionError: unique id mismatch",
+        "[rank0]: Watchdog caught collective operation timeout",
+    ]
+    assert isinstance(explain(lines, 1, "train.log"), InfrastructureError)
+    assert isinstance(explain(["AssertionError: rollout_batch_size"], 1, "train.log"), TrialFailure)
