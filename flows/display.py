@@ -188,8 +188,9 @@ class Watch:
         if self._forecast is None:
             return None
         charged = self._charged - self._charged_before
-        pace = self.elapsed_seconds / charged if charged > 0 else 1 / slots
-        return scaled(self._forecast.total, pace)
+        if charged <= 0:
+            return self._forecast.wall(slots)
+        return scaled(self._forecast.total, self.elapsed_seconds / charged)
 
     def share_done(self) -> float:
         """Share of the whole bill that has been spent, in [0, 1]."""

@@ -50,11 +50,17 @@ ENDED = (TrialState.COMPLETED, TrialState.STOPPED, TrialState.INFEASIBLE, TrialS
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the bill, in device-seconds still to be spent."""
+    """One line of the bill.
+
+    Attributes:
+        cost: Device-seconds still to be spent.
+        devices: How many of them its trainings use at a time, on average.
+    """
 
     name: str
     detail: str
     cost: CostEstimate
+    devices: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Forecast:
 
     def wall(self, slots: int) -> CostEstimate:
         """Wall-clock seconds of the whole bill if all slots are busy; start-up and suggestions not included."""
-        return scaled(self.total, 1 / slots)
+        return _sum(scaled(item.cost, 1 / (slots * item.devices)) for item in self.items)
 
 
 @dataclass(frozen=True)
@@ -119,22 +125,47 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
     confirmations = [cost for seed in further for cost in baselines(seed)]
     confirmed = sum(trial.purpose == "confirmation" and trial.label == "recommended" for trial in trials)
     confirmations += [full] * max(0, len(further) - confirmed)
+    devices = study.ladder.target.devices
     items = [
         Item(
-            "baselines", f"{len(spec.baselines)} at full length on {study.ladder.target.name}", _sum(baselines(first))
+            "baselines",
+            f"{len(spec.baselines)} at full length on {study.ladder.target.name}",
+            _sum(baselines(first)),
+            devices,
         ),
         Item(
             "search",
             f"the budget; {spec.budget.validation_share:.0%} of it held back to validate up to {spec.budget.top_k} on "
             f"{study.ladder.target.name}",
             CostEstimate(search, search, search),
+            _search_devices(study, trials),
         ),
-        Item("confirmation", f"recommendation and baselines with {len(further)} more seed(s)", _sum(confirmations)),
+        Item(
+            "confirmation",
+            f"recommendation and baselines with {len(further)} more seed(s)",
+            _sum(confirmations),
+            devices,
+        ),
     ]
     if spec.random_search:
         left = max(0.0, spec.budget.device_seconds - spent_seconds(trials, "random-search"))
-        items.append(Item("random search", "for comparison, at the search's cost", CostEstimate(left, left, left)))
+        items.append(
+            Item("random search", "for comparison, at the search's cost", CostEstimate(left, left, left), devices)
+        )
     return Forecast(tuple(items), full, any(trial.segments for trial in trials))
+
+
+def _search_devices(study: Study, trials: Sequence[Trial]) -> float:
+    """Devices that a training of the search uses, averaged over what is charged.
+
+    Until something is charged, as if all models were charged alike.
+    """
+    results = [result for trial in trials if trial.purpose == "search" for result in trial.segments]
+    seconds = sum(result.seconds for result in results)
+    if seconds > 0:
+        return sum(result.charge_seconds for result in results) / seconds
+    models = study.ladder.models
+    return len(models) / sum(1 / model.devices for model in models)
 
 
 def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Sequence[Trial]) -> Quality | None:

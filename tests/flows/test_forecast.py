@@ -81,7 +81,23 @@ def test_wall_clock_time_is_the_bill_over_the_slots(study: Study) -> None:
     assert (wall.seconds, wall.low, wall.high) == pytest.approx(
         (bills.total.seconds / 4, bills.total.low / 4, bills.total.high / 4)
     )
+    assert forecast(study, []).items[1].devices == 1
     assert scaled(CostEstimate(4, 2, 8), 0.5) == CostEstimate(2, 1, 4)
+
+
+def test_several_devices_at_a_time_shorten_the_wait_and_not_the_bill(tmp_path: Path) -> None:
+    family = [
+        {"name": "small", "path": "simulated", "parameters": 100_000},
+        {"name": "large", "path": "simulated", "parameters": 1_000_000, "devices": 8},
+    ]
+    study = simulated_study(tmp_path, family=family, random_search=True, cluster={"address": "inline"})
+    bills = forecast(study, [])
+    baselines, search, *rest = bills.items
+    assert (baselines.devices, search.devices) == (8, pytest.approx(2 / (1 + 1 / 8)))
+    on_target = baselines.cost.seconds + sum(item.cost.seconds for item in rest)
+    assert bills.wall(2).seconds == pytest.approx((on_target / 8 + search.cost.seconds / search.devices) / 2)
+    proxies = [trained(study, TRIED, "small", [0.1, 0.5], seconds=100.0)]
+    assert forecast(study, proxies).items[1].devices == 1
 
 
 def spent(study: Study, share: float) -> list[Trial]:
