@@ -59,10 +59,17 @@ def target_study(base: Study, configuration: Configuration, trials: list[Trial])
         trials: Of the other study, to forecast the cost from.
 
     Raises:
-        SpecError: The trainer refuses the configuration, or the name becomes too long.
+        SpecError: The trainer refuses the configuration, its steps do not end at the study's rungs, or the name becomes
+            too long.
     """
-    base.complete(configuration)
+    batch = int(base.complete(configuration)["prompts_per_step"])
     spec = base.spec
+    for level in spec.fidelity.levels:
+        if level % batch:
+            raise SpecError(
+                f"configuration: prompts_per_step={batch} does not divide the study's rung at {level} prompts; choose "
+                f"one that divides {', '.join(map(str, spec.fidelity.levels))}"
+            )
     name = f"{spec.study}-target-{configuration_key(configuration)}"
     if not NAME.fullmatch(name):
         raise SpecError(f"study: {name!r}, the name of the target's study, is too long; shorten {spec.study!r}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.hyperparameters import Hyperparameters
@@ -59,6 +59,20 @@ class TrlSettings(BaseModel):
     )
 
 
+class TrlHyperparameters(Hyperparameters):
+    """Those of every trainer; a step's completions are parted into equal mini-batches."""
+
+    @model_validator(mode="after")
+    def _equal_parts(self) -> Self:
+        completions = self.prompts_per_step * self.n_samples
+        if completions % self.mini_batches:
+            raise ValueError(
+                f"prompts_per_step={self.prompts_per_step} x n_samples={self.n_samples} = {completions} completions "
+                f"cannot be parted into mini_batches={self.mini_batches} equal updates; change one of the three"
+            )
+        return self
+
+
 class TrlTrainer:
     """GRPO and its relatives by TRL; see `Hyperparameters` and `TrlSettings` for what can be set.
 
@@ -69,7 +83,7 @@ class TrlTrainer:
     """
 
     name: ClassVar[str] = "trl"
-    hyperparameters: ClassVar[type[BaseModel]] = Hyperparameters
+    hyperparameters: ClassVar[type[BaseModel]] = TrlHyperparameters
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`."""

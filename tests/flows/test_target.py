@@ -32,3 +32,16 @@ def test_one_configuration_is_trained_over_all_seeds_and_nothing_else(tmp_path: 
 def test_a_configuration_that_the_trainer_does_not_know_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="lerning_rate"):
         target_study(simulated_study(tmp_path), {"lerning_rate": 1e-4}, [])
+
+
+def test_a_configuration_whose_steps_miss_the_rungs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"prompts_per_step=24 does not divide the study's rung at 160 prompts"):
+        target_study(simulated_study(tmp_path), {"prompts_per_step": 24}, [])
+
+
+def test_completions_that_cannot_be_parted_equally_are_refused(tmp_path: Path) -> None:
+    small = {"family": "instruct", "task": "instruct", "target": "m", "trainer": "trl", "space": "tiny"}
+    base = simulated_study(tmp_path, **small)
+    for parts in (3, 5):
+        with pytest.raises(SpecError, match=f"64 completions cannot be parted into mini_batches={parts} equal"):
+            target_study(base, {"n_samples": 4, "mini_batches": parts}, [])
