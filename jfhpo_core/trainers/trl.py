@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.hyperparameters import Hyperparameters
 from jfhpo_core.space import ChoiceParameter, IntParameter
 from jfhpo_core.spec import StudySpec
@@ -93,7 +94,7 @@ class TrlTrainer:
             raise SpecError(
                 f"task.heldout: {len(task.heldout)} row gives no standard error; give at least {_FEWEST_HELDOUT}"
             )
-        for model in study.family.models:
+        for model in build_ladder(study).models:
             if model.devices != 1:
                 raise SpecError(
                     f"family: model {model.name!r} asks for {model.devices} devices, but trainer 'trl' trains on one; "

@@ -11,14 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from jfhpo_core.embedded import family_members
 from jfhpo_core.embedded.base import Shape, build_model, build_tokenizer
 from jfhpo_core.errors import SpecError, TrialFailure
 from jfhpo_core.execution import run_job
 from jfhpo_core.hyperparameters import Hyperparameters
-from jfhpo_core.spec import parse_study
+from jfhpo_core.spec import StudySpec, parse_study
 from jfhpo_core.study import resolve
 from jfhpo_core.trainers.trl import TrlSettings, TrlTrainer
 from jfhpo_core.trial import Decision, Evaluation, FailureKind, Outcome, StepRecord, Value
+from tests.studies import study_data
 from tests.trainers.conformance import (
     BREAK,
     TOTAL_STEPS,
@@ -494,3 +496,15 @@ def test_a_heldout_set_without_a_standard_error_is_refused(make_case: MakeCase, 
     heldout.write_text('{"prompt": "zz=", "weight": 1.0}\n')
     with pytest.raises(SpecError, match="standard error"):
         TrlTrainer().check(study.model_copy(update={"task": study.task.model_copy(update={"heldout": str(heldout)})}))
+
+
+def test_a_larger_model_that_is_not_trained_may_ask_for_anything(tmp_path: Path) -> None:
+    family = [
+        {"name": "small", "path": str(family_members("instruct")["s"])},
+        {"name": "target", "path": str(family_members("instruct")["m"])},
+        {"name": "huge", "path": str(family_members("instruct")["l"]), "devices": 64},
+    ]
+    changes: dict[str, Any] = {"family": family, "trainer": "trl"}
+    assert resolve(StudySpec.model_validate(study_data(tmp_path, target="target", **changes))).ladder.models
+    with pytest.raises(SpecError, match="model 'huge' asks for 64 devices"):
+        resolve(StudySpec.model_validate(study_data(tmp_path, target="huge", **changes)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.space import ChoiceParameter, IntParameter
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.tasks import load_task
@@ -71,11 +72,12 @@ class OpenRlhfTrainer:
         task = load_task(study.task)
         if len(task.heldout[: study.evaluation.prompts]) < FEWEST_HELDOUT:
             raise SpecError(f"task.heldout: one row gives no standard error; give at least {FEWEST_HELDOUT}")
+        models = build_ladder(study).models
         for where, hyperparameters in combinations(study):
-            for model in study.family.models:
+            for model in models:
                 placement = place(
                     chosen,
-                    model.parameters or 1,
+                    model.parameters,
                     model.devices,
                     reference=hyperparameters.kl_coefficient > 0,
                     critic=hyperparameters.recipe.critic,
@@ -129,7 +131,7 @@ def _check_gpus(study: StudySpec, chosen: OpenRlhfSettings) -> None:
             "cluster.gpus_per_device: with 0 trials would share GPUs uncounted; set 1, or a fraction to pack several "
             "small trials on a GPU (or trainer.settings.jobs_address to submit trainings as Ray jobs)"
         )
-    for model in study.family.models:
+    for model in build_ladder(study).models:
         if chosen.jobs_address is None and model.devices > chosen.gpus_per_node:
             raise SpecError(
                 f"family: model {model.name!r} asks for {model.devices} devices, more than a node has "

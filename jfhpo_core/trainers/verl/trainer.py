@@ -9,6 +9,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.fidelity import build_ladder
 from jfhpo_core.spec import StudySpec
 from jfhpo_core.tasks import load_task
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
@@ -39,7 +40,7 @@ class VerlTrainer:
                 f"cluster.gpus_per_device: trainer 'verl' needs whole GPUs that Ray gives to its workers; set 1 "
                 f"instead of {study.cluster.gpus_per_device:g}"
             )
-        for model in study.family.models:
+        for model in build_ladder(study).models:
             if model.devices > chosen.gpus_per_node:
                 raise SpecError(
                     f"family: model {model.name!r} asks for {model.devices} devices, and a training of trainer 'verl' "
