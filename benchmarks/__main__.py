@@ -10,7 +10,7 @@ import typer
 from benchmarks import ablations, report, reproduction, runner, store, surrogates
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.timing import FILE, Timing, measure
-from jfhpo_core.spec import parse_value
+from jfhpo_core.study.spec import parse_value
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 

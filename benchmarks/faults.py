@@ -30,16 +30,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.runner import commit
 from benchmarks.tracking_server import TrackingServer
-from flows.runtime import OUTBOX
-from jfhpo_core.dispatch import Dispatcher, Event, Finished, InlineDispatcher
+from jfhpo.session import OUTBOX
 from jfhpo_core.errors import JfhpoError
-from jfhpo_core.ledger import Ledger, MemoryLedger
-from jfhpo_core.outbox import Outbox, waiting
-from jfhpo_core.search import Progress, run_search
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.study import resolve
+from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, InlineDispatcher
+from jfhpo_core.run.search import Progress, run_search
+from jfhpo_core.store.ledger import Ledger, MemoryLedger
+from jfhpo_core.store.outbox import Outbox, waiting
+from jfhpo_core.study.resolved import resolve
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Outcome, SegmentResult, Trial
 from jfhpo_core.trainers import Job
-from jfhpo_core.trial import Outcome, SegmentResult, Trial
 from mlflow_plugin.ledger import HEADER, SEGMENT, MlflowLedger
 
 FILE = Path(__file__).parent / "results" / "faults" / "faults.jsonl"
@@ -91,7 +91,9 @@ ENDING_SECONDS = 30.0
 SERVER = multiprocessing.get_context("forkserver")
 """Starts the searches: what takes seconds to import is imported once, and each is a process that can be killed. They
 are not forked from this process, whose threads (of Ray, of torch) a fork would cut off in the midst of their work."""
-SERVER.set_forkserver_preload([__name__, "jfhpo_core.optimizer", "mlflow.store.tracking.sqlalchemy_store"])
+SERVER.set_forkserver_preload(
+    [__name__, "jfhpo_core.optimizer.joint_fidelity", "mlflow.store.tracking.sqlalchemy_store"]
+)
 
 
 class Record(BaseModel):
@@ -239,7 +241,7 @@ def search(spec: StudySpec, journal: Path, how: Disturbance) -> None:
     ledger = Outbox(MlflowLedger(), study.folder / OUTBOX)
     inner: Dispatcher = InlineDispatcher(1)
     if spec.cluster.address != "inline":
-        from jfhpo_core.ray_dispatch import RayDispatcher
+        from jfhpo_core.run.ray_dispatch import RayDispatcher
 
         inner = RayDispatcher(spec.cluster, 1, trainer=spec.trainer.name)
     noted = len(_read(journal))
@@ -707,8 +709,8 @@ acknowledged waits in the outbox; after half of those absences the search is kil
 
 Tested elsewhere are: a training process of its own that is killed below its worker, in
 `tests/trainers/openrlhf/test_search.py`; a Prefect server that is killed while a flow run searches, in
-`tests/flows/test_hold.py`; a guarded MLflow server that is killed, in `tests/mlflow_plugin/test_stores.py`; a flow run
-that is cancelled, in `tests/flows/test_search.py`.
+`tests/orchestration/test_study_lock.py`; a guarded MLflow server that is killed, in
+`tests/mlflow_plugin/test_stores.py`; a flow run that is cancelled, in `tests/flows/test_search.py`.
 
 ## What must hold after each fault
 

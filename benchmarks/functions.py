@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import qmc
 
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Evaluation, StepRecord, Value, canonical_json
 from jfhpo_core.trainers import Job, Observer, TrainingResult
-from jfhpo_core.trainers.played import play
-from jfhpo_core.trial import Evaluation, StepRecord, Value, canonical_json
+from jfhpo_core.trainers.scripted import play
 
 Matrix = NDArray[np.float64]
 

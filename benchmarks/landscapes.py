@@ -16,14 +16,14 @@ import numpy as np
 from scipy.stats import qmc, spearmanr
 
 from benchmarks import functions
-from jfhpo_core.fidelity import build_ladder
-from jfhpo_core.space import Vector
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.strategies import fresh_configurations
-from jfhpo_core.study import Study
+from jfhpo_core.optimizer.strategy import fresh_configurations
+from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import Vector
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Configuration
 from jfhpo_core.trainers import Trainer
 from jfhpo_core.trainers.simulated import SimulatedTrainer, study_surface, true_score
-from jfhpo_core.trial import Configuration
 
 FAMILY = [
     {"name": "0.5b", "path": "simulated", "parameters": 494_000_000},

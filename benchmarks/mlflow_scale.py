@@ -16,8 +16,8 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.trial import (
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import (
     Checkpoint,
     Evaluation,
     Outcome,

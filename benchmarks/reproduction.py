@@ -28,13 +28,13 @@ from benchmarks import ablations, report, runner, store
 from benchmarks.ablations import FULL, Variant
 from benchmarks.markdown import markdown_table
 from benchmarks.rl_table.generate import REFERENCE, prepare_process, test_score, versions
-from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.embedded import family_folder, make
-from jfhpo_core.search import SearchResult, run_search
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.strategies import Proposal, Recommendation, load_strategy
-from jfhpo_core.study import Study, resolve
-from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, configuration_key
+from jfhpo_core.optimizer.strategy import Proposal, Recommendation, load_strategy
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import SearchResult, run_search
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState, configuration_key
 
 RESULTS = store.RESULTS / "reproduction"
 PAGE = "reproduction.md"

@@ -25,13 +25,13 @@ from linear_operator.utils.warnings import NumericalWarning
 from benchmarks import store
 from benchmarks.landscapes import LANDSCAPES, Problem, load_problem
 from benchmarks.store import Result
-from jfhpo_core.cost import CostModel
-from jfhpo_core.dispatch import InlineDispatcher
-from jfhpo_core.ledger import MemoryLedger
-from jfhpo_core.search import run_search
-from jfhpo_core.strategies import Proposal, Recommendation, Strategy, fresh_configurations, load_strategy
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, Outcome, SegmentResult, Trial, canonical_json, spent_seconds
+from jfhpo_core.optimizer.cost import CostModel
+from jfhpo_core.optimizer.strategy import Proposal, Recommendation, Strategy, fresh_configurations, load_strategy
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Configuration, Outcome, SegmentResult, Trial, canonical_json, spent_seconds
 
 ROOT = Path(__file__).parent.parent
 

@@ -30,13 +30,10 @@ from benchmarks import runner
 from benchmarks.landscapes import Problem, load_problem
 from benchmarks.markdown import markdown_table
 from benchmarks.report import FIRST_SEED, STYLE
-from jfhpo_core.calibration import inflation
-from jfhpo_core.evidence import observe, target_base
-from jfhpo_core.execution import run_job
-from jfhpo_core.space import Vector
-from jfhpo_core.strategies import fresh_configurations
-from jfhpo_core.study import Study, base_scores
-from jfhpo_core.surrogate import (
+from jfhpo_core.optimizer.calibration import inflation
+from jfhpo_core.optimizer.observations import observe, target_base
+from jfhpo_core.optimizer.strategy import fresh_configurations
+from jfhpo_core.optimizer.surrogate import (
     ANY_SEED,
     DRAWS,
     FIDELITY_COLUMNS,
@@ -47,8 +44,11 @@ from jfhpo_core.surrogate import (
     Observations,
     fit_parameters,
 )
+from jfhpo_core.run.worker import run_job
+from jfhpo_core.study.resolved import Study, base_scores
+from jfhpo_core.study.space import Vector
+from jfhpo_core.study.trial import Configuration, Outcome, Suggestion, Trial
 from jfhpo_core.trainers.simulated import study_surface
-from jfhpo_core.trial import Configuration, Outcome, Suggestion, Trial
 
 LANDSCAPES = ("aligned", "shifted", "noisy", "unstable", "moderate", "misleading")
 """Those of the simulated trainer, whose true scores and boundaries are known everywhere."""
@@ -96,10 +96,10 @@ measured standard errors and predicts the noise-free score at (target, full hori
 configurations that are feasible there. Regret is what a choice lacks to the best of these; the decision counts more
 than the error. Means and standard errors are over {{fits}} designs: seeds {{first}} to {{last}} of {{landscapes}}.
 
-`ours` is the model of `jfhpo_core/surrogate.py` with {DRAWS} members and the correction of `jfhpo_core/calibration.py`;
-its variants change one thing. `multi-fidelity` is BoTorch's SingleTaskMultiFidelityGP (size as data fidelity, progress
-as iteration fidelity), `plain ARD` its SingleTaskGP over hyperparameters, size and progress; both as they come, with
-known noise."""
+`ours` is the model of `jfhpo_core/optimizer/surrogate.py` with {DRAWS} members and the correction of
+`jfhpo_core/optimizer/calibration.py`; its variants change one thing. `multi-fidelity` is BoTorch's
+SingleTaskMultiFidelityGP (size as data fidelity, progress as iteration fidelity), `plain ARD` its SingleTaskGP over
+hyperparameters, size and progress; both as they come, with known noise."""
 
 COVERAGE = f"""\
 Share of the true scores inside the central 50, 80 and 95 % intervals, over both designs; `best` are the
@@ -230,7 +230,7 @@ def _joint(
         draws: Members of the ensemble.
         shifts: Whether best values may move with size.
         seeds: Whether each training has a deviation of its own.
-        calibrated: Whether deviations are corrected by `jfhpo_core.calibration`.
+        calibrated: Whether deviations are corrected by `jfhpo_core.optimizer.calibration`.
     """
     if not seeds:
         inputs = data.inputs.clone()

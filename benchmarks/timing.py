@@ -26,12 +26,12 @@ from torch import Tensor
 from benchmarks import runner
 from benchmarks.landscapes import LANDSCAPES, Problem
 from benchmarks.runner import Timed
-from jfhpo_core.dispatch import Dispatcher, Finished, InlineDispatcher
-from jfhpo_core.hyperparameters import default_spaces
-from jfhpo_core.ledger import Ledger, MemoryLedger
-from jfhpo_core.strategies import Proposal, fresh_configurations, load_strategy
-from jfhpo_core.study import Study, base_scores
-from jfhpo_core.trial import Suggestion, spent_seconds
+from jfhpo_core.optimizer.strategy import Proposal, fresh_configurations, load_strategy
+from jfhpo_core.run.dispatch import Dispatcher, Finished, InlineDispatcher
+from jfhpo_core.store.ledger import Ledger, MemoryLedger
+from jfhpo_core.study.hyperparameters import default_spaces
+from jfhpo_core.study.resolved import Study, base_scores
+from jfhpo_core.study.trial import Suggestion, spent_seconds
 
 FILE = "timing.json"
 OBSERVATIONS = 200

@@ -12,9 +12,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows.nights import look_up, recorded_studies, tonight
-from flows.watched import DEFAULT_STUDY, read, run_name, run_watched
-from jfhpo_core.spec import StudySpec
+from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name, run_watched
+from jfhpo.orchestration.nightly_studies import look_up, recorded_studies, tonight
+from jfhpo_core.study.spec import StudySpec
 
 
 def _name() -> str:

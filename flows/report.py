@@ -7,12 +7,12 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from flows.board import Board
-from flows.display import Watch
-from flows.runtime import rebuild_report
-from flows.watched import DEFAULT_STUDY, read, run_name
-from jfhpo_core.report.summary import verdict
-from jfhpo_core.spec import StudySpec
+from jfhpo.display import Watch
+from jfhpo.orchestration.artifacts import Board
+from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name
+from jfhpo.session import rebuild_report
+from jfhpo_core.report.findings import verdict
+from jfhpo_core.study.spec import StudySpec
 
 
 def _name() -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from flows.watched import DEFAULT_STUDY, name_search, read, run_watched
-from jfhpo_core.spec import StudySpec
+from jfhpo.orchestration.flow_run import DEFAULT_STUDY, name_search, read, run_watched
+from jfhpo_core.study.spec import StudySpec
 
 
 @flow(name="jfhpo", flow_run_name=name_search)

@@ -9,15 +9,15 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from flows.display import show_configuration
-from flows.nights import tracking_beside
-from flows.runtime import recorded
-from flows.watched import DEFAULT_STUDY, read, run_name, run_watched
-from jfhpo_core.cost import CostModel
+from jfhpo.display import show_configuration
+from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name, run_watched
+from jfhpo.orchestration.nightly_studies import tracking_beside
+from jfhpo.session import recorded
 from jfhpo_core.errors import SpecError
-from jfhpo_core.spec import NAME, StrategySpec, StudySpec
-from jfhpo_core.study import Study, resolve
-from jfhpo_core.trial import Configuration, Trial, configuration_key
+from jfhpo_core.optimizer.cost import CostModel
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.spec import NAME, StrategySpec, StudySpec
+from jfhpo_core.study.trial import Configuration, Trial, configuration_key
 
 
 def _name() -> str:

@@ -13,7 +13,7 @@ class TrialFailure(JfhpoError):  # noqa: N818  a verdict on the configuration, n
     """A trial failed because of its configuration: the optimizer learns from it as infeasible.
 
     Args:
-        kind: One of `jfhpo_core.trial.FailureKind`'s values.
+        kind: One of `jfhpo_core.study.trial.FailureKind`'s values.
         message: What happened, quoting the decisive line.
         seconds: Simulated duration until then; None means that the wall clock is the truth.
     """

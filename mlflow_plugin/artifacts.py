@@ -14,7 +14,7 @@ from mlflow.entities import FileInfo
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
-from jfhpo_core.checkpoints import MANIFEST, manifest_fault
+from jfhpo_core.store.checkpoints import MANIFEST, manifest_fault
 
 SCHEME = "jfhpo-checkpoint"
 

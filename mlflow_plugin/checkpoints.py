@@ -15,7 +15,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput
 
-from jfhpo_core.trial import Trial
+from jfhpo_core.study.trial import Trial
 from mlflow_plugin.artifacts import checkpoint_uri
 
 MODEL_TYPE = "jfhpo-checkpoint"

@@ -37,14 +37,14 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import LedgerError, LedgerUnavailable, SpecError
-from jfhpo_core.fidelity import Ladder, build_ladder
-from jfhpo_core.ledger import check_begin, check_commit, mismatch_message
 from jfhpo_core.report.text import without_credentials
-from jfhpo_core.search import SearchResult
-from jfhpo_core.spec import StudySpec, parse_study
-from jfhpo_core.study import checkpoint_store
+from jfhpo_core.run.search import SearchResult
+from jfhpo_core.store.ledger import check_begin, check_commit, mismatch_message
+from jfhpo_core.study.models import Ladder, build_ladder
+from jfhpo_core.study.resolved import checkpoint_store
+from jfhpo_core.study.spec import StudySpec, parse_study
+from jfhpo_core.study.trial import Configuration, Segment, SegmentResult, StepRecord, Trial, canonical_json
 from jfhpo_core.trainers import load_trainer
-from jfhpo_core.trial import Configuration, Segment, SegmentResult, StepRecord, Trial, canonical_json
 from mlflow_plugin import checkpoints
 from mlflow_plugin.presentation import (
     EXPERIMENT_NOTE,
@@ -182,7 +182,7 @@ class _Child:
 
 
 class MlflowLedger:
-    """A ledger in an MLflow tracking store; see `jfhpo_core.ledger.Ledger` for what each method promises.
+    """A ledger in an MLflow tracking store; see `jfhpo_core.store.ledger.Ledger` for what each method promises.
 
     Trials are read from MLflow once, by `open`; from then on this process is the only writer and answers from memory.
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from mlflow.entities import Metric
 
-from jfhpo_core.report.summary import caveats, interval, verdict
+from jfhpo_core.report.findings import caveats, interval, verdict
 from jfhpo_core.report.text import duration, number, setting
-from jfhpo_core.search import SearchResult
-from jfhpo_core.space import FloatParameter, IntParameter, Space
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.trial import (
+from jfhpo_core.run.search import SearchResult
+from jfhpo_core.study.space import FloatParameter, IntParameter, Space
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import (
     Configuration,
     Evaluation,
     Segment,

@@ -1,7 +1,7 @@
 """The trainer `mlproject`: a trial is one run of an MLflow project with the trial's hyperparameters as parameters.
 
 Any project will do whose entry point takes hyperparameters and logs a metric. Its own run becomes a child of the
-trial's run. `flows.project_backend` makes a study of this kind from `mlflow run . --backend jfhpo`.
+trial's run. `jfhpo.project_backend` makes a study of this kind from `mlflow run . --backend jfhpo`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from jfhpo_core.asktell import AnyHyperparameters
 from jfhpo_core.errors import SpecError, TrialFailure
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.run.asktell import AnyHyperparameters
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Configuration, Evaluation, FailureKind, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
-from jfhpo_core.trial import Configuration, Evaluation, FailureKind, StepRecord
 from mlflow_plugin.worker import EXPERIMENT
 
 NAME = "mlproject"

@@ -17,7 +17,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.tracking.context.registry import resolve_tags
 
 from jfhpo_core.report.page import versions
-from jfhpo_core.spec import TaskSpec
+from jfhpo_core.study.spec import TaskSpec
 
 SOURCE_NAME = "mlflow.source.name"
 COMMIT = "mlflow.source.git.commit"

@@ -20,16 +20,16 @@ from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from jfhpo_core.checkpoints import CheckpointStore, file_digest
 from jfhpo_core.embedded import task_folder
 from jfhpo_core.errors import LedgerError
-from jfhpo_core.report.summary import interval, verdict
+from jfhpo_core.report.findings import interval, verdict
 from jfhpo_core.report.text import duration, number
-from jfhpo_core.search import SearchResult
-from jfhpo_core.spec import TaskSpec
-from jfhpo_core.study import Study
-from jfhpo_core.tasks import load_task
-from jfhpo_core.trial import Checkpoint, Evaluation, Trial, canonical_json
+from jfhpo_core.run.search import SearchResult
+from jfhpo_core.store.checkpoints import CheckpointStore, file_digest
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.spec import TaskSpec
+from jfhpo_core.study.tasks import load_task
+from jfhpo_core.study.trial import Checkpoint, Evaluation, Trial, canonical_json
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.presentation import configuration_text, score_metrics
 from mlflow_plugin.provenance import task_data

@@ -12,8 +12,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jfhpo_core.fidelity import Ladder
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.study.models import Ladder
+from jfhpo_core.study.spec import StudySpec
 from mlflow_plugin.presentation import log_name, logarithmic
 
 TAG = "mlflow.sharedViewState."

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from jfhpo_core.trial import Trial
+from jfhpo_core.study.trial import Trial
 
 if TYPE_CHECKING:
     from jfhpo_core.trainers import Job
@@ -54,7 +54,7 @@ def trial_environment(uri: str, experiment_id: str, study: str, trial: Trial, ru
 def system_metrics(job: Job) -> Iterator[None]:
     """Log CPU, memory, disk, network and GPU of the worker to the trial's run, if MLflow's own switch asks for it.
 
-    A companion of the training (`jfhpo_core.execution.COMPANIONS`).
+    A companion of the training (`jfhpo_core.run.worker.COMPANIONS`).
     """
     run_id = job.environment.get(TRIAL_RUN)
     if run_id is None or os.environ.get(SYSTEM_METRICS, "").lower() not in ("1", "true"):

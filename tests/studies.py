@@ -5,9 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.study import Study, resolve
-from jfhpo_core.trial import Configuration, Evaluation, Outcome, Segment, SegmentResult, StepRecord, Suggestion, Trial
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import (
+    Configuration,
+    Evaluation,
+    Outcome,
+    Segment,
+    SegmentResult,
+    StepRecord,
+    Suggestion,
+    Trial,
+)
 
 BECAUSE = Suggestion(source="test", explanation="the test asks for it")
 

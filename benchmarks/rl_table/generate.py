@@ -27,11 +27,11 @@ from pydantic import Field
 from scipy.stats import qmc
 from transformers.utils.logging import disable_progress_bar
 
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.study import Study, resolve
-from jfhpo_core.tasks import load_task
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.tasks import load_task
+from jfhpo_core.study.trial import Configuration, Evaluation, Record, Segment, StepRecord, Suggestion
 from jfhpo_core.trainers import load_trainer
-from jfhpo_core.trial import Configuration, Evaluation, Record, Segment, StepRecord, Suggestion
 
 TASKS = ("instruct", "arithmetic")
 SIZES = ("s", "sm", "m")

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from benchmarks.rl_table import generate as made
 from benchmarks.rl_table.generate import Part, Training, configurations, plan, read_parts, study_of
 from jfhpo_core.errors import JfhpoError
-from jfhpo_core.trial import Evaluation, StepRecord
+from jfhpo_core.study.trial import Evaluation, StepRecord
 
 _Group = tuple[str, str, int]
 """Task, size and seed."""

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from jfhpo_core.evidence import milestone, thinned
-from jfhpo_core.prospects import gain_floors
-from jfhpo_core.stopping import Course, Monitor, StoppingRule, Unpromising
-from jfhpo_core.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations, fitted_surrogate
+from jfhpo_core.optimizer.floors import gain_floors
+from jfhpo_core.optimizer.observations import milestone, thinned
+from jfhpo_core.optimizer.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations, fitted_surrogate
+from jfhpo_core.stopping.rules import Course, Monitor, StoppingRule, Unpromising
+from jfhpo_core.study.trial import Decision, Evaluation, StepRecord
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table
-from jfhpo_core.trial import Decision, Evaluation, StepRecord
 
 POOR_SHARE = 0.5
 GOOD_SHARE = 0.25
@@ -173,7 +173,7 @@ def would_have_led(order: Sequence[Fate]) -> tuple[int, int]:
 
 
 def _learned(recording: Recording, decision: Decision | None, total_steps: int) -> list[tuple[float, Evaluation]]:
-    """Progress and score of what a search would learn from a training (see `jfhpo_core.evidence.observe`)."""
+    """Progress and score of what a search would learn from a run (see `jfhpo_core.optimizer.observations.observe`)."""
     if decision is not None and decision.rule != Unpromising.name:
         return [(1.0, recording.evaluation(decision.step))]
     end = total_steps if decision is None else decision.step

@@ -23,7 +23,7 @@ from benchmarks.rl_table.thresholds import (
     variants,
     watch,
 )
-from jfhpo_core.stopping import RULE_SETS, RULES, KlGrowth, StoppingRule, Unpromising
+from jfhpo_core.stopping.rules import RULE_SETS, RULES, KlGrowth, StoppingRule, Unpromising
 from jfhpo_core.trainers.replay_table import Table, read_table
 
 DEFAULT = Unpromising().probability

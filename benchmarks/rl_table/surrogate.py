@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.markdown import markdown_table
 from benchmarks.rl_table.generate import SIZES, TASKS
-from jfhpo_core.agreement import rank_agreement
+from jfhpo_core.optimizer.rank_agreement import rank_agreement
 from jfhpo_core.trainers.replay_surrogate import FOLDS, cross_validate, fit
 from jfhpo_core.trainers.replay_table import read_table
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.rl_table.rules import fates, step_seconds, stopping_step
-from jfhpo_core.stopping import (
+from jfhpo_core.stopping.rules import (
     AbsoluteKl,
     BelowBase,
     EntropyCollapse,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from benchmarks.markdown import markdown_table
 from benchmarks.rl_table import figures
 from benchmarks.rl_table.generate import RUNGS, SIZES, TASKS
-from jfhpo_core.agreement import RankAgreement, rank_agreement
+from jfhpo_core.optimizer.rank_agreement import RankAgreement, rank_agreement
 from jfhpo_core.trainers.replay_table import Recording, Table, read_table
 
 Scores = dict[int, float]

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jfhpo_core.cost import CostModel
-from jfhpo_core.space import ChoiceParameter, FloatParameter, IntParameter
-from jfhpo_core.strategies import Proposal, Recommendation, check_model, fresh_configurations
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, Suggestion, Trial, TrialState, Value, configuration_key
+from jfhpo_core.optimizer.cost import CostModel
+from jfhpo_core.optimizer.strategy import Proposal, Recommendation, check_model, fresh_configurations
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import ChoiceParameter, FloatParameter, IntParameter
+from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState, Value, configuration_key
 
 DRAWS = 32
 """How often a library is asked again when it proposes a configuration that has been tried: a small space runs out."""

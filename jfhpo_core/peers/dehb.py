@@ -12,8 +12,8 @@ from loguru import logger
 from jfhpo_core.errors import SpecError
 from jfhpo_core.peers.base import ladder, rung_of, top_budget
 from jfhpo_core.peers.replay import Library, ReplayedPeer, Request
-from jfhpo_core.space import Space
-from jfhpo_core.study import Study
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import Space
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from jfhpo_core.optimizer.strategy import Count, Positive, Recommendation, Share, fresh_configurations
 from jfhpo_core.peers.base import Choice, Peer
 from jfhpo_core.peers.gp import Scored, propose, with_failed
-from jfhpo_core.strategies import Count, Positive, Recommendation, Share, fresh_configurations
-from jfhpo_core.study import Study, base_scores
-from jfhpo_core.trial import Evaluation, Trial, TrialState, configuration_key
+from jfhpo_core.study.resolved import Study, base_scores
+from jfhpo_core.study.trial import Evaluation, Trial, TrialState, configuration_key
 
 RATES = np.geomspace(0.5, 50.0, 41)
 """Saturation rates that a curve may have, per horizon."""

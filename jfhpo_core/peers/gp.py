@@ -16,11 +16,11 @@ from botorch.utils.sampling import manual_seed
 from gpytorch.mlls import ExactMarginalLogLikelihood
 from torch import Tensor
 
+from jfhpo_core.optimizer.strategy import Count, Positive, fresh_configurations
 from jfhpo_core.peers.base import Choice, Peer
-from jfhpo_core.space import Space
-from jfhpo_core.strategies import Count, Positive, fresh_configurations
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, Trial, TrialState, configuration_key
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import Space
+from jfhpo_core.study.trial import Configuration, Trial, TrialState, configuration_key
 
 SAMPLES = 64
 """Posterior samples of the acquisition."""

@@ -22,6 +22,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import Trial as Handle
 from optuna.trial import TrialState as Told
 
+from jfhpo_core.optimizer.strategy import Positive, Reduction
 from jfhpo_core.peers.base import (
     Choice,
     Peer,
@@ -33,10 +34,9 @@ from jfhpo_core.peers.base import (
     new_configuration,
     score_at,
 )
-from jfhpo_core.space import FloatParameter, IntParameter, Space
-from jfhpo_core.strategies import Positive, Reduction
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, Outcome, Trial, TrialState
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import FloatParameter, IntParameter, Space
+from jfhpo_core.study.trial import Configuration, Outcome, Trial, TrialState
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # else it announces every rebuilt study
 

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from jfhpo_core.optimizer.strategy import Reduction, fresh_configurations
 from jfhpo_core.peers.base import DRAWS, Choice, Peer, ladder
-from jfhpo_core.strategies import Reduction, fresh_configurations
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, Outcome, Trial, TrialState, configuration_key
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Configuration, Outcome, Trial, TrialState, configuration_key
 
 ASK = "ask"
 """The event of a history in which the library is asked for a segment; all others are commits."""

@@ -31,12 +31,12 @@ from smac.model.random_forest import RandomForest
 from smac.runhistory import StatusType, TrialValue
 from smac.runhistory.encoder import RunHistoryEncoder
 
+from jfhpo_core.optimizer.strategy import Positive
 from jfhpo_core.peers.base import from_native, is_ordinal, native, rung_of, top_budget
 from jfhpo_core.peers.replay import Library, ReplayedPeer, Request
-from jfhpo_core.space import ChoiceParameter, FloatParameter, IntParameter, Space
-from jfhpo_core.strategies import Positive
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import ChoiceParameter, FloatParameter, IntParameter, Space
+from jfhpo_core.study.trial import Configuration
 
 logging.getLogger("smac").setLevel(logging.ERROR)  # its warnings are about searches that it runs itself
 

@@ -22,12 +22,12 @@ from matplotlib.colors import ListedColormap, LogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from jfhpo_core.agreement import FidelityAgreement
-from jfhpo_core.report.summary import PURPOSES, cost_by_purpose, incumbents, interval, same_configuration
+from jfhpo_core.optimizer.rank_agreement import FidelityAgreement
+from jfhpo_core.report.findings import PURPOSES, cost_by_purpose, incumbents, interval, same_configuration
 from jfhpo_core.report.text import duration, duration_unit, parameters, share
-from jfhpo_core.search import SearchResult
-from jfhpo_core.study import base_scores
-from jfhpo_core.trial import StepRecord, Trial, TrialState, configuration_key
+from jfhpo_core.run.search import SearchResult
+from jfhpo_core.study.resolved import base_scores
+from jfhpo_core.study.trial import StepRecord, Trial, TrialState, configuration_key
 
 LIGHT = {
     "surface": "#fffffe",

@@ -18,13 +18,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from jfhpo_core.agreement import FidelityAgreement, length_agreements, most_telling, size_agreements
-from jfhpo_core.report import summary, text
+from jfhpo_core.optimizer.rank_agreement import FidelityAgreement, length_agreements, most_telling, size_agreements
+from jfhpo_core.report import findings as summary
+from jfhpo_core.report import text
 from jfhpo_core.report.text import without_credentials
-from jfhpo_core.search import SearchResult
-from jfhpo_core.space import ChoiceParameter, FloatParameter
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Configuration, StepRecord, Trial, TrialState, Value
+from jfhpo_core.run.search import SearchResult
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import ChoiceParameter, FloatParameter
+from jfhpo_core.study.trial import Configuration, StepRecord, Trial, TrialState, Value
 
 REPORT = "report.html"
 PLOTS = "plots"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jfhpo_core.trial import Value
+from jfhpo_core.study.trial import Value
 
 MINUTE, HOUR = 60.0, 3600.0
 

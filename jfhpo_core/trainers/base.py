@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.trial import Checkpoint, Configuration, Decision, Evaluation, Record, Segment, StepRecord
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Checkpoint, Configuration, Decision, Evaluation, Record, Segment, StepRecord
 
 Observer = Callable[[StepRecord | Evaluation], Decision | None]
 """Called by a trainer after every step and every evaluation. A decision that says stop ends the segment there."""

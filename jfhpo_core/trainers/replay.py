@@ -13,13 +13,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.fidelity import build_ladder
-from jfhpo_core.hyperparameters import Hyperparameters
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Evaluation, Value, configuration_key
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
-from jfhpo_core.trainers.played import play
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
-from jfhpo_core.trial import Evaluation, Value, configuration_key
+from jfhpo_core.trainers.scripted import play
 
 
 class RecordedHyperparameters(Hyperparameters):

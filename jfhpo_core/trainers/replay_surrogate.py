@@ -19,7 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
-from jfhpo_core.space import Vector
+from jfhpo_core.study.space import Vector
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
 
 Matrix = NDArray[np.float64]

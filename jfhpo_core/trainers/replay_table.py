@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.hyperparameters import default_spaces
-from jfhpo_core.space import Space, Vector
-from jfhpo_core.trial import Configuration, Evaluation, StepRecord
+from jfhpo_core.study.hyperparameters import default_spaces
+from jfhpo_core.study.space import Space, Vector
+from jfhpo_core.study.trial import Configuration, Evaluation, StepRecord
 
 SPACE = Space.model_validate(default_spaces()["tiny"])
 """The space of the recorded configurations."""

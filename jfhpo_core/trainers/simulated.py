@@ -23,12 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import qmc
 
 from jfhpo_core.errors import TrialFailure
-from jfhpo_core.hyperparameters import Hyperparameters
-from jfhpo_core.space import Space, Vector
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.space import Space, Vector
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Evaluation, FailureKind, StepRecord, Value, canonical_json
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
-from jfhpo_core.trainers.played import play
-from jfhpo_core.trial import Evaluation, FailureKind, StepRecord, Value, canonical_json
+from jfhpo_core.trainers.scripted import play
 
 TOKENS_PER_COMPLETION = 8
 

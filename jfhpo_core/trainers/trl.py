@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.fidelity import build_ladder
-from jfhpo_core.hyperparameters import Hyperparameters
-from jfhpo_core.space import ChoiceParameter, IntParameter
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.tasks import load_task
+from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.space import ChoiceParameter, IntParameter
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.tasks import load_task
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, model_dump_hyperparameters, read_settings
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from jfhpo_core.tasks import Row, Task, columns_of
-from jfhpo_core.trial import Evaluation, PassAtN
+from jfhpo_core.study.tasks import Row, Task, columns_of
+from jfhpo_core.study.trial import Evaluation, PassAtN
 
 EVALUATION_SEED = 20240213
 """Every evaluation of every trial samples with these random numbers: configurations are compared on equal terms."""

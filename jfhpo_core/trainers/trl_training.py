@@ -30,12 +30,12 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import use_adapter
 
 from jfhpo_core.errors import InfrastructureError, SpecError, TrialFailure
-from jfhpo_core.hyperparameters import Hyperparameters
-from jfhpo_core.tasks import Row, Task, columns_of, load_task
+from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.tasks import Row, Task, columns_of, load_task
+from jfhpo_core.study.trial import Evaluation, FailureKind, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.trl import TrlSettings
 from jfhpo_core.trainers.trl_rollout import Sampler, Tokens, evaluate, own_randomness
-from jfhpo_core.trial import Evaluation, FailureKind, StepRecord
 
 PROGRESS = "jfhpo-progress.json"
 """File of a checkpoint with what TRL does not count: our step and the completion tokens so far."""

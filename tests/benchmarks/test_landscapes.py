@@ -7,12 +7,12 @@ import pytest
 
 from benchmarks.functions import make, size_fidelity
 from benchmarks.landscapes import FAMILY, LANDSCAPES, TARGET, TRAINING_SECONDS, maximize
-from jfhpo_core.dispatch import InlineDispatcher
-from jfhpo_core.ledger import MemoryLedger
-from jfhpo_core.search import run_search
-from jfhpo_core.strategies import fresh_configurations
+from jfhpo_core.optimizer.strategy import fresh_configurations
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.trial import spent_seconds
 from jfhpo_core.trainers.simulated import landscape
-from jfhpo_core.trial import spent_seconds
 
 
 @pytest.mark.parametrize("name", LANDSCAPES)

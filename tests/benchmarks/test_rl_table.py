@@ -31,9 +31,9 @@ from benchmarks.rl_table.generate import (
 )
 from benchmarks.rl_table.pack import pack, unpack
 from jfhpo_core.errors import JfhpoError
-from jfhpo_core.stopping import RULES, BelowBase, NonFinite, PaperRewardDrop, RewardDrop, Unpromising, ZeroReward
+from jfhpo_core.stopping.rules import RULES, BelowBase, NonFinite, PaperRewardDrop, RewardDrop, Unpromising, ZeroReward
+from jfhpo_core.study.trial import Evaluation
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
-from jfhpo_core.trial import Evaluation
 from tests.studies import step_record
 
 STEPS = 16

@@ -7,8 +7,8 @@ import pytest
 from benchmarks import runner, store
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.runner import Delivery, Run, run_one, trace
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Checkpoint, SegmentResult, Trial
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Checkpoint, SegmentResult, Trial
 from tests.studies import evaluation, result
 
 RUNS = [Run("random", "aligned", seed, {}, "random") for seed in (1, 0)]

@@ -8,8 +8,8 @@ import pytest
 from benchmarks import surrogates
 from benchmarks.landscapes import load_problem
 from benchmarks.surrogates import LEVELS, QUESTIONS, SURROGATES, Fit, fit_one, judge, load, load_task, run, train, write
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Outcome, configuration_key
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Outcome, configuration_key
 
 
 def study(landscape: str, workspace: Path) -> Study:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from flows.overrides import read_study
-from jfhpo_core.study import resolve
-from jfhpo_core.tasks import load_reward, load_task
+from jfhpo.overrides import read_study
+from jfhpo_core.study.resolved import resolve
+from jfhpo_core.study.tasks import load_reward, load_task
 from jfhpo_core.trainers.openrlhf.trainer import ineffective
 
 PRESETS = Path(__file__).parents[2] / "examples" / "openrlhf"

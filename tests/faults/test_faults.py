@@ -8,11 +8,11 @@ import pytest
 
 from benchmarks import faults
 from benchmarks.faults import Campaign, Disturbance, Place, Unreliable, disturb_seed, pieces, study_of
-from jfhpo_core.dispatch import InlineDispatcher
-from jfhpo_core.ledger import MemoryLedger
-from jfhpo_core.search import run_search
-from jfhpo_core.spec import StrategySpec
-from jfhpo_core.study import resolve
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.resolved import resolve
+from jfhpo_core.study.spec import StrategySpec
 
 
 @pytest.mark.parametrize("how", [Disturbance(duplicates=True), Disturbance(late=True)])

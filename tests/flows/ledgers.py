@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jfhpo_core.spec import load_study
-from jfhpo_core.trial import SegmentResult
+from jfhpo_core.study.spec import load_study
+from jfhpo_core.study.trial import SegmentResult
 from mlflow_plugin.ledger import MlflowLedger
 
 Committed = dict[str, tuple[SegmentResult, ...]]

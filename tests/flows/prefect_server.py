@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from tests.dispatch.support import descendants
+from tests.run.support import descendants
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

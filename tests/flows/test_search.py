@@ -14,12 +14,12 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.notify import set_up
 from flows.search import search
+from jfhpo.orchestration.notify import set_up
 from jfhpo_core.errors import SpecError
-from tests.dispatch.support import all_gone
 from tests.flows.ledgers import committed, count, kept
 from tests.flows.prefect_server import Prefect, wait_for
+from tests.run.support import all_gone
 from tests.studies import study_data
 
 pytestmark = pytest.mark.timeout(1200)

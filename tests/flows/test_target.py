@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from flows.target import target_study
-from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import SpecError
-from jfhpo_core.ledger import MemoryLedger
-from jfhpo_core.search import run_search
-from jfhpo_core.study import resolve
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.resolved import resolve
 from tests.studies import simulated_study
 
 

@@ -6,11 +6,11 @@ import pytest
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from flows.cli import app
-from flows.garbage import parse_size
-from jfhpo_core.dispatch import InlineDispatcher
+from jfhpo.checkpoint_usage import parse_size
+from jfhpo.cli import app
 from jfhpo_core.errors import SpecError
-from jfhpo_core.search import run_search
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
 from mlflow_plugin.ledger import MlflowLedger
 from tests.studies import simulated_study
 

@@ -21,18 +21,18 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
-from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import LedgerError, LedgerUnavailable
-from jfhpo_core.ledger import Ledger, MemoryLedger
 from jfhpo_core.report.page import write_plots
-from jfhpo_core.search import run_search
-from jfhpo_core.space import Space
-from jfhpo_core.spec import StudySpec, TrackingSpec
-from jfhpo_core.study import resolve
-from jfhpo_core.trial import Decision, FailureKind, Outcome, PassAtN, Trial
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import Ledger, MemoryLedger
+from jfhpo_core.study.resolved import resolve
+from jfhpo_core.study.space import Space
+from jfhpo_core.study.spec import StudySpec, TrackingSpec
+from jfhpo_core.study.trial import Decision, FailureKind, Outcome, PassAtN, Trial
 from mlflow_plugin.ledger import TAG_LIMIT, MlflowLedger, _absolute, _exists
 from mlflow_plugin.presentation import StudyState
-from tests.ledger.conformance import (
+from tests.store.ledger_conformance import (
     TOTAL_STEPS,
     LedgerConformance,
     make_record,

@@ -13,12 +13,12 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flows.project_backend import project_study
-from jfhpo_core.checkpoints import CheckpointStore
-from jfhpo_core.dispatch import InlineDispatcher
+from jfhpo.project_backend import project_study
 from jfhpo_core.errors import SpecError
-from jfhpo_core.search import run_search
-from jfhpo_core.study import resolve
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.checkpoints import CheckpointStore
+from jfhpo_core.study.resolved import resolve
 from jfhpo_core.trainers import Job, Observer, TrainingResult
 from jfhpo_core.trainers.simulated import SimulatedTrainer
 from mlflow_plugin.artifacts import checkpoint_uri

@@ -8,8 +8,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from flows.runtime import run_study
-from jfhpo_core.spec import StudySpec, TaskSpec
+from jfhpo.session import run_study
+from jfhpo_core.study.spec import StudySpec, TaskSpec
 from mlflow_plugin.provenance import source_tags, task_data
 from tests.studies import study_data
 

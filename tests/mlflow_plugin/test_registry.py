@@ -13,14 +13,14 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from jfhpo_core.checkpoints import CheckpointStore
 from jfhpo_core.embedded import family_members
 from jfhpo_core.errors import CheckpointError
-from jfhpo_core.search import SearchResult
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.study import Study, resolve
-from jfhpo_core.tasks import load_task
-from jfhpo_core.trial import Checkpoint, Evaluation, Outcome, Segment, SegmentResult, Suggestion
+from jfhpo_core.run.search import SearchResult
+from jfhpo_core.store.checkpoints import CheckpointStore
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.tasks import load_task
+from jfhpo_core.study.trial import Checkpoint, Evaluation, Outcome, Segment, SegmentResult, Suggestion
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.registry import _card, _measure, register_target
 from tests.studies import simulated_study

@@ -9,12 +9,12 @@ import pytest
 from mlflow import MlflowClient
 
 from benchmarks.tracking_server import TrackingServer
-from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import LedgerError
-from jfhpo_core.ledger import Ledger, MemoryLedger
-from jfhpo_core.outbox import Outbox
-from jfhpo_core.search import run_search
-from jfhpo_core.study import Study
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import Ledger, MemoryLedger
+from jfhpo_core.store.outbox import Outbox
+from jfhpo_core.study.resolved import Study
 from jfhpo_core.trainers import Job
 from mlflow_plugin.ledger import MlflowLedger
 from tests.mlflow_plugin.conftest import PASSWORD

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from jfhpo_core.optimizer.strategy import fresh_configurations
 from jfhpo_core.peers.base import from_native, ladder, native, new_configuration, rung_of, top_budget
-from jfhpo_core.strategies import fresh_configurations
 from tests.peers.test_peers import peer_study
 
 FIFTEEN = tuple(32 * number for number in range(1, 16))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.strategies import load_strategy
+from jfhpo_core.optimizer.strategy import load_strategy
 from tests.peers.test_peers import peer_study, search
 
 

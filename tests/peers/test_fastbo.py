@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from jfhpo_core.optimizer.strategy import fresh_configurations
 from jfhpo_core.peers.fastbo import Curve, FastBo
-from jfhpo_core.strategies import fresh_configurations
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Evaluation, Trial
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Evaluation, Trial
 from tests.peers.test_peers import peer_study
 from tests.studies import evaluation, result
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jfhpo_core.optimizer.strategy import fresh_configurations
 from jfhpo_core.peers.gp import Gp, Scored, fit, observed, propose
-from jfhpo_core.strategies import fresh_configurations
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Trial
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Trial
 from tests.peers.test_peers import peer_study
 from tests.studies import evaluation, result
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from jfhpo_core.optimizer.strategy import fresh_configurations
 from jfhpo_core.peers.base import Choice
 from jfhpo_core.peers.optuna import Asha, Bohb, Tpe
-from jfhpo_core.strategies import fresh_configurations
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Trial
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Trial
 from tests.peers.test_peers import RUNGS, peer_study
 from tests.studies import evaluation, result, segment
 

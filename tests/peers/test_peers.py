@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import SpecError
-from jfhpo_core.ledger import MemoryLedger
+from jfhpo_core.optimizer.strategy import Proposal, Recommendation, Strategy, load_strategy
 from jfhpo_core.peers.replay import forget
-from jfhpo_core.search import VALIDATION, SearchResult, run_search
-from jfhpo_core.strategies import Proposal, Recommendation, Strategy, load_strategy
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Trial, TrialState, configuration_key, spent_seconds
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import VALIDATION, SearchResult, run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Trial, TrialState, configuration_key, spent_seconds
 from tests.studies import evaluation, result, simulated_study
 
 FULL_LENGTH = ["tpe", "gp"]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from jfhpo_core.optimizer.strategy import Proposal, load_strategy
 from jfhpo_core.peers.dehb import Dehb
 from jfhpo_core.peers.replay import ASK, Commit, Drive, Library, Request, events, forget
-from jfhpo_core.strategies import Proposal, load_strategy
-from jfhpo_core.study import Study
-from jfhpo_core.trial import Outcome, Suggestion, Trial, configuration_key
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Outcome, Suggestion, Trial, configuration_key
 from tests.peers.test_peers import PEERS, peer_study, search
 from tests.studies import evaluation, result, segment
 
@@ -141,8 +141,8 @@ def test_another_seed_starts_the_library_over(tmp_path: Path) -> None:
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from jfhpo_core.strategies import load_strategy
-from jfhpo_core.trial import Trial
+from jfhpo_core.optimizer.strategy import load_strategy
+from jfhpo_core.study.trial import Trial
 from tests.peers.test_peers import peer_study
 
 for line in Path(sys.argv[1]).read_text().splitlines():

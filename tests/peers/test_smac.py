@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jfhpo_core.peers.smac import configuration_space
-from jfhpo_core.space import Space
+from jfhpo_core.study.space import Space
 from tests.peers.test_peers import SPACE, peer_study, search
 
 

@@ -19,11 +19,10 @@ import pytest
 import torch
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.execution import run_job
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.study import resolve
-from jfhpo_core.trainers import Job, Trainer, TrainingResult, load_trainer
-from jfhpo_core.trial import (
+from jfhpo_core.run.worker import run_job
+from jfhpo_core.study.resolved import resolve
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import (
     Checkpoint,
     Configuration,
     Decision,
@@ -34,6 +33,7 @@ from jfhpo_core.trial import (
     StepRecord,
     Suggestion,
 )
+from jfhpo_core.trainers import Job, Trainer, TrainingResult, load_trainer
 
 TOTAL_STEPS = 6
 """Full horizon of the suite's trainings."""
@@ -46,8 +46,9 @@ KEY = "0123456789abcdef"
 PROCESS = """
 import sys, time
 from pathlib import Path
-from jfhpo_core.execution import run_job
-from jfhpo_core.trainers import Job, load_trainer
+from jfhpo_core.run.worker import run_job
+from jfhpo_core.trainers import Job
+from jfhpo_core.trainers import load_trainer
 
 job = Job.model_validate_json(Path(sys.argv[1]).read_text())
 def on_record(record):

@@ -10,17 +10,17 @@ import pytest
 
 from benchmarks.rl_table.generate import Part, Training
 from benchmarks.rl_table.pack import write
-from jfhpo_core.dispatch import InlineDispatcher
 from jfhpo_core.errors import SpecError
-from jfhpo_core.execution import run_job
-from jfhpo_core.hyperparameters import Hyperparameters
-from jfhpo_core.ledger import MemoryLedger
-from jfhpo_core.search import run_search
-from jfhpo_core.spec import StudySpec, load_study
-from jfhpo_core.study import resolve
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.run.worker import run_job
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.resolved import resolve
+from jfhpo_core.study.spec import StudySpec, load_study
+from jfhpo_core.study.trial import Configuration, Evaluation, StepRecord
 from jfhpo_core.trainers.replay_surrogate import cross_validate, fit
 from jfhpo_core.trainers.replay_table import SPACE, Recording, read_table
-from jfhpo_core.trial import Configuration, Evaluation, StepRecord
 from tests.studies import step_record
 from tests.trainers.conformance import TOTAL_STEPS, Case, TrainerConformance
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.execution import run_job
-from jfhpo_core.hyperparameters import Hyperparameters
-from jfhpo_core.spec import EvaluationSpec, parse_study
-from jfhpo_core.study import Study
+from jfhpo_core.run.worker import run_job
+from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.spec import EvaluationSpec, parse_study
+from jfhpo_core.study.trial import FailureKind, Outcome, StepRecord
 from jfhpo_core.trainers import load_trainer
 from jfhpo_core.trainers.simulated import Landscape, Surface, study_surface, true_score
-from jfhpo_core.trial import FailureKind, Outcome, StepRecord
 from tests.studies import simulated_study
 from tests.trainers.conformance import TOTAL_STEPS, Case, TrainerConformance
 

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from jfhpo_core.embedded import family_members
 from jfhpo_core.embedded.base import Shape, build_model, build_tokenizer
 from jfhpo_core.errors import SpecError, TrialFailure
-from jfhpo_core.execution import run_job
-from jfhpo_core.hyperparameters import Hyperparameters
-from jfhpo_core.spec import StudySpec, parse_study
-from jfhpo_core.study import resolve
+from jfhpo_core.run.worker import run_job
+from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.resolved import resolve
+from jfhpo_core.study.spec import StudySpec, parse_study
+from jfhpo_core.study.trial import Decision, Evaluation, FailureKind, Outcome, StepRecord, Value
 from jfhpo_core.trainers.trl import TrlSettings, TrlTrainer
-from jfhpo_core.trial import Decision, Evaluation, FailureKind, Outcome, StepRecord, Value
 from tests.studies import study_data
 from tests.trainers.conformance import (
     BREAK,

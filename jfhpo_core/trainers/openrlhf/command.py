@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jfhpo_core.trainers.base import Job
+from jfhpo_core.trainers.external.placement import Placement, micro_batch
 from jfhpo_core.trainers.openrlhf.hyperparameters import SCHEDULERS, OpenRlhfHyperparameters
-from jfhpo_core.trainers.openrlhf.placement import Placement, micro_batch
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 
 MODULE = "openrlhf.cli.train_ppo_ray"

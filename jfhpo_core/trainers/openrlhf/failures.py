@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jfhpo_core.errors import InfrastructureError, TrialFailure
-from jfhpo_core.trial import FailureKind
+from jfhpo_core.study.trial import FailureKind
 
 LINE_CHARACTERS = 300
 """Of the decisive line are quoted."""

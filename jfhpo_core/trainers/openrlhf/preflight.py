@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.fidelity import Model
-from jfhpo_core.preflight import GIB, Finding, Level
-from jfhpo_core.study import Study
-from jfhpo_core.trainers.openrlhf.placement import WEIGHT_BYTES, Placement, place
-from jfhpo_core.trainers.openrlhf.process import environment
+from jfhpo_core.run.preflight import GIB, Finding, Level
+from jfhpo_core.study.models import Model
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.trainers.external.placement import WEIGHT_BYTES, Placement, place
+from jfhpo_core.trainers.external.process import environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 
 TESTED = {
@@ -42,7 +42,7 @@ PROBE_SECONDS = 300.0
 
 
 def preflight(study: Study, settings: OpenRlhfSettings, ineffective: dict[str, str]) -> Iterator[Finding]:
-    """See `jfhpo_core.preflight`.
+    """See `jfhpo_core.run.preflight`.
 
     Args:
         study: The study.

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.fidelity import build_ladder
-from jfhpo_core.space import ChoiceParameter, IntParameter
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.tasks import load_task
+from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.space import ChoiceParameter, IntParameter
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.tasks import load_task
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
+from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
-from jfhpo_core.trainers.openrlhf.placement import place
 from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE, OpenRlhfSettings
 
 if TYPE_CHECKING:
-    from jfhpo_core.preflight import Finding
-    from jfhpo_core.study import Study
+    from jfhpo_core.run.preflight import Finding
+    from jfhpo_core.study.resolved import Study
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class OpenRlhfTrainer:
             logger.warning("space.%s has no effect: %s", name, reason)
 
     def preflight(self, study: Study) -> Iterator[Finding]:
-        """See `jfhpo_core.preflight`."""
+        """See `jfhpo_core.run.preflight`."""
         from jfhpo_core.trainers.openrlhf.preflight import preflight
 
         return preflight(study, settings(study.spec), ineffective(study.spec))

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 
 from jfhpo_core.errors import InfrastructureError
-from jfhpo_core.tasks import Row, load_task, reward_reference
+from jfhpo_core.study.tasks import Row, load_task, reward_reference
+from jfhpo_core.study.trial import Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.external.log import StepLine, read_line
+from jfhpo_core.trainers.external.placement import place
+from jfhpo_core.trainers.external.process import TrainingProcess, environment
+from jfhpo_core.trainers.external.watch import Watch
 from jfhpo_core.trainers.openrlhf.command import MODULE, Files, build_flags, evaluation_interval, to_argv
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
-from jfhpo_core.trainers.openrlhf.log import StepLine, read_line
-from jfhpo_core.trainers.openrlhf.placement import place
-from jfhpo_core.trainers.openrlhf.process import TrainingProcess, environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
-from jfhpo_core.trainers.openrlhf.watch import Watch
-from jfhpo_core.trial import Evaluation, PassAtN, StepRecord
 
 AGENT = Path(__file__).with_name("inside") / "agent.py"
 PROGRESS = "jfhpo-progress.json"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from jfhpo_core.trainers.base import Job
+from jfhpo_core.trainers.external.placement import Placement
 from jfhpo_core.trainers.openrlhf.command import evaluation_interval
-from jfhpo_core.trainers.openrlhf.placement import Placement
 from jfhpo_core.trainers.verl.settings import VerlHyperparameters, VerlSettings
 
 MODULE = "verl.trainer.main_ppo"

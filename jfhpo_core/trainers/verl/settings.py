@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from jfhpo_core.hyperparameters import Hyperparameters
+from jfhpo_core.study.hyperparameters import Hyperparameters
 
 PYTHON_VARIABLE = "JFHPO_VERL_PYTHON"
 """Environment variable with verl's Python, for studies that do not name it."""

@@ -9,9 +9,9 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.fidelity import build_ladder
-from jfhpo_core.spec import StudySpec
-from jfhpo_core.tasks import load_task
+from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.tasks import load_task
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
 from jfhpo_core.trainers.openrlhf.trainer import FEWEST_HELDOUT
 from jfhpo_core.trainers.verl.settings import PYTHON_VARIABLE, VerlHyperparameters, VerlSettings

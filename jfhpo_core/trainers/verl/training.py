@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 
 from jfhpo_core.errors import InfrastructureError
-from jfhpo_core.tasks import Row, load_task, reward_reference
+from jfhpo_core.study.tasks import Row, load_task, reward_reference
+from jfhpo_core.study.trial import Evaluation, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
-from jfhpo_core.trainers.openrlhf.log import LogTail
-from jfhpo_core.trainers.openrlhf.placement import Placement, place
-from jfhpo_core.trainers.openrlhf.process import TrainingProcess, environment
+from jfhpo_core.trainers.external.log import LogTail
+from jfhpo_core.trainers.external.placement import Placement, place
+from jfhpo_core.trainers.external.process import TrainingProcess, environment
+from jfhpo_core.trainers.external.watch import Watch
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from jfhpo_core.trainers.openrlhf.training import PROGRESS, link, new_folder, prompt_order, score
-from jfhpo_core.trainers.openrlhf.watch import Watch
 from jfhpo_core.trainers.verl.command import MODULE, VerlFiles, build_overrides, to_argv
 from jfhpo_core.trainers.verl.settings import VerlSettings
-from jfhpo_core.trial import Evaluation, StepRecord
 
 REWARD = Path(__file__).with_name("inside") / "reward.py"
 LATEST = "latest_checkpointed_iteration.txt"

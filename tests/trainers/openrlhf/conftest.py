@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from jfhpo_core import embedded
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Configuration, Segment, Suggestion
 from jfhpo_core.trainers import Job
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
 from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE
-from jfhpo_core.trial import Configuration, Segment, Suggestion
 
 KEY = "0123456789abcdef"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jfhpo_core.trainers.openrlhf.process import environment
+from jfhpo_core.trainers.external.process import environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from jfhpo_core.trainers.openrlhf.training import AGENT
 

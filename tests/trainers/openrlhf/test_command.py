@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.openrlhf.command import Files, Flags, build_flags, evaluation_interval, to_argv
-from jfhpo_core.trainers.openrlhf.placement import place
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from tests.trainers.openrlhf.conftest import job, study
 

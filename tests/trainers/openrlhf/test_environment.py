@@ -10,10 +10,10 @@ from typing import Any, get_args
 
 import pytest
 
+from jfhpo_core.trainers.external.placement import place
+from jfhpo_core.trainers.external.process import CPU_SHIM, environment
 from jfhpo_core.trainers.openrlhf.command import MODULE, Files, Flags, build_flags, to_argv
 from jfhpo_core.trainers.openrlhf.hyperparameters import SCHEDULERS, Algorithm, OpenRlhfHyperparameters
-from jfhpo_core.trainers.openrlhf.placement import place
-from jfhpo_core.trainers.openrlhf.process import CPU_SHIM, environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from tests.trainers.openrlhf.conftest import job, study
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jfhpo_core.errors import InfrastructureError, TrialFailure
+from jfhpo_core.study.trial import FailureKind
 from jfhpo_core.trainers.openrlhf.failures import FATAL, explain
-from jfhpo_core.trial import FailureKind
 
 # Made: an actor that failed while it was created. What it died of stands last.
 CREATION = """\

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from jfhpo_core.hyperparameters import Hyperparameters, default_spaces
+from jfhpo_core.study.hyperparameters import Hyperparameters, default_spaces
 from jfhpo_core.trainers.openrlhf.hyperparameters import RECIPES, Algorithm, OpenRlhfHyperparameters
 
 

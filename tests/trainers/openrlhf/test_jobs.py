@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from jfhpo_core.execution import run_job
-from jfhpo_core.preflight import Level
+from jfhpo_core.run.preflight import Level
+from jfhpo_core.run.worker import run_job
+from jfhpo_core.study.trial import Outcome, StepRecord
+from jfhpo_core.trainers.external.process import TrainingProcess
 from jfhpo_core.trainers.openrlhf import OpenRlhfTrainer
 from jfhpo_core.trainers.openrlhf.preflight import _jobs
-from jfhpo_core.trainers.openrlhf.process import TrainingProcess
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
-from jfhpo_core.trial import Outcome, StepRecord
 from tests.trainers.openrlhf.conftest import job, study
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.slow, pytest.mark.timeout(1800)]

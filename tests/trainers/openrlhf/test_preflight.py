@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from jfhpo_core.preflight import Finding, Level
-from jfhpo_core.study import resolve
-from jfhpo_core.trainers.openrlhf.placement import GIB, place
+from jfhpo_core.run.preflight import Finding, Level
+from jfhpo_core.study.resolved import resolve
+from jfhpo_core.trainers.external.placement import GIB, place
 from jfhpo_core.trainers.openrlhf.preflight import TESTED, _versions, cached_sequences
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from tests.trainers.openrlhf.conftest import study

@@ -14,13 +14,13 @@ from typing import ClassVar
 import pytest
 
 from jfhpo_core import embedded
-from jfhpo_core.checkpoints import CheckpointStore
-from jfhpo_core.ray_dispatch import RayDispatcher
-from jfhpo_core.search import Progress, SearchResult, run_search
-from jfhpo_core.strategies import Proposal, Recommendation
-from jfhpo_core.study import Study, resolve
+from jfhpo_core.optimizer.strategy import Proposal, Recommendation
+from jfhpo_core.run.ray_dispatch import RayDispatcher
+from jfhpo_core.run.search import Progress, SearchResult, run_search
+from jfhpo_core.store.checkpoints import CheckpointStore
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.trial import Configuration, FailureKind, Outcome, Suggestion, Trial, TrialState
 from jfhpo_core.trainers.openrlhf.command import MODULE
-from jfhpo_core.trial import Configuration, FailureKind, Outcome, Suggestion, Trial, TrialState
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.registry import register_target
 from tests.trainers.openrlhf.conftest import study

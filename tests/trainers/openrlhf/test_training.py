@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from jfhpo_core.errors import InfrastructureError, SpecError
+from jfhpo_core.trainers.external.log import StepLine
 from jfhpo_core.trainers.openrlhf import OpenRlhfTrainer
 from jfhpo_core.trainers.openrlhf.command import Files
-from jfhpo_core.trainers.openrlhf.log import StepLine
 from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE, OpenRlhfSettings
 from jfhpo_core.trainers.openrlhf.trainer import ineffective
 from jfhpo_core.trainers.openrlhf.training import (

@@ -18,14 +18,14 @@ from typing import Any
 import pytest
 
 from jfhpo_core.errors import InfrastructureError, SpecError
-from jfhpo_core.spec import StudySpec
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Decision, Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers import Job, load_trainer
-from jfhpo_core.trainers.openrlhf.process import TrainingProcess
+from jfhpo_core.trainers.external.process import TrainingProcess
 from jfhpo_core.trainers.verl import VerlTrainer
 from jfhpo_core.trainers.verl.command import VerlFiles, build_overrides, to_argv
 from jfhpo_core.trainers.verl.settings import PYTHON_VARIABLE, VerlHyperparameters, VerlSettings
 from jfhpo_core.trainers.verl.training import REWARD, Loop, placement, prepare, take_checkpoint
-from jfhpo_core.trial import Decision, Evaluation, PassAtN, StepRecord
 from tests.trainers.openrlhf import conftest as common
 
 COMPOSE = """

@@ -1,0 +1,63 @@
+"""`jfhpo doctor`: is everything there that a search will need? Starts no training and writes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from jfhpo.session import INLINE, informed, recorded
+from jfhpo_core.errors import JfhpoError
+from jfhpo_core.optimizer.strategy import load_strategy
+from jfhpo_core.report.text import without_credentials
+from jfhpo_core.run.preflight import Finding, Level, examine
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.spec import StudySpec
+
+
+def diagnose(spec: StudySpec) -> Iterator[Finding]:
+    """All findings about a study, as they come."""
+    try:
+        study = informed(resolve(spec))
+        load_strategy(study)
+    except JfhpoError as error:
+        yield Finding(Level.FAILURE, "study", str(error))
+        return
+    sizes = ", ".join(f"{model.name} ({model.parameters:,})" for model in study.ladder.models)
+    yield Finding(Level.OK, "study", f"{spec.study}: {sizes}; trainer {spec.trainer.name}")
+    yield from examine(study)
+    yield _ledger(study)
+    yield _ray(study)
+
+
+def _ledger(study: Study) -> Finding:
+    try:
+        ledger = recorded(study)
+    except Exception as error:  # noqa: BLE001  whatever its client raises
+        return Finding(
+            Level.FAILURE, "ledger", f"MLflow does not answer: {without_credentials(str(error))}; check tracking.uri"
+        )
+    known = "holds no such study yet" if ledger is None else f"holds {len(ledger.trials())} trials of it"
+    return Finding(Level.OK, "ledger", f"MLflow answers and {known}")
+
+
+def _ray(study: Study) -> Finding:
+    """Whether the cluster answers and has what the study asks of it."""
+    spec = study.spec
+    address = os.environ.get("RAY_ADDRESS", "local") if spec.cluster.address == "auto" else spec.cluster.address
+    if address == INLINE:
+        return Finding(Level.OK, "ray", "not used: trials run in the driver's own process")
+    if address == "local":
+        return Finding(Level.OK, "ray", "a private instance on this machine will be started")
+    from jfhpo_core.run.ray_dispatch import cluster_resources
+
+    try:
+        resources = cluster_resources(address)
+    except JfhpoError as error:
+        return Finding(Level.FAILURE, "ray", str(error))
+    devices = max(model.devices for model in study.ladder.models)
+    wanted = {"GPU": spec.cluster.gpus_per_device * devices, "CPU": spec.cluster.cpus_per_device * devices}
+    there = f"{resources.get('GPU', 0.0):g} GPUs and {resources.get('CPU', 0.0):g} CPUs at {address}"
+    for unit, needed in wanted.items():
+        if resources.get(unit, 0.0) < needed:
+            return Finding(Level.FAILURE, "ray", f"{there}, and the largest trial needs {needed:g} {unit}s; add nodes")
+    return Finding(Level.OK, "ray", there)

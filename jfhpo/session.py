@@ -1,0 +1,294 @@
+"""Running a study with all that is around it: lock, ledger, workers, report, registry; for command line and flow."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from jfhpo.study_facts import facts
+from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
+from jfhpo_core.optimizer.strategy import load_strategy
+from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
+from jfhpo_core.run.dispatch import Dispatcher, InlineDispatcher
+from jfhpo_core.run.search import Phase, Progress, SearchResult, conclude, plan_next, rank, run_search
+from jfhpo_core.store.checkpoints import CheckpointStore
+from jfhpo_core.store.ledger import Ledger
+from jfhpo_core.store.outbox import Outbox
+from jfhpo_core.store.retention import Judgement, judge
+from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.resolved import EarlierStudy, Study, resolve
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import canonical_json
+
+if TYPE_CHECKING:
+    from mlflow_plugin.ledger import MlflowLedger
+
+INLINE = "inline"
+LOCK = "run.lock"
+OUTBOX = "outbox.jsonl"
+PUBLISHED = "published"
+MODEL_URI = "model_uri"
+MODEL_NOTE = "model_note"
+UNFINISHED = "the study is not finished"
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What a study came to, and where to look at it.
+
+    Attributes:
+        tracking_uri: The MLflow store that holds it.
+        url: The study's page, if the store is a server.
+        report: The HTML report.
+        model_uri: The registered version of the target model, e.g. 'models:/demo/1'; None if none was registered.
+        model_note: Which alias it was given and why, or why nothing was registered.
+    """
+
+    result: SearchResult
+    tracking_uri: str
+    url: str | None
+    report: Path
+    model_uri: str | None
+    model_note: str
+
+
+def run_study(
+    spec: StudySpec,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_status: Callable[[str], None] = lambda _: None,
+    on_open: Callable[[Ledger], None] = lambda _: None,
+    around: Callable[[Dispatcher], Dispatcher] = lambda dispatcher: dispatcher,
+) -> StudyOutcome:
+    """Run or continue a study until it is done; a study that is done gives the same outcome again without training.
+
+    However this call ends (Ctrl-C, SIGTERM turned into an exception, kill -9), calling it again continues the study.
+
+    Args:
+        spec: The study.
+        on_progress: Called after every event of the search.
+        on_status: Called with a few words when something begins that takes seconds.
+        on_open: Called with the ledger as soon as it is open, before anything is trained.
+        around: Called after `on_open` with the dispatcher; returns the one to be used, which closes the other.
+
+    Raises:
+        SpecError: The study is not usable; nothing has been started then.
+        LedgerError: Another process runs the study, or the ledger holds a different one of its name.
+    """
+    study = informed(resolve(spec))
+    with _exclusive(study):
+        # A study with a report has most likely been finished: look into its ledger before starting workers for nothing.
+        reported = (study.folder / REPORT).exists()
+        on_status("opening the ledger" if reported else "starting workers and opening the ledger")
+        dispatcher = None if reported else _start_dispatcher(spec)
+        try:
+            strategy = load_strategy(study)  # first: one that is refused must leave no trace in the ledger
+            ledger, outbox = _open(study)
+            with _shown(ledger):
+                on_open(outbox)
+                trials = outbox.trials()
+                if reported and plan_next(study, strategy, trials).phase is Phase.DONE:
+                    result = conclude(study, trials, strategy, complete=True)
+                else:
+                    dispatcher = around(dispatcher or _start_dispatcher(spec))
+                    result = run_search(study, outbox, dispatcher, on_progress, strategy)
+        finally:
+            if dispatcher is not None:
+                on_status("releasing the workers")
+                dispatcher.close()
+        on_status("writing the report and registering the model")
+        with _shown(ledger, complete=result.complete):
+            outbox.deliver()
+            return _publish(study, ledger, result)
+
+
+def informed(study: Study) -> Study:
+    """The study with the earlier ones that it names in `warm_start`.
+
+    Raises:
+        LedgerError: The ledger does not hold one of them.
+        SpecError: The models of one of them cannot be found any more.
+    """
+    if not study.spec.warm_start:
+        return study
+    from mlflow_plugin.ledger import MlflowLedger
+
+    earlier = []
+    for name in study.spec.warm_start:
+        ledger = MlflowLedger()
+        spec = ledger.recall(study.spec, name)
+        earlier.append(EarlierStudy(spec, build_ladder(spec), tuple(ledger.trials())))
+    return replace(study, earlier=tuple(earlier))
+
+
+def recorded(study: Study) -> MlflowLedger | None:
+    """The study's ledger for reading only, also while the study is being run; None if nothing is recorded."""
+    from mlflow_plugin.ledger import MlflowLedger
+
+    ledger = MlflowLedger()
+    return ledger if ledger.look(study.spec) else None
+
+
+def look(spec: StudySpec) -> SearchResult:
+    """The outcome so far, from the ledger alone; runs and writes nothing.
+
+    Raises:
+        LedgerError: The ledger holds no such study.
+    """
+    return _look(informed(resolve(spec)))[1]
+
+
+def rebuild_report(spec: StudySpec) -> StudyOutcome:
+    """Write the report of a study again from its ledger, whatever state the study is in. Registers nothing.
+
+    Raises:
+        LedgerError: The ledger holds no such study.
+    """
+    study = informed(resolve(spec))
+    ledger, result = _look(study)
+    known = ledger.facts()
+    return StudyOutcome(
+        result=result,
+        tracking_uri=ledger.tracking_uri,
+        url=ledger.url(),
+        report=_write_report(study, ledger, result),
+        model_uri=str(known.get(MODEL_URI, "")) or None,
+        model_note=str(known.get(MODEL_NOTE, UNFINISHED)),
+    )
+
+
+def judge_checkpoints(spec: StudySpec, limit_bytes: int | None = None, *, delete: bool = False) -> list[Judgement]:
+    """Which checkpoints of a study are worth their space; deletes the others only if asked to.
+
+    Args:
+        spec: The study.
+        limit_bytes: Most that may be kept; None sets no limit.
+        delete: Delete what is not worth its space.
+
+    Raises:
+        LedgerError: The ledger holds no such study; or something is to be deleted while another process runs the study,
+            or while trials of it wait to be written to the ledger.
+    """
+    study = informed(resolve(spec))
+    with _exclusive(study) if delete else nullcontext():
+        if delete and (study.folder / OUTBOX).exists():
+            raise LedgerError(
+                f"{study.folder / OUTBOX} holds trials that the ledger does not know yet; run `jfhpo search` first, "
+                "which delivers them, so that their checkpoints are not taken for nobody's"
+            )
+        ledger, result = _look(study)
+        ranked = rank(study, load_strategy(study), result.trials)
+        judgements = judge(study, result.trials, result.target_trial, ranked, result.complete, limit_bytes)
+        gone = [judgement for judgement in judgements if delete and not judgement.keep]
+        for judgement in gone:
+            # The index first: what it offers must be there, also if this process dies in between.
+            newest = judgement.trial.checkpoint if judgement.trial is not None else None
+            if newest is not None and study.store / newest.path == judgement.folder:
+                ledger.forget_checkpoint(judgement.folder.parent.name)
+            CheckpointStore(study.store).delete(judgement.folder)
+    return judgements
+
+
+def _look(study: Study) -> tuple[MlflowLedger, SearchResult]:
+    strategy = load_strategy(study)
+    ledger = recorded(study)
+    trials = ledger.trials() if ledger is not None else []
+    if ledger is None or not trials:
+        raise LedgerError(
+            f"the ledger holds no trials of study {study.spec.study!r}; begin it with `jfhpo search`, or correct "
+            "tracking.uri (or MLFLOW_TRACKING_URI, or the folder you are in)"
+        )
+    complete = plan_next(study, strategy, trials).phase is Phase.DONE
+    return ledger, conclude(study, trials, strategy, complete)
+
+
+@contextmanager
+def _exclusive(study: Study) -> Iterator[None]:
+    """Hold the study: a ledger has one writer. The lock goes with the process, so a crash leaves none behind."""
+    study.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(study.folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LedgerError(
+            f"study {study.spec.study!r} is being run by another process ({lock.lock_file} is held); wait for it, end "
+            "it, or give this study another name"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _open(study: Study) -> tuple[MlflowLedger, Outbox]:
+    """The ledger, and what the search writes to instead: the search shall go on while an MLflow server is away."""
+    from mlflow_plugin.ledger import MlflowLedger
+
+    ledger = MlflowLedger()
+    outbox = Outbox(ledger, study.folder / OUTBOX)
+    outbox.open(study.spec)
+    return ledger, outbox
+
+
+@contextmanager
+def _shown(ledger: MlflowLedger, *, complete: bool = False) -> Iterator[None]:
+    """Let MLflow show it if what is done inside fails or is interrupted; a complete study stays finished then."""
+    from mlflow_plugin.presentation import StudyState
+
+    try:
+        yield
+    except BaseException as error:
+        failed = isinstance(error, Exception) and not isinstance(error, Interruption)
+        over = StudyState.FINISHED if complete else StudyState.INTERRUPTED
+        ledger.end(StudyState.FAILED if failed else over)
+        raise
+
+
+def _start_dispatcher(spec: StudySpec) -> Dispatcher:
+    """The study's dispatcher. Ray comes up in the background, while this process imports what it needs itself."""
+    slots = spec.budget.max_parallel
+    if spec.cluster.address == INLINE:
+        return InlineDispatcher(slots)
+    from jfhpo_core.run.ray_dispatch import RayDispatcher
+
+    return RayDispatcher(spec.cluster, slots, trainer=spec.trainer.name)
+
+
+def _write_report(study: Study, ledger: MlflowLedger, result: SearchResult) -> Path:
+    records = {trial.key: ledger.step_records(trial.key) for trial in result.trials}
+    return write_report(result, records, study.folder, ledger.facts())
+
+
+def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyOutcome:
+    """Registered model, figures and report, once per state of the study."""
+    from mlflow_plugin.presentation import StudyState
+    from mlflow_plugin.registry import register_target
+
+    report = study.folder / REPORT
+    trials = [trial.model_dump(mode="json") for trial in result.trials]
+    state = canonical_json([trials, study.spec.tracking.registered_model])
+    digest = hashlib.sha256(state.encode()).hexdigest()[:16]
+    if ledger.facts().get(PUBLISHED) != digest or not report.exists():
+        uri, note = "", UNFINISHED
+        if result.complete:
+            try:
+                registration = register_target(study, result, ledger)
+            except CheckpointError as error:
+                # Not published: once the checkpoint is back, the next call registers it.
+                note, digest = f"the recommended training cannot be registered: {error}", ""
+            else:
+                # The version, and not its alias, which moves on to later versions.
+                note, uri = registration.note, registration.uri or ""
+        ledger.summarize({**facts(result), MODEL_URI: uri, MODEL_NOTE: note})
+        ledger.present(result, write_plots(result, study.folder / PLOTS))
+        ledger.summarize({PUBLISHED: digest}, [_write_report(study, ledger, result)])
+    ledger.end(StudyState.FINISHED if result.complete else StudyState.INTERRUPTED)
+    known = ledger.facts()
+    return StudyOutcome(
+        result, ledger.tracking_uri, ledger.url(), report, str(known[MODEL_URI]) or None, str(known[MODEL_NOTE])
+    )

@@ -1,0 +1,295 @@
+"""What a study will cost from where it stands, how long that takes, and what score it should end with.
+
+The search proper is capped by its budget, so its cost is known; what the cost law has to forecast is the comparison
+around it, whose trainings run at full length on the target.
+
+The score's forecast takes the strategy's own ranking at its word: the best configuration scores as believed, and the
+rest of the budget buys further configurations at the rate and of the quality seen so far. What the study ends with is
+the better of the two.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import norm
+from scipy.stats import t as student_t
+from scipy.stats.distributions import rv_frozen
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.optimizer.cost import CostEstimate, CostModel
+from jfhpo_core.optimizer.strategy import Recommendation, fresh_configurations
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Configuration, Trial, TrialState, configuration_key, spent_seconds
+
+TYPICAL_CONFIGURATIONS = 16
+"""Configurations of the space that stand in for the recommendation while it is unknown (batch sizes move its cost)."""
+
+FEWEST_CONFIGURATIONS = 4
+"""Of fewer ranked configurations it cannot be told how far good ones differ."""
+
+FEWEST_DRAWS = 0.01
+"""Of a smaller fraction of a configuration nothing is to be hoped, and its quantiles cannot be computed."""
+
+SCORE_QUANTILES = (0.1, 0.5, 0.9)
+"""Of the final score: the ends of a central 80 % interval, and its middle."""
+
+SMALLEST_DEVIATION = 1e-3
+"""No score is known better than this."""
+
+SECONDS_PER_UNIT = {"": 3600.0, "h": 3600.0, "min": 60.0, "s": 1.0}
+"""Units of an added budget; a bare number is GPU-hours, as in the study file."""
+
+ENDED = (TrialState.COMPLETED, TrialState.STOPPED, TrialState.INFEASIBLE, TrialState.LOST)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the bill.
+
+    Attributes:
+        cost: Device-seconds still to be spent.
+        devices: How many of them its trainings use at a time, on average.
+    """
+
+    name: str
+    detail: str
+    cost: CostEstimate
+    devices: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is left to spend.
+
+    Attributes:
+        items: Baselines, search, confirmation and, if asked for, random search.
+        full_trial: A full-length training on the target of a typical configuration.
+        measured: Whether any segment of this study has been timed; else the figures are a prior's.
+    """
+
+    items: tuple[Item, ...]
+    full_trial: CostEstimate
+    measured: bool
+
+    @property
+    def total(self) -> CostEstimate:
+        """The whole bill."""
+        return _sum(item.cost for item in self.items)
+
+    def wall(self, slots: int) -> CostEstimate:
+        """Wall-clock seconds of the whole bill if all slots are busy; start-up and suggestions not included."""
+        return _sum(scaled(item.cost, 1 / (slots * item.devices)) for item in self.items)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the configuration that the study will recommend should score on the target at full length.
+
+    The noise of its measurement is not included.
+
+    Attributes:
+        score: Median of the forecast.
+        low, high: Central 80 % interval.
+        now: What the best configuration so far is believed to score.
+        configurations: How many configurations the forecast rests on.
+        further: How many more the rest of the budget should buy.
+    """
+
+    score: float
+    low: float
+    high: float
+    now: float
+    configurations: int
+    further: float
+
+
+def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
+    """Forecast the rest of a study from its trials so far (none before it begins)."""
+    spec, costs = study.spec, CostModel.fit(study, trials)
+    typical = fresh_configurations(study, [], spec.seeds.search, TYPICAL_CONFIGURATIONS)
+    full = _mean([_left(study, costs, configuration, None) for configuration in typical])
+    first, *further = spec.seeds.training
+
+    def baselines(seed: int) -> list[CostEstimate]:
+        return [
+            _left(study, costs, b.configuration, _find(study, trials, b.configuration, seed)) for b in spec.baselines
+        ]
+
+    search = max(0.0, spec.budget.device_seconds - spent_seconds(trials))
+    confirmations = [cost for seed in further for cost in baselines(seed)]
+    confirmed = sum(trial.purpose == "confirmation" and trial.label == "recommended" for trial in trials)
+    confirmations += [full] * max(0, len(further) - confirmed)
+    devices = study.ladder.target.devices
+    items = [
+        Item(
+            "baselines",
+            f"{len(spec.baselines)} at full length on {study.ladder.target.name}",
+            _sum(baselines(first)),
+            devices,
+        ),
+        Item(
+            "search",
+            f"the budget; {spec.budget.validation_share:.0%} of it held back to validate up to {spec.budget.top_k} on "
+            f"{study.ladder.target.name}",
+            CostEstimate(search, search, search),
+            _search_devices(study, trials),
+        ),
+        Item(
+            "confirmation",
+            f"recommendation and baselines with {len(further)} more seed(s)",
+            _sum(confirmations),
+            devices,
+        ),
+    ]
+    if spec.random_search:
+        left = max(0.0, spec.budget.device_seconds - spent_seconds(trials, "random-search"))
+        items.append(
+            Item("random search", "for comparison, at the search's cost", CostEstimate(left, left, left), devices)
+        )
+    return Forecast(tuple(items), full, any(trial.segments for trial in trials))
+
+
+def _search_devices(study: Study, trials: Sequence[Trial]) -> float:
+    """Devices that a training of the search uses, averaged over what is charged.
+
+    Until something is charged, as if all models were charged alike.
+    """
+    results = [result for trial in trials if trial.purpose == "search" for result in trial.segments]
+    seconds = sum(result.seconds for result in results)
+    if seconds > 0:
+        return sum(result.charge_seconds for result in results) / seconds
+    models = study.ladder.models
+    return len(models) / sum(1 / model.devices for model in models)
+
+
+def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Sequence[Trial]) -> Quality | None:
+    """Forecast the score that the study ends with.
+
+    None as long as too few configurations have been evaluated, or the search has evaluated none of them on the target:
+    what the smallest models promise of the target is too uncertain to be told before it was seen once.
+
+    With A the best configuration's score, normal as the strategy believes it, and B the best of K further ones, drawn
+    like those ranked so far, the final score is max(A, B):
+
+        P(score <= x) = P(A <= x) P(B <= x) = Phi((x - a) / s) T((x - m) / t)^K
+
+    m is the median of the n scores ranked, t their upper spread (the uncertainty of the beliefs included), and T
+    Student's distribution with n - 1 degrees of freedom: few configurations give a wide forecast. K is the budget left
+    over what a configuration has cost so far; it grows with the budget, and every quantile with it, by less and less.
+    Where all scores so far are shares, the forecast is at most 1.
+
+    Args:
+        study: The study; its budget is what is left to spend.
+        ranked: The strategy's ranking, best first; untried configurations do not count.
+        trials: The study's trials.
+    """
+    spent = spent_seconds(trials)
+    # The expectation of an untried configuration is the largest of many, and so too high.
+    tried = {configuration_key(trial.configuration) for trial in trials}
+    ranked = [item for item in ranked if configuration_key(item.configuration) in tried]
+    if len(ranked) < FEWEST_CONFIGURATIONS or spent <= 0 or not _seen_on_target(study, trials):
+        return None
+    best, count = ranked[0], len(ranked)
+    further = count * max(0.0, study.spec.budget.device_seconds - spent) / spent
+    means = np.array([item.mean for item in ranked])
+    doubts = np.array([item.standard_deviation for item in ranked])
+    middle = float(np.median(means))
+    # The upper half only: configurations that ruin a training say nothing about how good the good ones are.
+    upper = means[means >= middle] - middle
+    spread = math.sqrt((np.mean(upper**2) + np.mean(doubts**2)) * (1 + 1 / count))
+    known = norm(best.mean, max(best.standard_deviation, SMALLEST_DEVIATION))
+    another = student_t(count - 1, middle, max(spread, SMALLEST_DEVIATION))
+    ceiling = _ceiling(trials)
+    low, score, high = (min(ceiling, _quantile_of_maximum(share, known, another, further)) for share in SCORE_QUANTILES)
+    return Quality(score, low, high, best.mean, count, further)
+
+
+def _seen_on_target(study: Study, trials: Sequence[Trial]) -> bool:
+    """Whether a training by which the study searches was evaluated on the target."""
+    return any(
+        trial.purpose == "search"
+        and trial.model == study.ladder.target.name
+        and any(evaluation.step for evaluation in trial.evaluations)
+        for trial in trials
+    )
+
+
+def _ceiling(trials: Sequence[Trial]) -> float:
+    """1 where all scores so far are shares, as accuracies are; else none."""
+    scores = [evaluation.score for trial in trials for evaluation in trial.evaluations]
+    return 1.0 if all(0 <= score <= 1 for score in scores) else math.inf
+
+
+def _quantile_of_maximum(share: float, known: rv_frozen, another: rv_frozen, count: float) -> float:
+    """Quantile of the larger one of a draw of `known` and the best of `count` draws of `another`, all independent."""
+    if count < FEWEST_DRAWS:
+        return float(known.ppf(share))
+    target = math.log(share)
+    # Below the first bound one of the two alone is too improbable; at the second their product is probable enough.
+    lowest = max(known.ppf(share), another.ppf(math.exp(target / count)))
+    highest = max(known.ppf(math.sqrt(share)), another.ppf(math.exp(target / (2 * count))))
+    bounds = lowest - SMALLEST_DEVIATION, highest + SMALLEST_DEVIATION  # rounding may not move the root out of them
+    return float(brentq(lambda x: known.logcdf(x) + count * another.logcdf(x) - target, *bounds))
+
+
+def with_more(study: Study, seconds: float) -> Study:
+    """The study with a larger search budget, in device-seconds."""
+    budget = study.spec.budget
+    larger = budget.model_copy(update={"trial_seconds": budget.device_seconds + seconds, "gpu_hours": None})
+    return replace(study, spec=study.spec.model_copy(update={"budget": larger}))
+
+
+def parse_more(text: str) -> float:
+    """Device-seconds of an added budget such as '2.5' or '2.5h' (GPU-hours), '30min' or '600s'.
+
+    Raises:
+        SpecError: It is none, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(h|min|s)?", text.strip())
+    seconds = float(match[1]) * SECONDS_PER_UNIT[match[2] or ""] if match else 0.0
+    if not 0 < seconds < math.inf:
+        raise SpecError(f"--more {text!r}: give a budget to add, in GPU-hours (2.5) or with a unit (30min, 600s)")
+    return seconds
+
+
+def _find(study: Study, trials: Sequence[Trial], configuration: Configuration, seed: int) -> Trial | None:
+    """The baseline or confirmation trial of a configuration on the target."""
+    wanted = (study.ladder.target.name, seed, configuration_key(configuration))
+    return next(
+        (
+            trial
+            for trial in trials
+            if (trial.model, trial.seed, configuration_key(trial.configuration)) == wanted
+            and trial.purpose in ("baseline", "confirmation")
+        ),
+        None,
+    )
+
+
+def _left(study: Study, costs: CostModel, configuration: Configuration, trial: Trial | None) -> CostEstimate:
+    """Cost of what a full-length training on the target still lacks."""
+    if trial is not None and trial.state in ENDED:
+        return CostEstimate(0.0, 0.0, 0.0)
+    done = 0 if trial is None else trial.step * trial.prompts_per_step
+    return costs.estimate(configuration, study.ladder.target.name, done, study.spec.fidelity.horizon_prompts)
+
+
+def scaled(cost: CostEstimate, factor: float) -> CostEstimate:
+    """A multiple of a cost; its interval scales with it."""
+    return CostEstimate(cost.seconds * factor, cost.low * factor, cost.high * factor)
+
+
+def _sum(costs: Iterable[CostEstimate]) -> CostEstimate:
+    """Sum with the ends added up as well: the errors share one law, so they do not average out."""
+    parts = list(costs)
+    return CostEstimate(sum(c.seconds for c in parts), sum(c.low for c in parts), sum(c.high for c in parts))
+
+
+def _mean(costs: Sequence[CostEstimate]) -> CostEstimate:
+    return scaled(_sum(costs), 1 / len(costs))

@@ -1,0 +1,284 @@
+"""What a study says so far, in numbers: the figures, tables and sentences of the report come from here."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from jfhpo_core.report.text import number, signed
+from jfhpo_core.run.search import Comparison, SearchResult
+from jfhpo_core.study.trial import Purpose, SegmentResult, StepRecord, Trial, before_comparison, configuration_key
+
+Z_95 = 1.959964
+"""Two-sided 95 % quantile of the normal distribution."""
+
+PURPOSES: dict[Purpose, str] = {
+    "search": "search",
+    "baseline": "baselines",
+    "confirmation": "confirmation on further seeds",
+    "random-search": "random search, for comparison",
+}
+
+
+def interval(score: float, standard_error: float) -> tuple[float, float]:
+    """95 % interval of a score (normal approximation)."""
+    return score - Z_95 * standard_error, score + Z_95 * standard_error
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The recommendation against one row of the final table.
+
+    Attributes:
+        difference: Its score minus the row's.
+        standard_error: Of the difference, both measurements taken as independent. They share held-out prompts, so
+            the true one is smaller, if anything.
+    """
+
+    label: str
+    difference: float
+    standard_error: float
+
+    @property
+    def z(self) -> float:
+        """Difference in standard errors; NaN if it cannot be told."""
+        if self.standard_error > 0:
+            return self.difference / self.standard_error
+        return math.copysign(math.inf, self.difference) if self.difference else math.nan
+
+    @property
+    def verdict(self) -> str:
+        """In words; 'clearly' means that the 95 % interval of the difference excludes 0."""
+        if not math.isfinite(self.difference):
+            return "not comparable with"
+        if abs(self.z) >= Z_95:
+            return "clearly better than" if self.difference > 0 else "clearly worse than"
+        return "not clearly better than" if self.difference > 0 else "not better than"
+
+
+def contrasts(result: SearchResult) -> list[Contrast]:
+    """The recommendation against each other row; empty if nothing is recommended."""
+    if result.recommended is None or not result.rows:
+        return []
+    mine, *others = result.rows
+    return [
+        Contrast(row.label, mine.score - row.score, math.hypot(mine.standard_error, row.standard_error))
+        for row in others
+    ]
+
+
+def verdict(result: SearchResult) -> str:
+    """The outcome in a sentence or two."""
+    target = result.study.ladder.target.name
+    if result.recommended is None or not result.rows:
+        return f"Nothing can be recommended: no training of the search reached full length on {target}."
+    mine = result.rows[0]
+    low, high = interval(mine.score, mine.standard_error)
+    seeds = f"{mine.seeds} seed{'s' if mine.seeds != 1 else ''}"
+    text = (
+        f"The recommended configuration scores {number(mine.score)} on {target} "
+        f"({number(low)} to {number(high)}, {seeds})."
+    )
+    groups: dict[str, list[str]] = {}
+    for contrast in contrasts(result):
+        groups.setdefault(contrast.verdict, []).append(f"{contrast.label} ({signed(contrast.difference)})")
+    if groups:
+        text += f" It is {'; '.join(f'{words} {_listed(labels)}' for words, labels in groups.items())}."
+    return text
+
+
+def _listed(items: Sequence[str]) -> str:
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def caveats(result: SearchResult) -> list[str]:
+    """What a careful reader must know about the final table."""
+    if not result.rows:
+        return []
+    notes = []
+    fresh = fresh_seed_score(result)
+    if fresh is not None:
+        score, seeds = fresh
+        notes.append(
+            f"The first seed also served to choose the configuration, so it flatters it. "
+            f"On the other {'seed' if seeds == 1 else f'{seeds} seeds'} alone it scores {number(score)}."
+        )
+    elif result.recommended is not None:
+        notes.append("It was chosen and measured on the same seed, which flatters it. More training seeds would tell.")
+    single = [row.label for row in result.rows if row.seeds == 1]
+    if single:
+        notes.append(
+            f"One seed only: {', '.join(single)}. Those intervals hold evaluation noise and not the spread of training."
+        )
+    elif min(row.seeds for row in result.rows) < 5:
+        notes.append("With so few seeds the spread between trainings is itself uncertain, and so are the intervals.")
+    if any(row.label == "random search" for row in result.rows):
+        notes.append("Random search counts with the best of its full trainings, which flatters it as well.")
+    stopped = [trial for trial in result.trials if trial.label and trial.decision is not None]
+    if stopped:
+        names = ", ".join(sorted({str(trial.label) for trial in stopped}))
+        notes.append(f"A stopping rule ended a training of {names}; it counts with the score that it had then.")
+    return notes
+
+
+def fresh_seed_score(result: SearchResult) -> tuple[float, int] | None:
+    """Mean final score of the recommended configuration on seeds that the search did not see, and their number."""
+    if result.recommended is None:
+        return None
+    wanted = configuration_key(result.recommended.configuration)
+    finals = [
+        trial.evaluations[-1].score
+        for trial in result.trials
+        if trial.purpose == "confirmation"
+        and configuration_key(trial.configuration) == wanted
+        and trial.evaluations
+        and (trial.final is not None or trial.decision is not None)
+    ]
+    return (fmean(finals), len(finals)) if finals else None
+
+
+def history(trials: Sequence[Trial]) -> list[tuple[Trial, SegmentResult]]:
+    """All committed segments in order of their commit; those of ledgers that did not note it, by trial number."""
+    items = [(trial, segment) for trial in trials for segment in trial.segments]
+    return sorted(items, key=lambda item: (item[1].committed, item[0].number, item[1].segment.index))
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """Best score so far against cost: (cumulative device-seconds, score) at each improvement, and where it ends."""
+
+    model: str
+    purpose: Purpose
+    points: tuple[tuple[float, float], ...]
+    end_seconds: float
+
+
+def incumbents(result: SearchResult) -> list[Incumbent]:
+    """For the search: best full-length score on the target, and best score at any length on each proxy.
+
+    For random search: best full-length score on the target. Each purpose has its own purse, counted from zero.
+    """
+    target = result.study.ladder.target.name
+    found: list[Incumbent] = []
+    for purpose in ("search", "random-search"):
+        spent = 0.0
+        points: dict[str, list[tuple[float, float]]] = {model.name: [] for model in result.study.ladder.models}
+        for trial, segment in history(result.trials):
+            if trial.purpose != purpose:
+                continue
+            spent += segment.charge_seconds
+            for evaluation in segment.evaluations:
+                counts = evaluation.step >= trial.total_steps if trial.model == target else evaluation.step > 0
+                curve = points[trial.model]
+                if counts and math.isfinite(evaluation.score) and (not curve or evaluation.score > curve[-1][1]):
+                    curve.append((spent, evaluation.score))
+        found += [
+            Incumbent(model, "search" if purpose == "search" else "random-search", tuple(curve), spent)
+            for model, curve in points.items()
+            if curve
+        ]
+    return found
+
+
+def cost_by_purpose(result: SearchResult) -> dict[Purpose, dict[str, float]]:
+    """Device-seconds by purpose and model, for purposes that have a trial."""
+    models = [model.name for model in result.study.ladder.models]
+    table: dict[Purpose, dict[str, float]] = {}
+    for purpose in PURPOSES:
+        mine = [trial for trial in result.trials if trial.purpose == purpose]
+        if mine:
+            table[purpose] = {m: sum(trial.charge_seconds for trial in mine if trial.model == m) for m in models}
+    return table
+
+
+def search_trial_ratio(result: SearchResult) -> tuple[float, float] | None:
+    """Mean cost of a search trial, and of a training at full length on the target, in device-seconds.
+
+    None unless both are known.
+    """
+    search = [trial.charge_seconds for trial in result.trials if trial.purpose == "search" and trial.segments]
+    full = [
+        trial.charge_seconds
+        for trial in result.trials
+        if trial.model == result.study.ladder.target.name and trial.final is not None
+    ]
+    return (fmean(search), fmean(full)) if search and full and fmean(full) > 0 else None
+
+
+ACTIVITIES = ("start-up", "generation", "training", "evaluation", "other")
+
+
+def activities(result: SearchResult, step_records: Mapping[str, Sequence[StepRecord]]) -> dict[str, dict[str, float]]:
+    """Worker-seconds by model and activity, over all purposes.
+
+    Generation and training come from the step records; what no record explains is 'other'.
+    """
+    table = {model.name: dict.fromkeys(ACTIVITIES, 0.0) for model in result.study.ladder.models}
+    for trial in result.trials:
+        row, records = table[trial.model], step_records.get(trial.key, ())
+        parts = {
+            "start-up": sum(segment.startup_seconds for segment in trial.segments),
+            "generation": sum(record.generation_seconds for record in records),
+            "training": sum(record.training_seconds for record in records),
+            "evaluation": sum(segment.evaluation_seconds for segment in trial.segments),
+        }
+        rest = sum(segment.seconds for segment in trial.segments) - sum(parts.values())
+        parts["other"] = max(0.0, round(rest, 3))
+        for activity, seconds in parts.items():
+            row[activity] += seconds
+    return table
+
+
+def states(trials: Sequence[Trial]) -> Counter[str]:
+    """Number of trials in each state."""
+    return Counter(trial.state.value for trial in trials)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One rung of the strategies' ladder: what it asked for."""
+
+    name: str
+    segments: int
+    trials: int
+    seconds: float
+
+
+def sources(trials: Sequence[Trial]) -> list[Source]:
+    """Who asked for the committed segments, busiest first."""
+    segments: dict[str, list[tuple[Trial, SegmentResult]]] = {}
+    for trial, segment in history(trials):
+        segments.setdefault(segment.segment.suggestion.source, []).append((trial, segment))
+    found = [
+        Source(name, len(items), len({trial.key for trial, _ in items}), sum(s.charge_seconds for _, s in items))
+        for name, items in segments.items()
+    ]
+    return sorted(found, key=lambda source: -source.segments)
+
+
+def same_configuration(row: Comparison, trial: Trial) -> bool:
+    """Whether a trial trains the configuration of a row of the final table."""
+    return configuration_key(row.configuration) == configuration_key(trial.configuration)
+
+
+def believed_shares(result: SearchResult) -> dict[str, float]:
+    """Share of its variance over the space, in [0, 1], that each proxy has in common with the target, by name.
+
+    What the model of strategy `jfhpo` believes; empty with other strategies and as long as it has no model.
+    """
+    study = result.study
+    if study.spec.strategy.name != "jfhpo" or not study.ladder.proxies:
+        return {}
+    from jfhpo_core.optimizer.joint_fidelity import NUMERICAL_ERRORS, Beliefs
+
+    try:
+        beliefs = Beliefs.form(study, before_comparison(result.trials))
+    except NUMERICAL_ERRORS:
+        return {}
+    if beliefs is None:
+        return {}
+    sizes = {model.name: study.ladder.size_coordinate(model.name) for model in study.ladder.proxies}
+    return {name: beliefs.surrogate.shared_share(size) for name, size in sizes.items()}

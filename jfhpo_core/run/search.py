@@ -1,0 +1,525 @@
+"""The main job: ask for the next segment, train it, remember it; then validate, compare and recommend.
+
+What to do next is a pure function of the study and its trials (`plan_next`), so a search that was interrupted at any
+moment goes on as if nothing had happened: open segments are trained again, committed ones are never repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.optimizer.cost import CostModel
+from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation, Strategy, load_strategy
+from jfhpo_core.run.dispatch import Dispatcher, Finished, Streamed
+from jfhpo_core.store.ledger import Ledger
+from jfhpo_core.study.models import steps_at
+from jfhpo_core.study.resolved import Study, base_scores
+from jfhpo_core.study.trial import (
+    Configuration,
+    Evaluation,
+    Outcome,
+    Purpose,
+    ScoreFloor,
+    Segment,
+    StepRecord,
+    Suggestion,
+    Trial,
+    TrialState,
+    before_comparison,
+    committed_seconds,
+    configuration_key,
+    spent_seconds,
+)
+
+POLL_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
+
+HOPELESS_AFTER = 20
+"""Infeasible trials after which a search that has seen nothing else gives up: no value of theirs is to blame."""
+
+LOST_IN_A_ROW = 3
+"""The search gives up when so many trials in a row were lost to infrastructure failures, each after its retries."""
+
+REOPEN_SHARE = 0.1
+"""Once the final comparison has begun, the search goes on only if this share of the budget is left: it was raised."""
+
+VALIDATION = "validation"
+"""Source of the suggestions by which the best configurations are trained to full length on the target."""
+
+
+class Phase(StrEnum):
+    """What the study is busy with."""
+
+    BASELINES = "baselines"
+    SEARCH = "search"
+    VALIDATION = "validation"
+    COMPARISON = "comparison"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do next: train `segment` of `trial`; or, with neither, wait for running segments (or, if DONE, stop)."""
+
+    phase: Phase
+    trial: Trial | None = None
+    segment: Segment | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A snapshot for displays.
+
+    Attributes:
+        live: Latest step record of each running trial.
+        spent_seconds: Device-seconds charged to the search budget.
+        elapsed_seconds: Wall-clock (or simulated) seconds of this call.
+    """
+
+    study: Study
+    phase: Phase
+    trials: Sequence[Trial]
+    live: dict[str, StepRecord]
+    spent_seconds: float
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row of the final table: a configuration on the target at full length, over the training seeds.
+
+    Attributes:
+        score: Mean final held-out score.
+        standard_error: Of the mean: evaluation noise and, with two seeds or more, the spread between seeds.
+        seeds: Finished seeds.
+        seconds: Device-seconds charged for these trainings.
+    """
+
+    label: str
+    configuration: Configuration
+    score: float
+    standard_error: float
+    seeds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The outcome of a study.
+
+    Attributes:
+        recommended: The recommended configuration, with the model's belief about it.
+        target_trial: The best finished training of it on the target; None if every one failed.
+        rows: Final table: the recommendation first, then the baselines, then random search.
+        complete: False if a wall-clock limit or an interruption ended the call before the study was done.
+    """
+
+    study: Study
+    trials: Sequence[Trial]
+    recommended: Recommendation | None
+    target_trial: Trial | None
+    rows: tuple[Comparison, ...]
+    spent_seconds: float
+    complete: bool
+
+
+def call_seed(study: Study, trials: Sequence[Trial]) -> int:
+    """Seed of the next suggestion: depends on the study's seed and on how many segments were begun."""
+    begun = sum(len(trial.segments) + (trial.open_segment is not None) for trial in trials)
+    digest = hashlib.sha256(f"{study.spec.seeds.search}:{begun}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step:
+    """The next thing to do, from the study's trials alone."""
+    spec = study.spec
+    running = any(trial.open_segment is not None for trial in trials)
+    first, *further = spec.seeds.training
+    for baseline in spec.baselines:
+        step = _full_length(
+            study, trials, baseline.configuration, first, "baseline", Phase.BASELINES,
+            f"baseline {baseline.name}", baseline.name,
+        )  # fmt: skip
+        if step is not None:
+            return step
+
+    remaining = spec.budget.device_seconds - _reserve(study, strategy, trials) - committed_seconds(trials)
+    comparing = any(trial.purpose in ("confirmation", "random-search") for trial in trials)
+    enough = REOPEN_SHARE * spec.budget.device_seconds if comparing else 0.0
+    if remaining > enough and not _hopeless(trials):
+        proposal = strategy.suggest(study, trials, remaining, call_seed(study, trials))
+        if proposal is not None:
+            return _step(study, trials, proposal, Phase.SEARCH)
+    if any(_is_search(trial.open_segment) for trial in trials if trial.purpose == "search"):
+        return Step(Phase.SEARCH)
+
+    step = _validate(study, strategy, trials)
+    if step is not None:
+        return step
+    recommended = recommend(study, strategy, trials)
+    for seed in further:
+        candidates = [(baseline.name, baseline.configuration) for baseline in spec.baselines]
+        if recommended is not None:
+            candidates.insert(0, ("recommended", recommended.configuration))
+        for label, configuration in candidates:
+            step = _full_length(
+                study, trials, configuration, seed, "confirmation", Phase.COMPARISON, f"{label}, seed {seed}", label
+            )
+            if step is not None:
+                return step
+    if spec.random_search and committed_seconds(trials, "random-search") < spent_seconds(trials):
+        proposal = RandomSearch().suggest(study, trials, 1.0, spec.seeds.search)
+        if proposal is not None:
+            return _step(study, trials, proposal, Phase.COMPARISON, "random-search")
+    return Step(Phase.COMPARISON) if running else Step(Phase.DONE)
+
+
+def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float:
+    """Device-seconds held back for validation, within the budget's share and what is left.
+
+    They are what the top k may still need on the target (the upper end of the estimate), of those as many as can be
+    paid for; as long as nothing has finished there, the whole room if not even one can.
+    """
+    spec = study.spec
+    target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
+    best = [(item.configuration, known) for item, known in _finalists(study, strategy, trials)]
+    best = best or [(study.space.middle(), None)]
+    best += best[-1:] * (spec.budget.top_k - len(best))
+    costs = CostModel.fit(study, trials)
+    budget = spec.budget.device_seconds
+    room = min(spec.budget.validation_share * budget, max(0.0, budget - committed_seconds(trials)))
+    held = 0.0
+    for configuration, known in best:
+        done = 0 if known is None else _planned_prompts(known)
+        if done < horizon:
+            needed = costs.estimate(configuration, target, done, horizon).high
+            if held + needed <= room:
+                held += needed
+    secured = any(_planned_prompts(trial) >= horizon for trial in _search_trials_on_target(study, trials).values())
+    return held if held or secured else room
+
+
+def _planned_prompts(trial: Trial) -> int:
+    """Prompts that a trial has consumed, or will have when its running segment ends."""
+    running = trial.open_segment
+    return trial.kept_prompts if running is None else running.stop_step * trial.prompts_per_step
+
+
+def _finalists(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[tuple[Recommendation, Trial | None]]:
+    """The best-ranked configurations, as many as are validated, and what was trained of them on the target.
+
+    Those that a rule stopped or that failed on the target are passed over.
+    """
+    on_target = _search_trials_on_target(study, trials)
+    ranked = ((item, on_target.get(configuration_key(item.configuration))) for item in rank(study, strategy, trials))
+    ruined = (TrialState.STOPPED, TrialState.INFEASIBLE)
+    return [(item, known) for item, known in ranked if known is None or known.state not in ruined][
+        : study.spec.budget.top_k
+    ]
+
+
+def _search_trials_on_target(study: Study, trials: Sequence[Trial]) -> dict[str, Trial]:
+    """The search's trials on the target with the first training seed, by configuration key."""
+    return {
+        configuration_key(trial.configuration): trial
+        for trial in trials
+        if trial.model == study.ladder.target.name
+        and trial.purpose == "search"
+        and trial.seed == study.spec.seeds.training[0]
+    }
+
+
+def _is_search(segment: Segment | None) -> bool:
+    """Whether an open segment was chosen by the strategy, and is not a validation."""
+    return segment is not None and segment.suggestion.source != VALIDATION
+
+
+def _hopeless(trials: Sequence[Trial]) -> bool:
+    """Whether every search trial so far was infeasible, and there were many."""
+    states = [trial.state for trial in trials if trial.purpose == "search" and trial.segments]
+    return len(states) >= HOPELESS_AFTER and all(state is TrialState.INFEASIBLE for state in states)
+
+
+def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step | None:
+    """Bring the best-ranked configurations to full length on the target, as far as the budget allows, at least one."""
+    spec = study.spec
+    target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
+    tried = _search_trials_on_target(study, trials)
+    running = any(trial.open_segment is not None for trial in tried.values())
+    finished = any(trial.final is not None for trial in tried.values())
+    tries = _validations(trials)
+    if finished and tries >= spec.budget.top_k:
+        return Step(Phase.VALIDATION) if running else None
+    secured = running or finished or tries >= spec.budget.top_k
+    remaining = spec.budget.device_seconds - committed_seconds(trials)
+    costs = CostModel.fit(study, trials)
+    for item, known in _finalists(study, strategy, trials):
+        if known is not None and known.state not in (TrialState.PAUSED, TrialState.LOST):
+            continue
+        done = 0 if known is None else known.kept_prompts
+        cost = costs.estimate(item.configuration, target, done, horizon).seconds
+        if cost > remaining and secured:
+            continue
+        suggestion = Suggestion(
+            source=VALIDATION,
+            explanation=f"among the {spec.budget.top_k} best by posterior mean at the target ({item.mean:.3f}); "
+            "trained to full length to be sure",
+            expected_cost_seconds=cost,
+        )
+        return _step(study, trials, Proposal(item.configuration, target, horizon, suggestion), Phase.VALIDATION)
+    return Step(Phase.VALIDATION) if running else None
+
+
+def _validations(trials: Sequence[Trial]) -> int:
+    """Trainings of the present validation: those committed since the strategy's last one, but for the lost ones."""
+    results = [result for trial in trials if trial.purpose == "search" for result in trial.segments]
+    chosen = [result.committed for result in results if result.segment.suggestion.source != VALIDATION]
+    return sum(result.committed > max(chosen, default=0) and result.outcome is not Outcome.LOST for result in results)
+
+
+def _full_length(
+    study: Study,
+    trials: Sequence[Trial],
+    configuration: Configuration,
+    seed: int,
+    purpose: Purpose,
+    phase: Phase,
+    why: str,
+    label: str,
+) -> Step | None:
+    """Train a configuration on the target over the full horizon, unless a baseline or confirmation has done so.
+
+    A training that infrastructure failures ended is tried again.
+    """
+    target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
+    wanted = configuration_key(configuration)
+    same = [
+        trial
+        for trial in trials
+        if (trial.model, trial.seed, configuration_key(trial.configuration)) == (target, seed, wanted)
+        and trial.purpose in (purpose, "baseline", "confirmation")
+    ]
+    if any(trial.state is not TrialState.LOST for trial in same):
+        return None
+    cost = CostModel.fit(study, trials).estimate(configuration, target, 0, horizon).seconds
+    suggestion = Suggestion(source=str(phase), explanation=why, expected_cost_seconds=cost)
+    trial = same[0] if same else study.new_trial(len(trials), configuration, target, seed, purpose, label)
+    return Step(phase, trial, study.next_segment(trial, horizon, suggestion))
+
+
+def _step(study: Study, trials: Sequence[Trial], proposal: Proposal, phase: Phase, purpose: Purpose = "search") -> Step:
+    seed = study.spec.seeds.training[0] if proposal.seed is None else proposal.seed
+    new = study.new_trial(len(trials), proposal.configuration, proposal.model, seed, purpose)
+    trial = next((trial for trial in trials if trial.key == new.key), new)
+    suggestion = proposal.suggestion
+    if suggestion.expected_cost_seconds is None:
+        # Not every strategy knows prices; without one, a running segment would not count against the budget.
+        cost = CostModel.fit(study, trials).estimate(
+            proposal.configuration, proposal.model, trial.kept_prompts, proposal.stop_prompts
+        )
+        suggestion = suggestion.model_copy(update={"expected_cost_seconds": cost.seconds})
+    segment = study.next_segment(trial, proposal.stop_prompts, suggestion)
+    floors = tuple(
+        ScoreFloor(step=steps_at(prompts, trial.prompts_per_step), score=score) for prompts, score in proposal.floors
+    )
+    return Step(phase, trial, segment.model_copy(update={"floors": floors}))
+
+
+def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Recommendation | None:
+    """The best-ranked configuration whose full training on the target is done; None if there is none."""
+    target = study.ladder.target.name
+    finished = {
+        configuration_key(trial.configuration)
+        for trial in trials
+        if trial.model == target and trial.final is not None and trial.purpose == "search"
+    }
+    ranked = [item for item in rank(study, strategy, trials) if configuration_key(item.configuration) in finished]
+    return ranked[0] if ranked else None
+
+
+def rank(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[Recommendation]:
+    """The strategy's ranking without what the final comparison has measured: it shall judge the choice, not make it."""
+    return strategy.rank(study, before_comparison(trials))
+
+
+@dataclass
+class _Run:
+    """State of one call of `run_search`; all of it can be rebuilt from the ledger."""
+
+    study: Study
+    ledger: Ledger
+    dispatcher: Dispatcher
+    strategy: Strategy
+    began: float
+    in_flight: set[str] = field(default_factory=set)
+    live: dict[str, StepRecord] = field(default_factory=dict)
+    lost_in_a_row: int = 0
+
+    def submit(self, trial: Trial, segment: Segment) -> None:
+        scores = base_scores(self.ledger.trials())
+        history = self.ledger.step_records(trial.key)
+        environment = self.ledger.environment(trial.key)
+        self.dispatcher.submit(self.study.job(trial, segment, history, scores.get(trial.model), environment))
+        self.in_flight.add(trial.key)
+
+
+def run_search(
+    study: Study,
+    ledger: Ledger,
+    dispatcher: Dispatcher,
+    on_progress: Callable[[Progress], None] | None = None,
+    strategy: Strategy | None = None,
+) -> SearchResult:
+    """Run or continue a study until it is done.
+
+    Args:
+        study: A resolved study.
+        ledger: Where it is kept; this process must be its only writer.
+        dispatcher: Where its trials run. The caller closes it.
+        on_progress: Called before the first event, with the study as it stood, and after every further one.
+        strategy: None uses the one that the study names.
+
+    Raises:
+        LedgerError: The ledger holds another study of this name.
+    """
+    ledger.open(study.spec)
+    run = _Run(study, ledger, dispatcher, strategy or load_strategy(study), dispatcher.now())
+    wall = time.monotonic()
+    limit = study.spec.budget.wall_seconds
+    for trial in ledger.trials():
+        if trial.open_segment is not None:
+            run.submit(trial, trial.open_segment)
+    try:
+        while True:
+            phase = _fill(run)
+            if on_progress is not None:
+                trials = ledger.trials()
+                on_progress(
+                    Progress(study, phase, trials, dict(run.live), spent_seconds(trials), dispatcher.now() - run.began)
+                )
+            out_of_time = limit is not None and time.monotonic() - wall > limit
+            if (phase is Phase.DONE and not run.in_flight) or out_of_time:
+                return conclude(study, ledger.trials(), run.strategy, complete=phase is Phase.DONE)
+            for event in dispatcher.wait(POLL_SECONDS):
+                _absorb(run, event)
+    except KeyboardInterrupt:
+        # What has finished in the meantime need not be trained again.
+        for event in dispatcher.wait(0):
+            _absorb(run, event)
+        raise
+
+
+def _fill(run: _Run) -> Phase:
+    """Begin segments until all slots are busy or there is nothing to begin."""
+    while True:
+        trials = run.ledger.trials()
+        if len(run.in_flight) >= run.dispatcher.slots:
+            return _phase(trials)
+        step = plan_next(run.study, run.strategy, trials)
+        if step.trial is None or step.segment is None:
+            return step.phase
+        run.ledger.begin(step.trial, step.segment)
+        run.submit(step.trial, step.segment)
+
+
+def _phase(trials: Sequence[Trial]) -> Phase:
+    """The phase that the newest running segment belongs to."""
+    running = [trial for trial in trials if trial.open_segment is not None]
+    if any(trial.purpose in ("confirmation", "random-search") for trial in running):
+        return Phase.COMPARISON
+    if running and not any(_is_search(trial.open_segment) for trial in running):
+        return Phase.VALIDATION
+    return Phase.BASELINES if all(trial.purpose == "baseline" for trial in running) else Phase.SEARCH
+
+
+def _absorb(run: _Run, event: Streamed | Finished) -> None:
+    if isinstance(event, Streamed):
+        run.ledger.stream(event.key, event.records)
+        if event.records:
+            run.live[event.key] = event.records[-1]
+        return
+    trials = run.ledger.trials()
+    opened = {trial.key: trial.open_segment.index for trial in trials if trial.open_segment is not None}
+    if opened.get(event.key) != event.result.segment.index:
+        # Delivered twice, or by a worker that was given up for dead: the segment counts once.
+        logger.warning("trial %s: a result of segment %d came late", event.key, event.result.segment.index)
+        return
+    committed = 1 + sum(len(trial.segments) for trial in trials)
+    run.ledger.commit(event.key, event.result.model_copy(update={"committed": committed}), event.records)
+    run.in_flight.discard(event.key)
+    run.live.pop(event.key, None)
+    run.lost_in_a_row = run.lost_in_a_row + 1 if event.result.outcome is Outcome.LOST else 0
+    if run.lost_in_a_row >= LOST_IN_A_ROW:
+        raise InfrastructureError(
+            f"{LOST_IN_A_ROW} trials in a row were lost to infrastructure failures, the last one by: "
+            f"{event.result.message}; nothing that was finished is lost: mend the cause and run the same command again"
+        )
+
+
+def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete: bool) -> SearchResult:
+    """Recommendation and final table, from the trials alone."""
+    recommended = recommend(study, strategy, trials)
+    rows: list[Comparison] = []
+    target_trial: Trial | None = None
+    if recommended is not None:
+        mine = _finals(study, trials, recommended.configuration)
+        target_trial = next((trial for trial in mine if trial.purpose == "search"), None)
+        rows.append(_compare("recommended", recommended.configuration, mine))
+    for baseline in study.spec.baselines:
+        mine = _finals(study, trials, baseline.configuration)
+        if mine:
+            rows.append(_compare(baseline.name, baseline.configuration, mine))
+    random = [trial for trial in trials if trial.purpose == "random-search" and trial.final is not None]
+    if random:
+        best = max(random, key=lambda trial: trial.final.score if trial.final else 0.0)
+        rows.append(_compare("random search", best.configuration, [best]))
+    return SearchResult(
+        study=study,
+        trials=tuple(trials),
+        recommended=recommended,
+        target_trial=target_trial,
+        rows=tuple(rows),
+        spent_seconds=spent_seconds(trials),
+        complete=complete,
+    )
+
+
+def _finals(study: Study, trials: Sequence[Trial], configuration: Configuration) -> list[Trial]:
+    """Trainings of a configuration on the target that came to an end, one per seed: full length, or stopped early."""
+    wanted = configuration_key(configuration)
+    by_seed: dict[int, Trial] = {}
+    for trial in trials:
+        # Some trainers score at rungs only, so one that was stopped early may have no score at all.
+        ended = trial.final is not None or (trial.state is TrialState.STOPPED and trial.evaluations)
+        if (
+            ended
+            and trial.model == study.ladder.target.name
+            and trial.purpose != "random-search"
+            # Further seeds by which the search chose are no part of the comparison: baselines have none of them.
+            and trial.seed in study.spec.seeds.training
+            and configuration_key(trial.configuration) == wanted
+        ):
+            by_seed.setdefault(trial.seed, trial)
+    return list(by_seed.values())
+
+
+def _compare(label: str, configuration: Configuration, trials: Sequence[Trial]) -> Comparison:
+    """Mean and standard error over trials; a trial that a rule stopped counts with the score it was stopped at."""
+    last = [_last(trial) for trial in trials]
+    count = len(last)
+    score = sum(evaluation.score for evaluation in last) / count
+    measured = sum(evaluation.standard_error**2 for evaluation in last) / count**2
+    between = sum((evaluation.score - score) ** 2 for evaluation in last) / (count * (count - 1)) if count > 1 else 0.0
+    seconds = sum(trial.charge_seconds for trial in trials)
+    return Comparison(label, configuration, score, max(measured, between) ** 0.5, count, seconds)
+
+
+def _last(trial: Trial) -> Evaluation:
+    return trial.evaluations[-1]

@@ -1,0 +1,198 @@
+"""Running one job where it stands: start from a verified checkpoint, watch the rules, commit the next checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from jfhpo_core.errors import CheckpointError, InfrastructureError, TrialFailure
+from jfhpo_core.stopping.rules import Course, Monitor, NonFinite, build_rules
+from jfhpo_core.store.checkpoints import CheckpointStore
+from jfhpo_core.study.trial import (
+    Checkpoint,
+    Decision,
+    Evaluation,
+    FailureKind,
+    Outcome,
+    Segment,
+    SegmentResult,
+    StepRecord,
+)
+from jfhpo_core.trainers.base import Job, Trainer, TrainingResult
+
+logger = logging.getLogger(__name__)
+
+COMPANIONS = "jfhpo.companions"
+"""Entry-point group of context managers around the training of a segment; each is called with the job."""
+
+
+class Cancelled(Exception):  # noqa: N818  not an error: the driver asked for it
+    """The driver withdrew the job; nothing of it counts."""
+
+
+def run_job(
+    job: Job, trainer: Trainer, on_record: Callable[[StepRecord], None], cancelled: Callable[[], bool] = lambda: False
+) -> SegmentResult:
+    """Train a segment and say what came of it.
+
+    Failures that are the configuration's fault become an infeasible result. Anything else that goes wrong is raised:
+    it says nothing about the configuration, and the dispatcher tries again.
+
+    Args:
+        job: The segment with all that is needed to train it.
+        trainer: Who trains.
+        on_record: Called with every step record as it comes.
+        cancelled: Asked after every step; True abandons the segment.
+
+    Raises:
+        Cancelled: `cancelled` said so.
+        CheckpointError: The new checkpoint could not be stored.
+        InfrastructureError: The trainer broke its contract.
+    """
+    began = time.perf_counter()
+    segment = job.segment
+    store = CheckpointStore(Path(job.store))
+    start, job, note = _starting_point(store, job)
+    floors = {floor.step: floor.score for floor in segment.floors}
+    course = Course(job.total_steps, job.base_score, list(job.history), list(job.evaluations), floors)
+    monitor = Monitor(build_rules(job.study.stopping), course)
+    decision: Decision | None = None
+
+    def charge(simulated: float | None = None) -> float:
+        return simulated if simulated is not None else time.perf_counter() - began
+
+    def observe(event: StepRecord | Evaluation) -> Decision | None:
+        nonlocal decision
+        if isinstance(event, StepRecord):
+            on_record(event)
+        if cancelled():
+            raise Cancelled(job.trial_key)
+        found = monitor.update(event)
+        # The first one stands: an evaluation that follows it takes nothing back.
+        decision = decision or found
+        return decision
+
+    stage = store.stage(job.trial_key)
+    try:
+        try:
+            with _surroundings(job):
+                result = trainer.run(job, start, stage, observe)
+        except TrialFailure as failure:
+            kind, message = FailureKind(failure.kind), str(failure)
+            return _infeasible(segment, job, monitor, kind, message, charge(failure.seconds))
+        except MemoryError as error:
+            kind, message = FailureKind.OUT_OF_MEMORY, f"the trainer ran out of memory: {error or 'MemoryError'}"
+            return _infeasible(segment, job, monitor, kind, message, charge())
+        if decision is not None and decision.rule == NonFinite.name:
+            kind, message = FailureKind.NON_FINITE, decision.explain()
+            return _infeasible(segment, job, monitor, kind, message, charge(result.seconds))
+        checkpoint = _commit(store, job, start, stage, result) if decision is None else None
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return SegmentResult(
+        segment=segment,
+        outcome=Outcome.REACHED if decision is None else Outcome.STOPPED,
+        end_step=result.end_step,
+        end_prompts=result.end_prompts,
+        evaluations=result.evaluations,
+        checkpoint=checkpoint,
+        seconds=charge(result.seconds),
+        startup_seconds=result.startup_seconds,
+        evaluation_seconds=result.evaluation_seconds,
+        devices=job.devices,
+        decision=decision,
+        message=note,
+        moved_to=job.segment.start_step if job.segment.start_step != segment.start_step else None,
+    )
+
+
+@contextmanager
+def _surroundings(job: Job) -> Iterator[None]:
+    """The job's environment variables, and the companions that are installed."""
+    before = {name: os.environ.get(name) for name in job.environment}
+    os.environ.update(job.environment)
+    try:
+        with ExitStack() as stack:
+            for companion in _companions():
+                stack.enter_context(companion(job))
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@cache  # reading the metadata of all installed packages takes a tenth of a second
+def _companions() -> tuple[Callable[[Job], AbstractContextManager[None]], ...]:
+    return tuple(point.load() for point in entry_points(group=COMPANIONS))
+
+
+def _starting_point(store: CheckpointStore, job: Job) -> tuple[Path | None, Job, str | None]:
+    """The newest checkpoint that verifies, the job with its segment moved back to it if need be, and a note if so.
+
+    With every checkpoint damaged the trial starts again at step 0: slower, but the same training.
+    """
+    faults = []
+    for checkpoint in job.start_checkpoints:
+        try:
+            folder = store.verify(checkpoint)
+        except CheckpointError as error:
+            faults.append(str(error))
+            continue
+        return folder, _moved(job, checkpoint.step), _note(job, checkpoint.step, faults)
+    return None, _moved(job, 0), _note(job, 0, faults)
+
+
+def _note(job: Job, step: int, faults: list[str]) -> str | None:
+    if not faults:
+        return None
+    note = f"trained again from step {step} instead of {job.segment.start_step}: {'; '.join(faults)}"
+    logger.warning("trial %s: %s", job.trial_key, note)
+    return note
+
+
+def _moved(job: Job, step: int) -> Job:
+    if step == job.segment.start_step:
+        return job
+    return job.model_copy(
+        update={
+            "segment": job.segment.model_copy(update={"start_step": step}),
+            "history": tuple(record for record in job.history if record.step <= step),
+            "evaluations": tuple(evaluation for evaluation in job.evaluations if evaluation.step <= step),
+        }
+    )
+
+
+def _commit(store: CheckpointStore, job: Job, start: Path | None, stage: Path, result: TrainingResult) -> Checkpoint:
+    """Commit the stage, and keep beside it only the checkpoint that the segment started from.
+
+    The ledger learns of the new one later: if this process dies in between, the segment is trained again from `start`.
+    From then on `start` is the one that serves if the new one turns out damaged.
+    """
+    if result.end_step != job.segment.stop_step:
+        raise InfrastructureError(
+            f"trainer {job.study.trainer.name!r} returned at step {result.end_step} without a stopping decision; "
+            f"it must train up to step {job.segment.stop_step}"
+        )
+    checkpoint = store.commit(job.trial_key, stage, result.end_step, result.end_prompts)
+    store.prune(job.trial_key, [store.root / checkpoint.path, *([start] if start is not None else [])])
+    return checkpoint
+
+
+def _infeasible(
+    segment: Segment, job: Job, monitor: Monitor, kind: FailureKind, message: str, seconds: float
+) -> SegmentResult:
+    step = monitor.course.records[-1].step if monitor.course.records else job.segment.start_step
+    return SegmentResult(
+        segment=segment, outcome=Outcome.INFEASIBLE, end_step=step, end_prompts=step * job.prompts_per_step,
+        seconds=seconds, devices=job.devices, failure=kind, message=message,
+    )  # fmt: skip

@@ -1,0 +1,547 @@
+"""The study file: what to tune, on what, with what, for how much. One schema for file, Prefect form and docs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.study.hyperparameters import default_spaces
+from jfhpo_core.study.space import ChoiceParameter, Space
+from jfhpo_core.study.trial import Configuration, canonical_json
+
+DEFAULT_BATCH = 16
+"""Prompts per step, in all trainers, where a study does not say."""
+
+RESERVED_NAMES = {"recommended", "random_search"}
+"""Rows of the final table, in MLflow `score.NAME`, that are no baselines."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Names of studies, models and baselines: they become folder names, so no separators and no leading dot."""
+
+
+def _check_name(value: Any) -> str:
+    if isinstance(value, bool | float):
+        raise ValueError("YAML reads this as a truth value or a number; put the name in quotes")  # noqa: TRY004
+    if not NAME.fullmatch(str(value)):
+        raise ValueError("use letters, digits, '.', '_' and '-' (at most 64, starting with a letter or digit)")
+    return str(value)
+
+
+Name = Annotated[str, BeforeValidator(_check_name)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(_Section):
+    """One model of the family."""
+
+    name: Name
+    path: str = Field(description="Folder of a transformers checkpoint, or its name on the Hugging Face hub.")
+    parameters: int | None = Field(
+        default=None, ge=1, description="Parameter count; None reads it from the checkpoint's files."
+    )
+    devices: int = Field(default=1, ge=1, description="Devices (GPUs, or CPU slots without a GPU) a trial holds.")
+
+
+def _family(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"embedded": value}
+    if isinstance(value, list):
+        return {"models": value}
+    return value
+
+
+class FamilySpec(_Section):
+    """The target's model family. In YAML either the name of an embedded family or a list of models."""
+
+    embedded: str | None = Field(default=None, description="Name of a family shipped with jfhpo.")
+    models: list[ModelSpec] = Field(default_factory=list, description="Your own checkpoints, in any order.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.embedded is None) == (not self.models):
+            raise ValueError("name one embedded family, or list your own models (name and path), not both")
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"model names must differ from each other, got {names}")
+        return self
+
+
+def _task(value: Any) -> Any:
+    return {"embedded": value} if isinstance(value, str) else value
+
+
+class TaskSpec(_Section):
+    """What the model shall learn. In YAML either the name of an embedded task or your own files."""
+
+    embedded: str | None = Field(default=None, description="Name of a task shipped with jfhpo.")
+    prompts: str | None = Field(default=None, description="JSONL file: 'prompt' and any further columns per line.")
+    heldout: str | None = Field(default=None, description="JSONL file of held-out rows; none may occur in prompts.")
+    reward: str | None = Field(
+        default=None,
+        description="'file.py' or 'file.py:function'. Signature: reward(prompts, completions, **columns) -> "
+        "list of floats, one per completion (TRL's). The function's name defaults to 'reward'.",
+    )
+    max_completion_tokens: int = Field(default=8, ge=1, description="Length limit of a completion.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        files = (self.prompts, self.heldout, self.reward)
+        if self.embedded is None and None in files:
+            raise ValueError("name an embedded task, or give all three files: prompts, heldout and reward")
+        if self.embedded is not None and any(files):
+            raise ValueError("name an embedded task or your own files, not both")
+        return self
+
+
+def _trainer(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class TrainerSpec(_Section):
+    """Which trainer runs the trials, and what it keeps fixed."""
+
+    name: str = Field(default="trl", description="'trl', 'simulated', or an entry point of group 'jfhpo.trainers'.")
+    fixed: Configuration = Field(default_factory=dict, description="Hyperparameters held at a value in every trial.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="The trainer's own settings, e.g. LoRA.")
+
+
+def _space(value: Any) -> Any:
+    if isinstance(value, str):
+        spaces = default_spaces()
+        if value not in spaces:
+            raise ValueError(f"no default space {value!r}; there are {', '.join(sorted(spaces))}, or spell one out")
+        return spaces[value]
+    return value
+
+
+class FidelitySpec(_Section):
+    """How long a full trial is and where it may be cut. Counted in prompts: batch size changes what a step is."""
+
+    horizon_prompts: int = Field(default=960, ge=1, description="Training prompts of a full trial.")
+    rungs: int | list[int] = Field(
+        default=5, description="Number of equal rungs, or ascending prompt counts that end at the horizon."
+    )
+    proxies: list[Name] | None = Field(
+        default=None, description="Models below the target that may be used; None means all smaller ones."
+    )
+
+    @model_validator(mode="after")
+    def _levels(self) -> Self:
+        if isinstance(self.rungs, int):
+            if self.rungs < 1 or self.horizon_prompts % self.rungs:
+                raise ValueError(f"horizon_prompts={self.horizon_prompts} cannot be cut into {self.rungs} equal rungs")
+        elif not self.rungs or sorted(set(self.rungs)) != self.rungs or self.rungs[-1] != self.horizon_prompts:
+            raise ValueError(f"rungs must ascend and end at the horizon ({self.horizon_prompts}), got {self.rungs}")
+        elif self.rungs[0] < 1:
+            raise ValueError(f"rungs must be positive, got {self.rungs}")
+        return self
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Prompt counts at which a trial is evaluated and may be paused, ascending; the last is the horizon."""
+        if isinstance(self.rungs, int):
+            return tuple(self.horizon_prompts * (i + 1) // self.rungs for i in range(self.rungs))
+        return tuple(self.rungs)
+
+
+class EvaluationSpec(_Section):
+    """How a score is measured on the held-out set."""
+
+    prompts: int | None = Field(default=512, ge=2, description="Held-out prompts scored; None means all.")
+    samples_per_prompt: int = Field(
+        default=1, ge=1, description="Completions sampled per prompt; with 2 or more, pass@n is recorded as well."
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Sampling temperature of the evaluation.")
+
+
+class BudgetSpec(_Section):
+    """What the search may spend. The comparison with the baselines is charged apart and is forecast by `plan`."""
+
+    trial_seconds: float | None = Field(default=None, gt=0, description="Sum of the trials' device-seconds.")
+    gpu_hours: float | None = Field(default=None, gt=0, description="The same in device-hours.")
+    wall_seconds: float | None = Field(default=None, gt=0, description="Wall-clock limit of one `jfhpo search` call.")
+    max_parallel: int = Field(default=2, ge=1, le=1024, description="Trials trained at the same time.")
+    initial_share: float = Field(
+        default=0.25, gt=0, lt=1, description="At most this share of the budget goes into the initial design."
+    )
+    validation_share: float = Field(
+        default=0.35, ge=0, lt=1, description="Share held back for full-length trials on the target."
+    )
+    top_k: int = Field(default=2, ge=1, description="Configurations validated on the target at full length.")
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Self:
+        if (self.trial_seconds is None) == (self.gpu_hours is None):
+            raise ValueError("give the budget once: either trial_seconds or gpu_hours")
+        return self
+
+    @property
+    def device_seconds(self) -> float:
+        """The search budget in device-seconds."""
+        return self.trial_seconds if self.trial_seconds is not None else 3600.0 * (self.gpu_hours or 0.0)
+
+
+class BaselineSpec(_Section):
+    """A configuration to beat, trained on the target at full length."""
+
+    name: Name
+    configuration: Configuration = Field(description="Hyperparameters; those not named keep the trainer's defaults.")
+
+
+class StoppingSpec(_Section):
+    """Stopping rules: the name of a set, and changes to single rules.
+
+    A rule set to false is off; a mapping changes its parameters. See `jfhpo rules` for names and defaults.
+    """
+
+    rules: Literal["default", "extended", "paper", "none"] = "default"
+    override: dict[str, Literal[False] | dict[str, float]] = Field(default_factory=dict)
+
+
+class StrategySpec(_Section):
+    """Who chooses the next trial."""
+
+    name: str = Field(
+        default="jfhpo",
+        description="'jfhpo', 'paper', 'random', 'gp', 'fastbo'; with the extra `peers` also 'tpe', 'asha', 'bohb', "
+        "'successive-halving', 'hyperband', 'smac3', 'dehb'; or an entry point of group 'jfhpo.strategies'.",
+    )
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+def _strategy(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class SeedSpec(_Section):
+    """Random seeds."""
+
+    search: int = Field(default=0, ge=0, description="Seed of the optimizer.")
+    training: list[int] = Field(
+        default_factory=lambda: [0, 1],
+        min_length=1,
+        description="Training seeds: the search uses the first, the final comparison all of them.",
+    )
+
+    @field_validator("training")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError(f"training seeds must differ and not be negative, got {seeds}")
+        return seeds
+
+
+class ClusterSpec(_Section):
+    """Where trials run."""
+
+    address: str = Field(
+        default="auto",
+        description="'local' for a private Ray instance, 'inline' for this very process, a Ray address, or 'auto': "
+        "RAY_ADDRESS if set, else 'local'.",
+    )
+    cpus_per_device: float = Field(default=1.0, gt=0)
+    gpus_per_device: float = Field(default=0.0, ge=0, description="Set to 1 on a GPU cluster.")
+    segment_retries: int = Field(default=2, ge=0, description="New attempts after an infrastructure failure.")
+
+
+class TrackingSpec(_Section):
+    """Where results are written."""
+
+    uri: str | None = Field(
+        default=None, description="MLflow tracking URI; None: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."
+    )
+    experiment: str | None = Field(default=None, description="MLflow experiment; None: 'jfhpo/' and the study's name.")
+    registered_model: str | None = Field(
+        default=None, description="Name in the model registry; None: the study's name; '' registers nothing."
+    )
+    workspace: str = Field(default=".jfhpo", description="Folder for checkpoints and reports.")
+
+
+def _fault(field: str, message: str) -> PydanticCustomError:
+    """A fault between sections, told at the field where it is best mended."""
+    return PydanticCustomError("study", "{message}", {"message": message, "field": field})
+
+
+class StudySpec(_Section):
+    """A study: find good hyperparameters for reinforcement learning of the target model on the task."""
+
+    study: Name = Field(description="Name of the study; the same name continues it.")
+    description: str = ""
+    family: Annotated[FamilySpec, BeforeValidator(_family)]
+    target: Name = Field(description="The model of the family to be tuned.")
+    task: Annotated[TaskSpec, BeforeValidator(_task)]
+    trainer: Annotated[TrainerSpec, BeforeValidator(_trainer)] = TrainerSpec()
+    space: Annotated[Space, BeforeValidator(_space)]
+    fidelity: FidelitySpec = FidelitySpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    budget: BudgetSpec
+    baselines: list[BaselineSpec] = Field(default_factory=list, description="Recipes to beat.")
+    random_search: bool = Field(
+        default=False, description="Also run random search on the target at the search's cost, for comparison."
+    )
+    stopping: StoppingSpec = StoppingSpec()
+    strategy: Annotated[StrategySpec, BeforeValidator(_strategy)] = StrategySpec()
+    warm_start: list[Name] = Field(
+        default_factory=list,
+        description="Earlier studies in the same ledger that the strategy `jfhpo` learns from, as far as they agree.",
+    )
+    seeds: SeedSpec = SeedSpec()
+    cluster: ClusterSpec = ClusterSpec()
+    tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [model.name for model in self.family.models]
+        if names:
+            for field, wanted in (("target", [self.target]), ("fidelity.proxies", self.fidelity.proxies or [])):
+                for name in wanted:
+                    if name not in names:
+                        raise _fault(field, f"{name!r} is not in the family ({', '.join(names)})")
+        if self.study in self.warm_start:
+            raise _fault("warm_start", f"{self.study!r} is this study itself; name earlier ones")
+        baselines = [baseline.name for baseline in self.baselines]
+        if len(set(baselines)) < len(baselines):
+            raise _fault("baselines", f"baseline names must differ from each other, got {baselines}")
+        for name in set(baselines) & RESERVED_NAMES:
+            raise _fault("baselines", f"{name!r} names a row of the final table itself; give the baseline another name")
+        for name in self.space:
+            if name in self.trainer.fixed:
+                raise _fault(
+                    f"trainer.fixed.{name}", "the space searches it, so it cannot be fixed; remove one of the two"
+                )
+        for batch in self._batches():
+            for level in self.fidelity.levels:
+                if level % batch:
+                    raise _fault(
+                        "fidelity",
+                        f"a rung at {level} prompts is not a whole number of steps of {batch} prompts "
+                        "(prompts_per_step); choose horizon_prompts and rungs as multiples of it",
+                    )
+        return self
+
+    def _batches(self) -> list[int]:
+        if "prompts_per_step" in set(self.space):
+            parameter = self.space["prompts_per_step"]
+            if not isinstance(parameter, ChoiceParameter):
+                raise _fault(
+                    "space.prompts_per_step", "it must be a choice, so that every rung is a whole number of steps"
+                )
+            values = [*parameter.values, *([DEFAULT_BATCH] if parameter.when else [])]
+        else:
+            values = [self.trainer.fixed.get("prompts_per_step", DEFAULT_BATCH)]
+        values += [b.configuration["prompts_per_step"] for b in self.baselines if "prompts_per_step" in b.configuration]
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise _fault("study", f"prompts_per_step must be a whole number of at least 1, got {value!r}")
+        return [int(value) for value in values]
+
+    def identity(self) -> str:
+        """Hash of all fields that give a trial its meaning (16 hex digits).
+
+        Budget, seeds of the final comparison, cluster and tracking may change when a study is continued, and so may
+        the folders that its files and models lie in: of a path only the last part counts.
+        """
+        meaning = self.model_dump(
+            mode="json",
+            include={"study", "family", "target", "task", "trainer", "space", "fidelity", "evaluation", "stopping"},
+        )
+        for parameter in meaning["space"].values():
+            # Where the user expects good values changes what is tried, not what a trial is.
+            del parameter["expected"], parameter["spread"]
+        for part in (*meaning["family"]["models"], meaning["task"]):
+            for field in ("path", "prompts", "heldout", "reward"):
+                if part.get(field) is not None:
+                    part[field] = Path(part[field]).name
+        return hashlib.sha256(canonical_json(meaning).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The complete study, defaults included, as YAML that `load_study` reads back to an equal study."""
+        data = self.model_dump(mode="json")
+        text: str = yaml.dump(data, Dumper=_StudyDumper, sort_keys=False, allow_unicode=True, width=110)
+        return text
+
+
+def study_schema() -> dict[str, Any]:
+    """JSON schema of the study file."""
+    return StudySpec.model_json_schema()
+
+
+class _StudyLoader(yaml.SafeLoader):
+    """Safe YAML, but with '1e-6' a number (YAML 1.1 reads it as text) and without repeated keys."""
+
+
+_StudyLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_StudyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    list("-+0123456789."),
+)
+
+
+class _StudyDumper(yaml.SafeDumper):
+    """Quotes the texts that `_StudyLoader` would read as numbers."""
+
+
+_StudyDumper.yaml_implicit_resolvers = _StudyLoader.yaml_implicit_resolvers
+
+
+def parse_value(text: str) -> Any:
+    """Read a single YAML value by the rules of the study file ('1e-6' is a number).
+
+    Raises:
+        yaml.YAMLError: It is not YAML.
+    """
+    return _StudyLoader(text).get_single_data()
+
+
+def parse_study(text: str, source: str = "study", folder: Path | None = None) -> StudySpec:
+    """Read a study from YAML text.
+
+    Args:
+        text: YAML.
+        source: Name for messages.
+        folder: Relative paths in the study are relative to it; None leaves them as they are.
+
+    Raises:
+        SpecError: Every fault of the text, each with line, field, value and remedy.
+    """
+    try:
+        loader = _StudyLoader(text)
+        node = loader.get_single_node()
+        _check_nodes(node, source)
+        data = loader.construct_document(node) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise SpecError(f"{source}, line {line}: this is not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise SpecError(f"{source}: this is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise SpecError(
+            f"{source}: a study file is a mapping that begins with `study: NAME`; `jfhpo schema` lists the fields"
+        )
+    try:
+        spec = StudySpec.model_validate(data)
+    except ValidationError as error:
+        raise SpecError(_explain(error, node, source)) from None
+    return resolve_paths(spec, folder) if folder is not None else spec
+
+
+def load_study(path: str | Path) -> StudySpec:
+    """Read and check a study file; relative paths in it are relative to the file.
+
+    Raises:
+        SpecError: The file cannot be read, or its content is refused.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: the study file cannot be read: {error}") from None
+    return parse_study(text, source=str(path), folder=path.resolve().parent)
+
+
+def resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:
+    """Make the study's own files absolute, so that workers in other folders find them.
+
+    A model path that names no existing folder is left alone: it is a name on the hub.
+    """
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str((folder / Path(path).expanduser()).resolve())
+
+    models = [
+        model.model_copy(update={"path": absolute(model.path)})
+        if (folder / Path(model.path).expanduser()).exists()
+        else model
+        for model in spec.family.models
+    ]
+    task = spec.task
+    if task.reward is not None:
+        file, colon, function = task.reward.partition(":")
+        task = task.model_copy(
+            update={
+                "prompts": absolute(task.prompts),
+                "heldout": absolute(task.heldout),
+                "reward": f"{absolute(file)}{colon}{function}",
+            }
+        )
+    return spec.model_copy(update={"family": spec.family.model_copy(update={"models": models}), "task": task})
+
+
+def _check_nodes(node: yaml.Node | None, source: str, above: tuple[yaml.Node, ...] = ()) -> None:
+    """Refuse what YAML allows and a study cannot mean: repeated keys, keys that are no words, aliases of themselves."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return
+    if node in above:
+        raise SpecError(f"{source}, line {node.start_mark.line + 1}: an alias refers to a value that contains it")
+    seen: set[str] = set()
+    for item in node.value:
+        key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
+        if key is not None:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise SpecError(f"{source}, line {line}: a field's name must be a word, not a list or a mapping")
+            if key.value in seen:
+                raise SpecError(f"{source}, line {line}: {key.value!r} is given twice; keep one")
+            seen.add(key.value)
+        _check_nodes(value, source, (*above, node))
+
+
+def _locate(node: yaml.Node | None, location: Sequence[int | str]) -> tuple[int, str]:
+    """Line and dotted field of a validation error: what of its path stands in the file, and a last part that should."""
+    line = node.start_mark.line + 1 if node is not None else 1
+    field = []
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            match = next(((key, value) for key, value in node.value if key.value == str(part)), None)
+            if match is None:
+                continue  # pydantic adds parts for the members of a union
+            line, node = match[0].start_mark.line + 1, match[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            continue
+        field.append(str(part))
+    return line, ".".join(field)
+
+
+_REMEDIES = {
+    "missing": "add it",
+    "extra_forbidden": "remove it or correct its spelling; `jfhpo schema` lists the fields",
+    "model_type": "write its fields as `{field: value}`; `jfhpo schema` lists them",
+    "union_tag_invalid": "use type: float, int or choice",
+    "union_tag_not_found": "add `type: float`, `type: int` or `type: choice`",
+}
+
+
+def _explain(error: ValidationError, node: yaml.Node | None, source: str) -> str:
+    lines: dict[str, list[str]] = {}
+    for fault in error.errors(include_url=False):
+        between = fault.get("ctx", {}).get("field")
+        line, field = _locate(node, between.split(".") if between else fault["loc"])
+        if fault["type"] == "missing":
+            field = f"{field}.{fault['loc'][-1]}".lstrip(".")
+        remedy = _REMEDIES.get(fault["type"])
+        message = fault["msg"].removeprefix("Value error, ") + (f" -> {remedy}" if remedy else "")
+        place = f"{source}, line {line}: {field or 'study'}"
+        if fault["type"] != "missing" and not isinstance(fault["input"], dict | list | BaseModel):
+            place += f" = {json.dumps(fault['input'], default=str)}"
+        lines.setdefault(place, []).append(message)
+    # Faults at one place are the members of a union, each saying why the value is none of it.
+    return "\n".join(f"{place}: {'; or: '.join(messages)}" for place, messages in lines.items())

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from jfhpo.display import LiveDisplay, PlainDisplay, Watch, bill, duration, plan_view, result_view, trend, trial_table
+from jfhpo_core.optimizer.cost import CostEstimate
+from jfhpo_core.optimizer.forecast import forecast
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import Progress, SearchResult, run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.resolved import Study
+from tests.studies import simulated_study, step_record
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return simulated_study(tmp_path)
+
+
+def follow(study: Study, *watchers: LiveDisplay | PlainDisplay) -> tuple[SearchResult, list[Progress]]:
+    snapshots: list[Progress] = []
+
+    def on_progress(progress: Progress) -> None:
+        snapshots.append(progress)
+        for watcher in watchers:
+            watcher.progress(progress)
+
+    return run_search(study, MemoryLedger(), InlineDispatcher(2), on_progress), snapshots
+
+
+def text_of(view: RenderableType, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console.print(view)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.0 s"), (4.21, "4.2 s"), (45.4, "45 s"), (59.7, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
+)
+def test_durations_read_naturally(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_known_cost_has_no_interval() -> None:
+    assert bill(CostEstimate(600, 600, 600)) == "10 min 00 s"
+    assert bill(CostEstimate(0, 0, 0)) == "0.0 s"
+    assert bill(CostEstimate(60, 30, 120)) == "1 min 00 s (30 s to 2 min 00 s)"
+
+
+def test_a_trend_spans_its_own_range() -> None:
+    assert trend([0.1, 0.2, 0.4]) == "▁▃█"
+    assert trend([0.3, 0.3]) == "▁▁"
+    assert trend([math.nan, 0.1, math.inf]) == ""
+
+
+def test_plain_lines_tell_every_segment_once_with_its_reason(study: Study) -> None:
+    lines: list[str] = []
+    result, _ = follow(study, PlainDisplay(lines.append))
+    ended = [(trial, part) for trial in result.trials for part in trial.segments]
+    assert len(lines) == len(ended)
+    for trial, part in ended:
+        line = next(line for line in lines if f"| #{trial.number} {trial.model} " in line)
+        if part.decision is not None:
+            assert f"stopped by {part.decision.rule} at step {part.end_step}" in line
+            assert part.decision.signal in line
+        else:
+            assert f"trained to step {part.end_step} of {trial.total_steps}" in line
+
+
+def test_a_continued_study_tells_only_what_is_new(study: Study) -> None:
+    _, snapshots = follow(study)
+    watch, later = Watch(), len(snapshots) // 2
+    assert watch.news(snapshots[later]) == []
+    assert 0 < watch.share_done() < 1
+    finished = sum(len(trial.segments) for trial in snapshots[-1].trials)
+    before = sum(len(trial.segments) for trial in snapshots[later].trials)
+    assert len(watch.news(snapshots[-1])) == finished - before
+    assert watch.left(slots=2) == CostEstimate(0, 0, 0)
+    assert watch.share_done() == 1
+
+
+def test_the_live_view_shows_budget_standings_running_trials_and_events(study: Study) -> None:
+    console = Console(width=140, force_terminal=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    display = LiveDisplay(console, "test")
+    assert "checking the study" in text_of(display.render())
+    _, snapshots = follow(study, display)
+    middle = snapshots[len(snapshots) // 2]
+    running = next(trial for trial in middle.trials if trial.open_segment is not None)
+    live = Progress(
+        study, middle.phase, middle.trials, {running.key: step_record(7, reward=0.25, kl=0.125)},
+        middle.spent_seconds, middle.elapsed_seconds,
+    )  # fmt: skip
+    display.progress(live)
+    view = text_of(display.render())
+    assert f"of {duration(study.spec.budget.device_seconds)} of trial time spent" in view
+    assert re.search(rf"#{running.number} +large +7/30 +0\.250 +0\.125", view)
+    assert re.search(r"best on the target +0\.\d+ ± 0\.\d+", view)
+    assert "trained to step 30 of 30" in view
+    assert re.search(r"final score +0\.\d+ \(0\.\d+ to \d\.\d+\)", view)
+
+
+def test_the_live_view_draws_a_step_once_however_long_it_takes(study: Study) -> None:
+    display = LiveDisplay(Console(width=200, record=True, force_terminal=False), "test")
+    _, snapshots = follow(study)
+    progress = next(snapshot for snapshot in snapshots if any(trial.open_segment for trial in snapshot.trials))
+    running = next(trial for trial in progress.trials if trial.open_segment)
+    for step, reward in enumerate((0.1, 0.2, 0.4), start=1):
+        for _ in range(30):
+            display.progress(replace(progress, live={running.key: step_record(step, reward=reward)}))
+    assert trend((0.1, 0.2, 0.4)) in text_of(display.render())
+
+
+def test_the_result_shows_every_row_and_does_not_overclaim(tmp_path: Path) -> None:
+    # The baseline is the best configuration of the landscape: nothing can be clearly better.
+    best = {"learning_rate": 5e-4, "kl_coefficient": 3e-3, "clip_high": 0.28, "max_grad_norm": 0.7}
+    study = simulated_study(tmp_path, baselines=[{"name": "optimum", "configuration": best}])
+    result, _ = follow(study)
+    view = text_of(result_view(result))
+    assert "optimum" in view
+    assert "clearly better than optimum" not in re.sub("not clearly better than", "", view)
+    assert re.search(r"not (clearly )?better than|clearly worse than", view)
+    assert re.search(r"cost per trial .* for a full target trial", view)
+
+
+def test_the_result_of_an_unfinished_study_says_so(study: Study) -> None:
+    result, snapshots = follow(study)
+    assert "not finished" not in text_of(result_view(result))
+    early = SearchResult(study, snapshots[0].trials, None, None, (), 0.0, complete=False)
+    view = text_of(result_view(early))
+    assert "not finished" in view
+    assert "Nothing can be recommended" in view
+
+
+def test_the_trial_table_has_all_trials(study: Study) -> None:
+    result, _ = follow(study)
+    rows = [line for line in text_of(trial_table(result.trials)).splitlines() if re.match(r" +\d+ ", line)]
+    assert len(rows) == len(result.trials)
+
+
+def test_a_value_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    trial = study.new_trial(0, {"learning_rate": 1e-3}, "small", 0)
+    shown = text_of(trial_table([trial.model_copy(update={"configuration": {"prompt": "[INST]q[/INST]"}})]))
+    assert "[INST]q[/INST]" in shown
+
+
+def test_a_plan_warns_if_the_budget_cannot_validate(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, budget={"trial_seconds": 20})
+    result, _ = follow(simulated_study(tmp_path))
+    assert "less than one full target trial" in text_of(plan_view(study, [], forecast(study, result.trials)))
+    rich = simulated_study(tmp_path, budget={"trial_seconds": 20000})
+    assert "less than one full" not in text_of(plan_view(rich, [], forecast(rich, result.trials)))

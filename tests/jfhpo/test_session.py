@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+import jfhpo.session
+from jfhpo.orchestration.flow_run import DeclinedError
+from jfhpo.session import run_study
+from jfhpo_core.run.dispatch import Dispatcher
+from jfhpo_core.study.spec import StudySpec
+from tests.studies import study_data
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> StudySpec:
+    return StudySpec.model_validate(
+        study_data(
+            tmp_path / "workspace",
+            strategy={"name": "random"},
+            cluster={"address": "inline"},
+            budget={"trial_seconds": 120, "max_parallel": 1},
+            tracking={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "workspace": str(tmp_path / "workspace")},
+        )
+    )
+
+
+def test_a_checkpoint_that_is_gone_hides_no_result(spec: StudySpec, tmp_path: Path) -> None:
+    first = run_study(spec)
+    trial = first.result.target_trial
+    assert trial is not None
+    assert trial.checkpoint is not None
+    folder = Path(spec.tracking.workspace) / spec.study / "checkpoints" / trial.checkpoint.path
+    folder.rename(tmp_path / "away")
+    first.report.unlink()
+    without = run_study(spec)
+    assert without.result.recommended == first.result.recommended
+    assert without.report.exists()
+    assert without.model_uri is None
+    assert "cannot be registered" in without.model_note
+    (tmp_path / "away").rename(folder)
+    assert run_study(spec).model_note == first.model_note
+
+
+def test_what_a_person_ends_has_not_failed(spec: StudySpec) -> None:
+    def declined(dispatcher: Dispatcher) -> Dispatcher:
+        raise DeclinedError("not today")
+
+    with pytest.raises(DeclinedError):
+        run_study(spec, around=declined)
+    client = MlflowClient(spec.tracking.uri)
+    (experiment,) = [one for one in client.search_experiments() if one.name != "Default"]
+    (study,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{spec.study}'")
+    assert (study.info.status, study.data.tags["jfhpo.state"]) == ("KILLED", "interrupted")
+
+
+def test_a_model_that_is_named_later_is_registered_then(spec: StudySpec) -> None:
+    named, nameless = (
+        spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"registered_model": name})})
+        for name in ("later", "")
+    )
+    assert "registered_model is empty" in run_study(nameless).model_note
+    # The simulated trainer has no weights, which is noticed only where a name is given.
+    assert "holds no weights" in run_study(named).model_note
+
+
+def test_ctrl_c_while_the_report_is_written_leaves_the_study_finished(
+    spec: StudySpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jfhpo.session, "write_plots", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(spec)
+    client = MlflowClient(spec.tracking.uri)
+    (experiment,) = [one for one in client.search_experiments() if one.name != "Default"]
+    (study,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{spec.study}'")
+    assert (study.info.status, study.data.tags["jfhpo.state"]) == ("FINISHED", "finished")
+    assert run_study(spec).report.exists()

@@ -1,0 +1,75 @@
+"""A study that learns from an earlier one in the same ledger."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jfhpo.session import informed, look, run_study
+from jfhpo_core.errors import LedgerError, SpecError
+from jfhpo_core.optimizer.observations import observe
+from jfhpo_core.optimizer.strategy import RandomSearch, load_strategy
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.resolved import EarlierStudy, resolve
+from jfhpo_core.study.spec import StudySpec
+from tests.studies import study_data
+
+
+def spec(tmp_path: Path, **changes: Any) -> StudySpec:
+    return StudySpec.model_validate(
+        study_data(
+            tmp_path,
+            **{
+                "strategy": "jfhpo",
+                "cluster": {"address": "inline"},
+                "budget": {"trial_seconds": 60, "max_parallel": 1},
+                "seeds": {"search": 0, "training": [0]},
+                "tracking": {"workspace": str(tmp_path), "uri": f"sqlite:///{tmp_path}/mlflow.db"},
+                **changes,
+            },
+        )
+    )
+
+
+@pytest.mark.slow
+def test_an_earlier_study_is_learned_from(tmp_path: Path) -> None:
+    first = run_study(spec(tmp_path))
+    second = spec(tmp_path, study="second", warm_start=["test"])
+    study = informed(resolve(second))
+    (earlier,) = study.earlier
+    assert earlier.trials == tuple(look(spec(tmp_path)).trials)
+    assert len(observe(study, [])) > 5
+    assert bool((observe(study, []).inputs[:, -1] == 1).all())
+    outcome = run_study(second)
+    assert outcome.result.complete
+    assert outcome.result.recommended is not None
+    assert first.result.recommended is not None
+    assert outcome.result.recommended.mean > first.result.recommended.mean - 0.1
+
+
+def test_an_unknown_earlier_study_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="holds no study 'never'"):
+        run_study(spec(tmp_path, warm_start=["never"]))
+    assert not (tmp_path / "test" / "checkpoints").exists()
+
+
+def test_a_study_cannot_learn_from_itself(tmp_path: Path) -> None:
+    with pytest.raises((SpecError, ValueError), match="is this study itself"):
+        spec(tmp_path, warm_start=["test"])
+
+
+def test_a_study_without_baselines_begins_with_what_the_earlier_one_tells(tmp_path: Path) -> None:
+    first = spec(tmp_path)
+    earlier = resolve(first)
+    ledger = MemoryLedger()
+    run_search(earlier, ledger, InlineDispatcher(1), strategy=RandomSearch())
+    second = resolve(spec(tmp_path, study="second", baselines=[]))
+    study = replace(second, earlier=(EarlierStudy(first, earlier.ladder, tuple(ledger.trials())),))
+    strategy = load_strategy(study)
+    assert strategy.rank(study, []) == []
+    assert strategy.suggest(study, [], 60.0, 0) is not None

@@ -1,0 +1,328 @@
+"""The strategies `jfhpo` and `paper` on simulated studies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from jfhpo_core.optimizer import joint_fidelity as optimizer
+from jfhpo_core.optimizer import surrogate
+from jfhpo_core.optimizer.cost import CostModel
+from jfhpo_core.optimizer.joint_fidelity import Beliefs, JointFidelity
+from jfhpo_core.optimizer.paper import PaperStrategy
+from jfhpo_core.optimizer.strategy import load_strategy
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import SearchResult, call_seed, plan_next, recommend, run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.hyperparameters import default_spaces
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import (
+    Outcome,
+    Suggestion,
+    Trial,
+    TrialState,
+    committed_seconds,
+    configuration_key,
+)
+from jfhpo_core.trainers.simulated import study_surface, true_score
+from tests.studies import result
+
+NO_REASON = Suggestion(source="test", explanation="test")
+
+
+def simulated(tmp_path: Path, **changes: Any) -> Study:
+    """A study of three simulated models, 0.1M to 0.6M parameters."""
+    raw: dict[str, Any] = {
+        "study": "optimizer-test",
+        "family": [
+            {"name": "small", "path": "simulated", "parameters": 100_000},
+            {"name": "medium", "path": "simulated", "parameters": 300_000},
+            {"name": "large", "path": "simulated", "parameters": 600_000},
+        ],
+        "target": "large",
+        "task": "instruct",
+        "trainer": "simulated",
+        "space": "tiny",
+        "budget": {"trial_seconds": 400, "max_parallel": 2},
+        "seeds": {"search": 0, "training": [0]},
+        "tracking": {"workspace": str(tmp_path)},
+    }
+    return resolve(StudySpec.model_validate(raw | changes))
+
+
+def search(study: Study) -> tuple[SearchResult, MemoryLedger]:
+    ledger = MemoryLedger()
+    return run_search(study, ledger, InlineDispatcher(study.spec.budget.max_parallel)), ledger
+
+
+def true_final(result: SearchResult) -> float:
+    assert result.recommended is not None
+    study = result.study
+    return true_score(study_surface(study.spec), study.complete(result.recommended.configuration), 1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
+    return search(simulated(tmp_path_factory.mktemp("optimizer")))[0]
+
+
+def test_a_search_uses_proxies_continues_checkpoints_and_keeps_its_budget(completed: SearchResult) -> None:
+    mine = [trial for trial in completed.trials if trial.purpose == "search"]
+    assert {trial.model for trial in mine} == {"small", "medium", "large"}
+    assert sum(trial.model == "small" for trial in mine) > sum(trial.model == "large" for trial in mine)
+    assert any(result.segment.start_step > 0 for trial in mine for result in trial.segments)
+    assert sum(trial.final is not None and trial.model == "large" for trial in mine) >= 1
+    longest = max(result.seconds for trial in mine for result in trial.segments)
+    assert completed.spent_seconds <= 400 + 2 * longest
+
+
+def test_it_ends_well_above_the_untrained_model(completed: SearchResult) -> None:
+    assert true_final(completed) > 0.6
+    assert completed.recommended is not None
+    assert completed.recommended.mean == pytest.approx(true_final(completed), abs=0.1)
+
+
+def test_every_suggestion_says_why_and_what_it_should_cost(completed: SearchResult) -> None:
+    segments = [result.segment for trial in completed.trials for result in trial.segments]
+    assert {segment.suggestion.source for segment in segments} >= {"jfhpo/initial-design", "jfhpo/knowledge-gradient"}
+    for segment in segments:
+        assert segment.suggestion.explanation
+        assert segment.suggestion.expected_cost_seconds is not None
+
+
+def test_the_target_gets_its_share(completed: SearchResult) -> None:
+    """At every moment after the initial design the target has had its share, up to one segment per slot."""
+    mine = [trial for trial in completed.trials if trial.purpose == "search"]
+    on_target = [trial for trial in mine if trial.model == "large"]
+    assert committed_seconds(on_target) >= 0.5 * committed_seconds(mine) - 2 * 70
+
+
+@pytest.mark.parametrize("name", ["jfhpo", "paper", "random"])
+def test_suggestions_are_a_pure_function_of_the_ledger(tmp_path: Path, name: str, completed: SearchResult) -> None:
+    study = simulated(tmp_path, strategy=name)
+    trials = [trial for trial in completed.trials if trial.number < 20]
+    seed = call_seed(study, trials)
+    first = load_strategy(study).suggest(study, trials, 300.0, seed)
+    optimizer._formed.clear()
+    surrogate._remembered_parameters.cache_clear()
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002  the global state must not matter
+    second = load_strategy(study).suggest(study, trials, 300.0, seed)
+    assert first is not None
+    assert first == second
+
+
+def test_untried_configurations_rank_only_above_all_tried_ones(tmp_path: Path, completed: SearchResult) -> None:
+    study, trials = simulated(tmp_path), completed.trials[:15]
+    tried = JointFidelity(untried=0).rank(study, trials)
+    known = {configuration_key(trial.configuration) for trial in trials}
+    assert all(configuration_key(item.configuration) in known for item in tried)
+
+    ranked = JointFidelity(untried=2).rank(study, trials)
+    better = ranked[: len(ranked) - len(tried)]
+    assert ranked[len(better) :] == tried
+    assert 1 <= len(better) <= 2
+    assert all(configuration_key(item.configuration) not in known for item in better)
+    assert [item.mean for item in ranked] == sorted((item.mean for item in ranked), reverse=True)
+
+
+def test_a_running_training_is_not_suggested_again(tmp_path: Path, completed: SearchResult) -> None:
+    study = simulated(tmp_path)
+    trials = [trial for trial in completed.trials if trial.number < 15]
+    strategy = JointFidelity()
+    first = strategy.suggest(study, trials, 300.0, 1)
+    assert first is not None
+    new = study.new_trial(len(trials), first.configuration, first.model, 0)
+    known = next((trial for trial in trials if trial.key == new.key), new)
+    running = known.model_copy(update={"open_segment": study.next_segment(known, first.stop_prompts, first.suggestion)})
+    second = strategy.suggest(study, [*(t for t in trials if t.key != new.key), running], 300.0, 1)
+    assert second is not None
+    assert (second.configuration, second.model) != (first.configuration, first.model)
+
+
+def test_nothing_is_suggested_that_might_not_fit_the_remaining_budget(tmp_path: Path, completed: SearchResult) -> None:
+    study = simulated(tmp_path)
+    trials = list(completed.trials)
+    assert JointFidelity().suggest(study, trials, 0.01, 1) is None
+    affordable = JointFidelity().suggest(study, trials, 12.0, 1)
+    assert affordable is not None
+    chosen = (affordable.configuration, affordable.model)
+    same = next((trial for trial in trials if (trial.configuration, trial.model) == chosen), None)
+    costs = CostModel.fit(study, trials)
+    start = same.step * same.prompts_per_step if same is not None else 0
+    cost = costs.estimate(affordable.configuration, affordable.model, start, affordable.stop_prompts)
+    assert affordable.suggestion.expected_cost_seconds == cost.seconds
+    assert cost.seconds < cost.high <= 12.0
+
+
+def test_a_study_in_which_everything_fails_ends_without_a_recommendation(tmp_path: Path) -> None:
+    study = simulated(tmp_path, trainer={"name": "simulated", "settings": {"memory_limit": 1e-3}})
+    result, _ = search(study)
+    assert result.complete
+    assert result.recommended is None
+    assert all(trial.state is TrialState.INFEASIBLE for trial in result.trials)
+
+
+@pytest.mark.parametrize("name", ["jfhpo", "paper"])
+def test_a_space_of_four_points_is_searched_and_ends(tmp_path: Path, name: str) -> None:
+    space = {
+        "learning_rate": {"type": "choice", "values": [1e-4, 5e-4]},
+        "scheduler": {"type": "choice", "values": ["constant", "cosine"]},
+    }
+    result, _ = search(simulated(tmp_path, strategy=name, space=space))
+    assert result.complete
+    assert result.recommended is not None
+    assert result.recommended.configuration["learning_rate"] == 5e-4
+
+
+@pytest.mark.slow
+def test_the_paper_strategy_never_looks_beyond_its_proxy_before_validation(tmp_path: Path) -> None:
+    result, _ = search(simulated(tmp_path, strategy="paper"))
+    searched = [
+        (trial.model, segment.segment.suggestion.source)
+        for trial in result.trials
+        for segment in trial.segments
+        if segment.segment.suggestion.source.startswith("paper/")
+    ]
+    assert {model for model, _ in searched} == {"small"}
+    assert {source for _, source in searched} == {"paper/initial-design", "paper/expected-improvement"}
+    assert result.recommended is not None
+    assert isinstance(load_strategy(result.study), PaperStrategy)
+
+
+@pytest.mark.slow
+def test_it_beats_random_search_at_equal_cost(tmp_path: Path) -> None:
+    """Mean true score of the recommendation over three seeds, on a landscape whose best learning rate moves far."""
+    scores: dict[str, float] = {}
+    for name in ("jfhpo", "random"):
+        results = [
+            search(
+                simulated(
+                    tmp_path / f"{name}{seed}",
+                    strategy=name,
+                    trainer={"name": "simulated", "settings": {"size_shift": -0.7}},
+                    budget={"trial_seconds": 300, "max_parallel": 2},
+                    seeds={"search": seed, "training": [seed]},
+                )
+            )[0]
+            for seed in range(3)
+        ]
+        scores[name] = mean(true_final(result) for result in results)
+    assert scores["jfhpo"] > scores["random"]
+
+
+def test_the_search_begins_where_the_user_expects_the_best(tmp_path: Path) -> None:
+    space = {name: dict(parameter) for name, parameter in default_spaces()["tiny"].items()}
+    plain = simulated(tmp_path, space=space)
+    space["learning_rate"] |= {"expected": 1e-3, "spread": 0.1}
+    informed = simulated(tmp_path, space=space)
+
+    def distance(study: Study) -> float:
+        trials: list[Trial] = []
+        for _ in range(6):
+            proposal = JointFidelity().suggest(study, trials, 1e6, 0)
+            assert proposal is not None
+            trials.append(study.new_trial(len(trials), proposal.configuration, proposal.model, 0))
+        return mean(abs(np.log10(float(trial.configuration["learning_rate"]) / 1e-3)) for trial in trials)
+
+    assert distance(informed) < 0.5 * distance(plain)
+
+
+def test_a_further_seed_that_is_being_trained_is_not_proposed_again(completed: SearchResult) -> None:
+    study, strategy = completed.study, JointFidelity()
+    done = next(trial for trial in completed.trials if trial.model == "large" and trial.final is not None)
+    ranked = [(done.configuration, 0.5, 0.1)]
+    (first,) = strategy._replicates(study, completed.trials, ranked)
+    assert first.seed is not None
+    fresh = study.new_trial(len(completed.trials), done.configuration, "large", first.seed)
+    running = fresh.model_copy(update={"open_segment": study.next_segment(fresh, first.stop_prompts, NO_REASON)})
+    (second,) = strategy._replicates(study, [*completed.trials, running], ranked)
+    assert second.seed == first.seed + 1
+
+
+def test_a_lost_continuation_is_a_candidate_again(completed: SearchResult) -> None:
+    study = completed.study
+    trials = list(completed.trials)
+    paused = next(trial for trial in trials if trial.state is TrialState.PAUSED and trial.purpose == "search")
+    lost = result(len(paused.segments), paused.step, paused.step + 1, outcome=Outcome.LOST)
+    changed = paused.model_copy(update={"segments": (*paused.segments, lost)})
+    known = [changed if trial is paused else trial for trial in trials]
+    beliefs = Beliefs.form(study, known)
+    assert beliefs is not None
+    ranked = [(paused.configuration, 0.5, 0.1)]
+    candidates = JointFidelity()._candidates(study, known, beliefs, ranked, np.random.default_rng(0))
+    mine = [item for item in candidates if item.trial == paused.number and item.model == paused.model]
+    assert {item.start_prompts for item in mine} == {paused.step * paused.prompts_per_step}
+    assert study.spec.fidelity.horizon_prompts in {item.stop_prompts for item in mine}
+
+
+def test_a_lost_further_seed_is_tried_again_as_what_it_is(completed: SearchResult) -> None:
+    study, trials = completed.study, list(completed.trials)
+    done = next(trial for trial in trials if trial.model == "large" and trial.final is not None)
+    fresh = study.new_trial(len(trials), done.configuration, "large", 7)
+    lost = fresh.model_copy(update={"segments": (result(0, 0, 1, outcome=Outcome.LOST),)})
+    known = [*trials, lost]
+    beliefs = Beliefs.form(study, known)
+    assert beliefs is not None
+    ranked = [(done.configuration, 0.5, 0.1)]
+    candidates = JointFidelity()._candidates(study, known, beliefs, ranked, np.random.default_rng(0))
+    mine = [item for item in candidates if item.trial == lost.number]
+    assert mine
+    assert {(item.seed, item.start_prompts) for item in mine} == {(7, 0)}
+
+
+def test_a_surrogate_that_cannot_be_fitted_ends_no_search(
+    completed: SearchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("not positive definite")
+
+    monkeypatch.setattr(Beliefs, "form", broken)
+    trials = [trial for trial in completed.trials if trial.purpose == "search"]
+    assert recommend(completed.study, JointFidelity(), trials) is not None
+    study = completed.study
+    larger = study.spec.model_copy(
+        update={"budget": study.spec.budget.model_copy(update={"trial_seconds": 2 * study.spec.budget.device_seconds})}
+    )
+    step = plan_next(replace(study, spec=larger), JointFidelity(), trials)
+    assert step.segment is not None
+    assert "could not be fitted" in step.segment.suggestion.explanation
+
+
+def test_expectations_fade_with_the_number_of_trials(tmp_path: Path, completed: SearchResult) -> None:
+    space = {name: dict(parameter) for name, parameter in default_spaces()["tiny"].items()}
+    space["learning_rate"] |= {"expected": 1e-5, "spread": 0.2}
+    study, strategy = simulated(tmp_path, space=space), JointFidelity()
+    points = torch.full((1, study.space.dimension + 4), 0.5, dtype=torch.double)
+    few, many = (float(strategy._expectation(study, completed.trials[:count], points)) for count in (8, 30))
+    assert few < many < 1
+
+
+def test_trainings_that_cannot_matter_any_more_are_stopped(tmp_path: Path) -> None:
+    rule = {"override": {"unpromising": {"probability": 0.3}}}
+    result, _ = search(simulated(tmp_path, stopping=rule, budget={"trial_seconds": 200, "max_parallel": 1}))
+    segments = [done for trial in result.trials for done in trial.segments]
+    stopped = [done for done in segments if done.decision and done.decision.rule == "unpromising"]
+    assert stopped
+    for done in stopped:
+        floors = {floor.step: floor.score for floor in done.segment.floors}
+        assert done.end_step < done.segment.stop_step
+        assert done.evaluations[-1].score < floors[done.end_step]
+    searched = [done for done in segments if done.segment.suggestion.source.startswith("jfhpo/knowledge")]
+    assert any(done.segment.floors for done in searched)
+    assert not any(done.segment.floors for done in segments if done not in searched)
+
+
+def test_a_search_ends_when_nothing_more_is_to_be_gained(tmp_path: Path) -> None:
+    study = simulated(tmp_path, strategy={"name": "jfhpo", "settings": {"stop_gain": 0.5}})
+    result, _ = search(study)
+    assert result.complete
+    assert result.recommended is not None
+    assert result.spent_seconds < 0.75 * 400

@@ -1,0 +1,223 @@
+"""What goes wrong on workers: killed, hung, out of disk. With real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.run import ray_dispatch
+from jfhpo_core.run.dispatch import InlineDispatcher, Streamed
+from jfhpo_core.run.ray_dispatch import RayDispatcher
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.spec import ClusterSpec
+from jfhpo_core.study.trial import FailureKind, Outcome
+from tests.run.conftest import FRAGILE
+from tests.run.gpu_program import TRIALS
+from tests.run.support import PATIENCE_SECONDS, all_gone, collect, descendants, first_job
+from tests.studies import simulated_study
+
+pytestmark = pytest.mark.slow
+
+ATTEMPTS = 3
+"""The dispatcher of these tests retries twice."""
+
+
+def fragile_study(tmp_path: Path, how: str, times: int, **changes: Any) -> Study:
+    folder = tmp_path / "attempts"
+    folder.mkdir()
+    settings = {"how": how, "times": times, "folder": str(folder)}
+    return simulated_study(tmp_path, trainer={"name": "fragile", "settings": settings}, **changes)
+
+
+def undisturbed(tmp_path: Path) -> Any:
+    """The result of the same job where nothing fails."""
+    inline = InlineDispatcher()
+    job = first_job(simulated_study(tmp_path / "undisturbed"))
+    inline.submit(job)
+    return collect(inline, 1)[1][job.trial_key]
+
+
+def test_as_many_jobs_run_side_by_side_as_there_are_slots(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    # The first job goes on only once a second one has begun.
+    study = fragile_study(tmp_path, "meet", times=2)
+    for index in range(5):
+        ray_dispatcher.submit(first_job(study, 1e-4 * (index + 1)))
+    running: set[str] = set()
+    widest = ended = 0
+    while ended < 5:
+        for event in ray_dispatcher.wait(0.5):
+            if isinstance(event, Streamed):
+                running.add(event.key)
+                widest = max(widest, len(running))
+            else:
+                assert event.result.outcome is Outcome.REACHED
+                running.discard(event.key)
+                ended += 1
+    assert widest <= 2
+
+
+def test_records_arrive_while_the_job_runs(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    study = fragile_study(tmp_path, "hang", times=1)
+    job = first_job(study)
+    ray_dispatcher.submit(job)
+    steps: list[int] = []
+    while len(steps) < 5:
+        for event in ray_dispatcher.wait(0.5):
+            assert isinstance(event, Streamed)
+            steps += [record.step for record in event.records]
+    assert steps == [1, 2, 3, 4, 5]
+    ray_dispatcher.cancel(job.trial_key)
+
+
+def test_a_killed_worker_is_replaced_and_the_result_is_the_same(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    slow = {"name": "simulated", "settings": {"real_seconds_per_step": 0.05}}
+    job = first_job(simulated_study(tmp_path, trainer=slow))
+    ray_dispatcher.submit(job)
+    seen = 0
+    while seen < 5:
+        seen += sum(len(event.records) for event in ray_dispatcher.wait(0.5) if isinstance(event, Streamed))
+    trains = [pid for pid, command in descendants(os.getpid()).items() if "_WorkerProcess.train" in command]
+    assert len(trains) == 1
+    os.kill(trains[0], signal.SIGKILL)
+    _, finished = collect(ray_dispatcher, 1)
+    event, expected = finished[job.trial_key], undisturbed(tmp_path)
+    assert event.result == expected.result.model_copy(update={"attempts": 2})
+    assert event.records == expected.records
+
+
+@pytest.mark.parametrize("how", ["kill", "disk"])
+def test_what_fails_twice_and_then_works_counts_once(ray_dispatcher: RayDispatcher, tmp_path: Path, how: str) -> None:
+    job = first_job(fragile_study(tmp_path, how, times=ATTEMPTS - 1))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    event, expected = finished[job.trial_key], undisturbed(tmp_path)
+    assert event.result.attempts == ATTEMPTS
+    assert event.records == expected.records
+    assert event.result.evaluations == expected.result.evaluations
+    assert event.result.seconds == expected.result.seconds
+    staging = Path(job.store) / "staging"
+    assert not list(staging.iterdir()), "a killed attempt left its stage behind"
+
+
+@pytest.mark.parametrize(("how", "quote"), [("kill", "worker process has died"), ("disk", "No space left on device")])
+def test_what_always_fails_is_lost_and_free(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, how: str, quote: str
+) -> None:
+    job = first_job(fragile_study(tmp_path, how, times=ATTEMPTS))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    event = finished[job.trial_key]
+    assert event.result.outcome is Outcome.LOST
+    assert (event.result.attempts, event.result.charge_seconds, event.result.failure) == (ATTEMPTS, 0.0, None)
+    assert event.records == ()
+    assert quote in str(event.result.message)
+
+
+def test_memory_exhausted_in_python_is_the_configurations_fault(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    job = first_job(fragile_study(tmp_path, "memory", times=1))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    result = finished[job.trial_key].result
+    assert (result.failure, result.end_step, result.attempts) == (FailureKind.OUT_OF_MEMORY, 5, 1)
+
+
+def test_a_job_that_hangs_once_is_started_again(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_dispatch, "HANG_SECONDS", 1.0)
+    job = first_job(fragile_study(tmp_path, "hang", times=1))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    assert finished[job.trial_key].result == undisturbed(tmp_path).result.model_copy(
+        update={"attempts": 2, "segment": job.segment}
+    )
+
+
+def test_a_job_that_always_hangs_is_infeasible_and_charged_once(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_dispatch, "HANG_SECONDS", 1.0)
+    job = first_job(fragile_study(tmp_path, "hang", times=ATTEMPTS))
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    event = finished[job.trial_key]
+    assert (event.result.outcome, event.result.failure) == (Outcome.INFEASIBLE, FailureKind.HUNG)
+    assert [record.step for record in event.records] == [1, 2, 3, 4, 5]
+    assert event.result.end_step == 5
+    assert event.result.seconds > 1.0
+
+
+def test_a_workers_children_end_with_it(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_dispatch, "HANG_SECONDS", 1.0)
+    study = fragile_study(tmp_path, "child", times=1)
+    ray_dispatcher.submit(first_job(study))
+    collect(ray_dispatcher, 1)
+    child = int((Path(study.spec.trainer.settings["folder"]) / "child").read_text())
+    assert all_gone({child})
+
+
+@pytest.mark.parametrize(("share", "together"), [(1, 1), (0.5, 2)])
+def test_trials_share_gpus_and_never_crowd_them(tmp_path: Path, share: float, together: int) -> None:
+    gpus = 2
+    path = os.pathsep.join([str(FRAGILE), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": gpus}), "PYTHONPATH": path}
+    program = [sys.executable, "-m", "tests.run.gpu_program", str(share), str(gpus * together), str(tmp_path)]
+    subprocess.run(program, env=environment, check=True, timeout=PATIENCE_SECONDS)
+    notes = [json.loads(file.read_text()) for file in tmp_path.glob("*.gpu")]
+    assert len(notes) == TRIALS
+    crowds = [sum(other == gpu and start <= began < end for other, start, end in notes) for gpu, began, _ in notes]
+    assert {gpu for gpu, _, _ in notes} == {"0", "1"}
+    assert max(crowds) == together
+
+
+def test_programs_that_a_reward_runs_may_fail_visibly(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    study = fragile_study(tmp_path, "program", times=1)
+    ray_dispatcher.submit(first_job(study))
+    collect(ray_dispatcher, 1)
+    assert (Path(study.spec.trainer.settings["folder"]) / "code").read_text() == "3"
+    in_driver = subprocess.run([sys.executable, "-c", "raise SystemExit(3)"], check=False)
+    assert in_driver.returncode == 3
+
+
+def test_a_gpu_that_is_not_there_is_refused(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    ray_dispatcher.submit(first_job(simulated_study(tmp_path)))
+    collect(ray_dispatcher, 1)  # Ray is up now, and the second dispatcher shares the instance.
+    greedy = RayDispatcher(ClusterSpec(address="local", gpus_per_device=1000), slots=1)
+    greedy.submit(first_job(simulated_study(tmp_path / "greedy")))
+    with pytest.raises(SpecError, match="needs 1000 GPUs and this machine has"):
+        collect(greedy, 1)
+    greedy.close()
+    ray_dispatcher.submit(first_job(simulated_study(tmp_path), 1e-4))
+    collect(ray_dispatcher, 1)
+
+
+def test_a_private_instance_listens_on_loopback_only(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    import ray
+
+    ray_dispatcher.submit(first_job(simulated_study(tmp_path)))
+    collect(ray_dispatcher, 1)
+    assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("ray://127.0.0.1:10001", "ray job submit"),
+        ("http://127.0.0.1:8265", "ray job submit"),
+        ("127.0.0.1:9", "no Ray cluster answers"),
+        ("127.0.0.1:port", "no Ray cluster answers"),
+    ],
+)
+def test_a_useless_address_is_refused_at_once(address: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        RayDispatcher(ClusterSpec(address=address), slots=1)
