@@ -16,7 +16,7 @@ from mlflow.entities import Metric
 from jfhpo_core.report.findings import caveats, interval, verdict
 from jfhpo_core.report.text import duration, number, setting
 from jfhpo_core.run.search import SearchResult
-from jfhpo_core.study.space import FloatParameter, IntParameter, Space
+from jfhpo_core.study.space import Space
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import (
     Configuration,
@@ -152,7 +152,7 @@ def trial_parameters(
 
 def logarithmic(space: Space) -> list[str]:
     """Hyperparameters that are searched on a logarithmic scale."""
-    return [name for name in space if isinstance(one := space[name], FloatParameter | IntParameter) and one.log]
+    return [name for name in space if space[name].logarithmic]
 
 
 def log_name(name: str) -> str:

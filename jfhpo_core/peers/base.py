@@ -11,8 +11,7 @@ from typing import ClassVar
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.strategy import Proposal, Recommendation, check_model, fresh_configurations
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.space import ChoiceParameter, FloatParameter, IntParameter
-from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState, Value, configuration_key
+from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState, configuration_key
 
 DRAWS = 32
 """How often a library is asked again when it proposes a configuration that has been tried: a small space runs out."""
@@ -160,29 +159,6 @@ def rung_of(budget: float, eta: int) -> int:
     [0, 1, 2, 3]
     """
     return round(math.log(budget, eta))
-
-
-def native(parameter: FloatParameter | IntParameter | ChoiceParameter, value: Value) -> float:
-    """A value as the number that a library works with: see `from_native`."""
-    if isinstance(parameter, FloatParameter):
-        return parameter.encode(value)[0]
-    return int(value) if isinstance(parameter, IntParameter) else parameter.index(value)
-
-
-def from_native(parameter: FloatParameter | IntParameter | ChoiceParameter, number: float) -> Value:
-    """The value of a library's number.
-
-    Of a float its coordinate in [0, 1] (which holds the logarithmic scale and an exact zero), of an int the int itself,
-    of a choice its position in the list.
-    """
-    if isinstance(parameter, FloatParameter):
-        return parameter.decode([number])
-    return int(number) if isinstance(parameter, IntParameter) else parameter.values[int(number)]
-
-
-def is_ordinal(parameter: ChoiceParameter) -> bool:
-    """Whether a choice's positions mean an order; of two values none is in between."""
-    return parameter.ordered and len(parameter.values) > 2
 
 
 def score_at(trial: Trial, prompts: int) -> float | None:

@@ -26,16 +26,13 @@ from jfhpo_core.optimizer.strategy import Positive, Reduction
 from jfhpo_core.peers.base import (
     Choice,
     Peer,
-    from_native,
-    is_ordinal,
     ladder,
     last_score,
-    native,
     new_configuration,
     score_at,
 )
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.space import FloatParameter, IntParameter, Space
+from jfhpo_core.study.space import Space
 from jfhpo_core.study.trial import Configuration, Outcome, Trial, TrialState
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # else it announces every rebuilt study
@@ -101,7 +98,7 @@ class OptunaPeer(Peer):
         )
         runs = {}
         for trial in mine:
-            values = {name: native(study.space[name], value) for name, value in trial.configuration.items()}
+            values = {name: study.space[name].to_native(value) for name, value in trial.configuration.items()}
             library.enqueue_trial(values)
             handle = library.ask()
             _suggested(handle, study.space)
@@ -174,15 +171,14 @@ def _suggested(handle: Handle, space: Space) -> Configuration:
         parameter = space[name]
         if not space.active(parameter, configuration):
             continue
-        if isinstance(parameter, FloatParameter):
-            number: float = handle.suggest_float(name, 0.0, 1.0)
-        elif isinstance(parameter, IntParameter):
-            number = handle.suggest_int(name, parameter.low, parameter.high, log=parameter.log)
-        elif is_ordinal(parameter):
-            number = handle.suggest_int(name, 0, len(parameter.values) - 1)
+        domain = parameter.domain
+        if domain.kind == "real":
+            number: float = handle.suggest_float(name, domain.low, domain.high)
+        elif domain.kind == "integer":
+            number = handle.suggest_int(name, domain.low, domain.high, log=domain.log)
         else:
-            number = handle.suggest_categorical(name, range(len(parameter.values)))
-        configuration[name] = from_native(parameter, number)
+            number = handle.suggest_categorical(name, range(domain.high + 1))
+        configuration[name] = parameter.from_native(number)
     return configuration
 
 

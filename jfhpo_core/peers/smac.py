@@ -32,10 +32,10 @@ from smac.runhistory import StatusType, TrialValue
 from smac.runhistory.encoder import RunHistoryEncoder
 
 from jfhpo_core.optimizer.strategy import Positive
-from jfhpo_core.peers.base import from_native, is_ordinal, native, rung_of, top_budget
+from jfhpo_core.peers.base import rung_of, top_budget
 from jfhpo_core.peers.replay import Library, ReplayedPeer, Request
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.space import ChoiceParameter, FloatParameter, IntParameter, Space
+from jfhpo_core.study.space import Domain, Space
 from jfhpo_core.study.trial import Configuration
 
 logging.getLogger("smac").setLevel(logging.ERROR)  # its warnings are about searches that it runs itself
@@ -167,9 +167,9 @@ def configuration_space(space: Space) -> ConfigurationSpace:
     result = ConfigurationSpace()
     for name in space:
         parameter = space[name]
-        result.add(_hyperparameter(name, parameter))
+        result.add(_hyperparameter(name, parameter.domain))
         conditions = [
-            InCondition(result[name], result[parent], [native(space[parent], value) for value in values])
+            InCondition(result[name], result[parent], [space[parent].to_native(value) for value in values])
             for parent, values in parameter.when.items()
         ]
         if conditions:
@@ -177,15 +177,13 @@ def configuration_space(space: Space) -> ConfigurationSpace:
     return result
 
 
-def _hyperparameter(name: str, parameter: FloatParameter | IntParameter | ChoiceParameter) -> Any:
-    if isinstance(parameter, FloatParameter):
-        return Float(name, (0.0, 1.0))
-    if isinstance(parameter, IntParameter):
-        return Integer(name, (parameter.low, parameter.high), log=parameter.log)
-    if is_ordinal(parameter):
-        return Integer(name, (0, len(parameter.values) - 1))
-    return Categorical(name, list(range(len(parameter.values))))
+def _hyperparameter(name: str, domain: Domain) -> Any:
+    if domain.kind == "real":
+        return Float(name, (float(domain.low), float(domain.high)))
+    if domain.kind == "integer":
+        return Integer(name, (domain.low, domain.high), log=domain.log)
+    return Categorical(name, list(range(domain.high + 1)))
 
 
 def _configuration(space: Space, chosen: Any) -> Configuration:
-    return {name: from_native(space[name], chosen[name]) for name in space if name in chosen}
+    return {name: space[name].from_native(chosen[name]) for name in space if name in chosen}

@@ -24,7 +24,6 @@ from jfhpo_core.report import text
 from jfhpo_core.report.text import without_credentials
 from jfhpo_core.run.search import SearchResult
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.space import ChoiceParameter, FloatParameter
 from jfhpo_core.study.trial import Configuration, StepRecord, Trial, TrialState, Value
 
 REPORT = "report.html"
@@ -35,9 +34,6 @@ LISTED_TRIALS = 2000
 
 LONGEST_TEXT = 600
 """Characters of a message or value that are shown."""
-
-EDGE = 0.02
-"""A value in the outer two percent of its range is called 'at the edge': the best may lie beyond."""
 
 DISTRIBUTIONS = ("jfhpo", "torch", "botorch", "trl", "transformers", "ray", "mlflow", "prefect")
 
@@ -267,7 +263,7 @@ def settings_table(result: SearchResult) -> list[Setting]:
     return [
         Setting(
             name,
-            _range(study, name) if name in searched else None,
+            study.space[name].describe(text.setting) if name in searched else None,
             tuple(configuration.get(name) for configuration in complete),
             result.recommended is not None and _at_edge(study, name, result.rows[0].configuration),
         )
@@ -275,25 +271,8 @@ def settings_table(result: SearchResult) -> list[Setting]:
     ]
 
 
-def _range(study: Study, name: str) -> str:
-    parameter = study.space[name]
-    if isinstance(parameter, ChoiceParameter):
-        return ", ".join(text.setting(value) for value in parameter.values)
-    zero = "0 or " if isinstance(parameter, FloatParameter) and parameter.zero else ""
-    log = ", log scale" if parameter.log else ""
-    return f"{zero}{text.setting(parameter.low)} to {text.setting(parameter.high)}{log}"
-
-
 def _at_edge(study: Study, name: str, configuration: Configuration) -> bool:
-    if name not in set(study.space) or name not in configuration:
-        return False
-    parameter, value = study.space[name], configuration[name]
-    if isinstance(parameter, ChoiceParameter):
-        return False
-    if isinstance(parameter, FloatParameter):
-        (coordinate,) = parameter.encode(value)
-        return coordinate > 1 - EDGE or (coordinate < EDGE and not parameter.zero)
-    return value in (parameter.low, parameter.high)
+    return name in set(study.space) and name in configuration and study.space[name].at_edge(configuration[name])
 
 
 def purpose_counts(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:

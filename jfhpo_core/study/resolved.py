@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from jfhpo_core.errors import SpecError
 from jfhpo_core.stopping.rules import build_rules
 from jfhpo_core.study.models import Ladder, build_ladder, steps_at
-from jfhpo_core.study.space import ChoiceParameter, FloatParameter, IntParameter, Space
+from jfhpo_core.study.space import Space
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Configuration, Purpose, Segment, StepRecord, Suggestion, Trial, trial_key
 from jfhpo_core.trainers import Job, Trainer, load_trainer
@@ -179,7 +179,7 @@ def resolve(spec: StudySpec) -> Study:
     study.complete({})
     trainer.check(spec)
     for name in spec.space:
-        for value in _extremes(spec.space, name):
+        for value in spec.space[name].extremes:
             _complete_or_explain(study, spec.space.middle(**{name: value}), f"space.{name}")
     for point in np.random.default_rng(0).random((SAMPLES, spec.space.dimension)):
         _complete_or_explain(study, spec.space.decode(point), "space")
@@ -193,16 +193,6 @@ def _complete_or_explain(study: Study, configuration: Configuration, where: str)
         study.complete(configuration)
     except SpecError as error:
         raise SpecError(f"{where}: {error}") from None
-
-
-def _extremes(space: Space, name: str) -> list[bool | int | float | str]:
-    parameter = space[name]
-    if isinstance(parameter, ChoiceParameter):
-        return list(parameter.values)
-    if isinstance(parameter, FloatParameter | IntParameter):
-        zero = [0.0] if isinstance(parameter, FloatParameter) and parameter.zero else []
-        return [*zero, parameter.low, parameter.high]
-    raise AssertionError(parameter)
 
 
 def base_scores(trials: Sequence[Trial]) -> dict[str, float]:

@@ -4,18 +4,24 @@ A configuration is a plain mapping of active hyperparameters to values. The opti
 one coordinate for a numeric or ordered hyperparameter, one per value (one-hot) for an unordered choice of three or
 more. Decoding a point and encoding the result gives a representative point of the same configuration, and encoding
 then decoding a configuration gives the configuration itself, exactly.
+
+A type of hyperparameter is one class here, derived from `Parameter`, and its place in the union `AnyParameter`. What
+trainers, reports, ledgers and other libraries ask of a hyperparameter, they ask of that class.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal, Self
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator, model_validator
 
+from jfhpo_core.errors import SpecError
 from jfhpo_core.study.trial import Configuration, Value
 
 INACTIVE = 0.5
@@ -33,10 +39,32 @@ SAME_CELL = 1e-9
 RANGE_DIGITS = 12
 """Digits of a linear range that coordinates resolve: what lies below is rounding error where the range crosses zero."""
 
+EDGE = 0.02
+"""Share of a float's range that counts as its edge: there a better value may lie beyond the bound."""
+
 Vector = NDArray[np.float64]
 
 
-class _Parameter(BaseModel):
+@dataclass(frozen=True)
+class Domain:
+    """What a hyperparameter is to an optimizer of another library: one number (see `Parameter.to_native`).
+
+    Attributes:
+        kind: A real number, an integer whose neighbours are alike, or an index without an order.
+        low: Smallest number, included; 0 for a category.
+        high: Largest number, included.
+        log: Whether an integer is searched on a logarithmic scale.
+    """
+
+    kind: Literal["real", "integer", "category"]
+    low: int
+    high: int
+    log: bool = False
+
+
+class Parameter(BaseModel, ABC):
+    """A hyperparameter to search: its values, their coordinates, and how they read."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     when: dict[str, list[Value]] = Field(
@@ -62,8 +90,64 @@ class _Parameter(BaseModel):
         """Number of unit-cube coordinates."""
         return 1
 
+    @property
+    def logarithmic(self) -> bool:
+        """Whether the values are compared by their ratio."""
+        return False
 
-class FloatParameter(_Parameter):
+    @property
+    def options(self) -> Sequence[Value] | None:
+        """All values; None if they cannot be listed."""
+        return None
+
+    @property
+    @abstractmethod
+    def extremes(self) -> Sequence[Value]:
+        """The values at which a contradiction with other hyperparameters would show first."""
+
+    @abstractmethod
+    def encode(self, value: Value) -> list[float]:
+        """Value to `width` coordinates in [0, 1].
+
+        Raises:
+            ValueError: The hyperparameter does not have this value.
+        """
+
+    @abstractmethod
+    def decode(self, coordinates: Sequence[float]) -> Value:
+        """Coordinates to the value that they stand for; `encode` of a value leads back to the value, exactly."""
+
+    @abstractmethod
+    def snap(self, coordinates: Vector) -> Vector:
+        """`encode(decode(p))` for many points at once, shape (n, width): see `Space.snap`."""
+
+    @abstractmethod
+    def describe(self, form: Callable[[Value], str]) -> str:
+        """The range in words, for instance "1e-06 to 0.001, log scale".
+
+        Args:
+            form: Writes a value.
+        """
+
+    @abstractmethod
+    def at_edge(self, value: Value) -> bool:
+        """Whether a better value may lie beyond a bound, this one being so near to it."""
+
+    @property
+    @abstractmethod
+    def domain(self) -> Domain:
+        """The numbers that stand for the values in an optimizer of another library."""
+
+    @abstractmethod
+    def to_native(self, value: Value) -> float:
+        """The number of the domain that stands for a value."""
+
+    @abstractmethod
+    def from_native(self, number: float) -> Value:
+        """The value that a number of the domain stands for."""
+
+
+class FloatParameter(Parameter):
     """A real number in [low, high]."""
 
     type: Literal["float"] = "float"
@@ -116,8 +200,40 @@ class FloatParameter(_Parameter):
         snapped: Vector = np.where(coordinates < ZERO_SHARE, ZERO_SHARE / 2, np.clip(coordinates, 0.0, 1.0))
         return snapped
 
+    @property
+    def logarithmic(self) -> bool:
+        """See `Parameter.logarithmic`."""
+        return self.log
 
-class IntParameter(_Parameter):
+    @property
+    def extremes(self) -> Sequence[Value]:
+        """The bounds, and an exact 0 if it is allowed."""
+        return [0.0, self.low, self.high] if self.zero else [self.low, self.high]
+
+    def describe(self, form: Callable[[Value], str]) -> str:
+        """See `Parameter.describe`."""
+        return f"{'0 or ' if self.zero else ''}{_interval(self, form)}"
+
+    def at_edge(self, value: Value) -> bool:
+        """See `Parameter.at_edge`; there is nothing beyond an exact zero."""
+        (coordinate,) = self.encode(value)
+        return coordinate > 1 - EDGE or (coordinate < EDGE and not self.zero)
+
+    @property
+    def domain(self) -> Domain:
+        """The coordinate, which holds the logarithmic scale and an exact zero."""
+        return Domain("real", 0, 1)
+
+    def to_native(self, value: Value) -> float:
+        """See `Parameter.to_native`."""
+        return self.encode(value)[0]
+
+    def from_native(self, number: float) -> Value:
+        """See `Parameter.from_native`."""
+        return self.decode([number])
+
+
+class IntParameter(Parameter):
     """An integer in [low, high], both included."""
 
     type: Literal["int"] = "int"
@@ -162,8 +278,48 @@ class IntParameter(_Parameter):
         snapped: Vector = ((np.log(numbers) if self.log else numbers) - low) / (high - low)
         return snapped
 
+    @property
+    def logarithmic(self) -> bool:
+        """See `Parameter.logarithmic`."""
+        return self.log
 
-class ChoiceParameter(_Parameter):
+    @property
+    def options(self) -> Sequence[Value]:
+        """All integers of the range."""
+        return range(self.low, self.high + 1)
+
+    @property
+    def extremes(self) -> Sequence[Value]:
+        """The bounds."""
+        return [self.low, self.high]
+
+    def describe(self, form: Callable[[Value], str]) -> str:
+        """See `Parameter.describe`."""
+        return _interval(self, form)
+
+    def at_edge(self, value: Value) -> bool:
+        """See `Parameter.at_edge`."""
+        return value in (self.low, self.high)
+
+    @property
+    def domain(self) -> Domain:
+        """The integer itself."""
+        return Domain("integer", self.low, self.high, self.log)
+
+    def to_native(self, value: Value) -> float:
+        """See `Parameter.to_native`."""
+        return int(value)
+
+    def from_native(self, number: float) -> Value:
+        """See `Parameter.from_native`."""
+        return int(number)
+
+
+def _interval(parameter: FloatParameter | IntParameter, form: Callable[[Value], str]) -> str:
+    return f"{form(parameter.low)} to {form(parameter.high)}{', log scale' if parameter.log else ''}"
+
+
+class ChoiceParameter(Parameter):
     """One of a list of values; numeric lists in ascending order count as ordered."""
 
     type: Literal["choice"] = "choice"
@@ -216,11 +372,46 @@ class ChoiceParameter(_Parameter):
         chosen: Vector = np.eye(count)[coordinates.argmax(-1)]
         return chosen
 
+    @property
+    def options(self) -> Sequence[Value]:
+        """All values."""
+        return self.values
 
-Parameter = Annotated[FloatParameter | IntParameter | ChoiceParameter, Field(discriminator="type")]
+    @property
+    def extremes(self) -> Sequence[Value]:
+        """All values."""
+        return self.values
+
+    def describe(self, form: Callable[[Value], str]) -> str:
+        """See `Parameter.describe`."""
+        return ", ".join(map(form, self.values))
+
+    def at_edge(self, value: Value) -> bool:
+        """See `Parameter.at_edge`; a list names all that there is."""
+        return False
+
+    @property
+    def domain(self) -> Domain:
+        """The position in the list; of two values none is in between."""
+        return Domain("integer" if self.ordered and len(self.values) > 2 else "category", 0, len(self.values) - 1)
+
+    def to_native(self, value: Value) -> float:
+        """See `Parameter.to_native`."""
+        return self.index(value)
+
+    def from_native(self, number: float) -> Value:
+        """See `Parameter.from_native`."""
+        return self.values[int(number)]
 
 
-class Space(RootModel[dict[str, Parameter]]):
+AnyParameter = Annotated[FloatParameter | IntParameter | ChoiceParameter, Field(discriminator="type")]
+"""What may stand in a study file; `type` tells which."""
+
+TYPE_NAMES = tuple(kind.model_fields["type"].default for kind in get_args(get_args(AnyParameter)[0]))
+"""What `type` may say."""
+
+
+class Space(RootModel[dict[str, AnyParameter]]):
     """Named hyperparameters, in the order of the study file."""
 
     model_config = ConfigDict(frozen=True)
@@ -229,7 +420,7 @@ class Space(RootModel[dict[str, Parameter]]):
     def _conditions(self) -> Self:
         if not self.root:
             raise ValueError("the space is empty: name at least one hyperparameter to search")
-        seen: dict[str, FloatParameter | IntParameter | ChoiceParameter] = {}
+        seen: dict[str, Parameter] = {}
         for name, parameter in self.root.items():
             if parameter.expected is not None:
                 try:
@@ -250,7 +441,7 @@ class Space(RootModel[dict[str, Parameter]]):
     def __iter__(self) -> Iterator[str]:  # type: ignore[override]
         return iter(self.root)
 
-    def __getitem__(self, name: str) -> FloatParameter | IntParameter | ChoiceParameter:
+    def __getitem__(self, name: str) -> Parameter:
         return self.root[name]
 
     def __len__(self) -> int:
@@ -372,6 +563,17 @@ class Space(RootModel[dict[str, Parameter]]):
                 total -= np.where(active[name], squared / (2 * parameter.spread**2), 0.0)
         return total
 
+    def options(self, name: str) -> Sequence[Value]:
+        """All values of a hyperparameter.
+
+        Raises:
+            SpecError: They cannot be listed.
+        """
+        options = self.root[name].options
+        if options is None:
+            raise SpecError(f"space.{name}: its values must be a list or whole numbers; make it a choice or an int")
+        return options
+
     def restrict(self, configuration: Mapping[str, Value]) -> Configuration:
         """The part of a complete configuration that this space searches."""
         restricted: Configuration = {}
@@ -381,6 +583,6 @@ class Space(RootModel[dict[str, Parameter]]):
         return restricted
 
     @staticmethod
-    def active(parameter: _Parameter, configuration: Mapping[str, Value]) -> bool:
+    def active(parameter: Parameter, configuration: Mapping[str, Value]) -> bool:
         """Whether a hyperparameter's condition holds, given the hyperparameters above it."""
         return all(configuration.get(parent) in values for parent, values in parameter.when.items())

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.hyperparameters import default_spaces
-from jfhpo_core.study.space import ChoiceParameter, Space
+from jfhpo_core.study.space import TYPE_NAMES, ChoiceParameter, Space
 from jfhpo_core.study.trial import Configuration, canonical_json
 
 DEFAULT_BATCH = 16
@@ -525,8 +525,8 @@ _REMEDIES = {
     "missing": "add it",
     "extra_forbidden": "remove it or correct its spelling; `jfhpo schema` lists the fields",
     "model_type": "write its fields as `{field: value}`; `jfhpo schema` lists them",
-    "union_tag_invalid": "use type: float, int or choice",
-    "union_tag_not_found": "add `type: float`, `type: int` or `type: choice`",
+    "union_tag_invalid": f"use type: {', '.join(TYPE_NAMES[:-1])} or {TYPE_NAMES[-1]}",
+    "union_tag_not_found": f"add {' or '.join(f'`type: {name}`' for name in TYPE_NAMES)}",
 }
 
 

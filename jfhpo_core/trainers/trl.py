@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.models import build_ladder
-from jfhpo_core.study.space import ChoiceParameter, IntParameter
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, model_dump_hyperparameters, read_settings
@@ -142,9 +141,4 @@ def _batchings(study: StudySpec) -> Iterator[tuple[str, int, int, int]]:
 
 
 def _possible(study: StudySpec, name: str, fixed: dict[str, Any]) -> list[int]:
-    parameter = study.space[name] if name in set(study.space) else None
-    if isinstance(parameter, ChoiceParameter):
-        return [int(value) for value in parameter.values]
-    if isinstance(parameter, IntParameter):
-        return list(range(parameter.low, parameter.high + 1))
-    return [fixed[name]]
+    return [int(value) for value in study.space.options(name)] if name in set(study.space) else [fixed[name]]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jfhpo_core.optimizer.strategy import fresh_configurations
-from jfhpo_core.peers.base import from_native, ladder, native, new_configuration, rung_of, top_budget
+from jfhpo_core.peers.base import ladder, new_configuration, rung_of, top_budget
 from tests.peers.test_peers import peer_study
 
 FIFTEEN = tuple(32 * number for number in range(1, 16))
@@ -42,7 +42,7 @@ def test_native_numbers_stand_for_the_same_values(tmp_path: Path) -> None:
     for configuration in fresh_configurations(study, (), 0, 200):
         for name, value in configuration.items():
             parameter = study.space[name]
-            assert from_native(parameter, native(parameter, value)) == value
+            assert parameter.from_native(parameter.to_native(value)) == value
 
 
 def test_a_library_that_repeats_itself_is_helped_out(tmp_path: Path) -> None:

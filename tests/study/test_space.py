@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from jfhpo_core.errors import SpecError
 from jfhpo_core.study.hyperparameters import Hyperparameters, default_spaces
-from jfhpo_core.study.space import INACTIVE, ChoiceParameter, FloatParameter, IntParameter, Space
+from jfhpo_core.study.space import INACTIVE, ChoiceParameter, Domain, FloatParameter, IntParameter, Parameter, Space
 
 # --- generated spaces ---------------------------------------------------------------------------------------------
 
@@ -397,3 +398,74 @@ def test_what_is_expected_of_a_hyperparameter_says_nothing_where_it_is_inactive(
 def test_an_expectation_outside_the_range_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"rate.expected: 0.5 lies outside"):
         Space.model_validate({"rate": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True, "expected": 0.5}})
+
+
+PARAMETERS = {
+    "float": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True},
+    "float or zero": {"type": "float", "low": 0.1, "high": 0.5, "zero": True},
+    "int": {"type": "int", "low": 1, "high": 64, "log": True},
+    "ordered choice": {"type": "choice", "values": [4, 8, 16]},
+    "choice of two": {"type": "choice", "values": ["constant", "cosine"]},
+    "unordered choice": {"type": "choice", "values": ["a", "b", "c"]},
+}
+
+
+def parameter_of(kind: str) -> Parameter:
+    return Space.model_validate({"x": PARAMETERS[kind]})["x"]
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_native_numbers_lie_in_the_domain_and_stand_for_the_same_values(kind: str) -> None:
+    parameter = parameter_of(kind)
+    for value in [*parameter.extremes, *(parameter.options or [])]:
+        number = parameter.to_native(value)
+        assert parameter.domain.low <= number <= parameter.domain.high
+        assert parameter.from_native(number) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "domain"),
+    [
+        ("float", Domain("real", 0, 1)),
+        ("int", Domain("integer", 1, 64, log=True)),
+        ("ordered choice", Domain("integer", 0, 2)),
+        ("choice of two", Domain("category", 0, 1)),
+        ("unordered choice", Domain("category", 0, 2)),
+    ],
+)
+def test_other_libraries_are_told_about_order_and_scale(kind: str, domain: Domain) -> None:
+    assert parameter_of(kind).domain == domain
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("float", "1e-06 to 0.01, log scale"),
+        ("float or zero", "0 or 0.1 to 0.5"),
+        ("int", "1 to 64, log scale"),
+        ("unordered choice", "a, b, c"),
+    ],
+)
+def test_ranges_are_described(kind: str, text: str) -> None:
+    assert parameter_of(kind).describe(str) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "edges", "inside"),
+    [
+        ("float", [1e-6, 1.1e-6, 1e-2], [1e-5]),
+        ("float or zero", [0.5], [0.0, 0.11, 0.3]),
+        ("int", [1, 64], [2, 63]),
+        ("ordered choice", [], [4, 16]),
+    ],
+)
+def test_values_at_the_edge_of_a_range_are_known(kind: str, edges: list[float], inside: list[float]) -> None:
+    parameter = parameter_of(kind)
+    assert [parameter.at_edge(value) for value in (*edges, *inside)] == [True] * len(edges) + [False] * len(inside)
+
+
+def test_values_that_cannot_be_listed_are_refused() -> None:
+    space = Space.model_validate({"n": PARAMETERS["int"], "rate": PARAMETERS["float"]})
+    assert list(space.options("n")) == list(range(1, 65))
+    with pytest.raises(SpecError, match=r"space\.rate: its values must be a list or whole numbers"):
+        space.options("rate")

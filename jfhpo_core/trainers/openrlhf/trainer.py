@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.models import build_ladder
-from jfhpo_core.study.space import ChoiceParameter, IntParameter
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
@@ -151,7 +150,7 @@ def combinations(study: StudySpec) -> Iterator[tuple[str, OpenRlhfHyperparameter
     Raises:
         SpecError: One of them is contradictory.
     """
-    options = {name: _values(study, name) for name in BATCHING if name in set(study.space)}
+    options = {name: study.space.options(name) for name in BATCHING if name in set(study.space)}
     for values in product(*options.values()):
         yield "space and trainer.fixed", _complete(study, dict(zip(options, values, strict=True)), "space")
     for baseline in study.baselines:
@@ -165,14 +164,6 @@ def _complete(study: StudySpec, configuration: dict[str, Any], where: str) -> Op
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         raise SpecError(f"{where}: {fault['msg'].removeprefix('Value error, ')}") from None
-
-
-def _values(study: StudySpec, name: str) -> list[Any]:
-    parameter = study.space[name]
-    if isinstance(parameter, ChoiceParameter):
-        return list(parameter.values)
-    assert isinstance(parameter, IntParameter)
-    return list(range(parameter.low, parameter.high + 1))
 
 
 def ineffective(study: StudySpec) -> dict[str, str]:
