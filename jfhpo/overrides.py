@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from jfhpo_core.errors import SpecError
-from jfhpo_core.study.spec import StudySpec, load_study, parse_value, resolve_paths
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.study_file import load_study, resolve_paths, validate_study
+from jfhpo_core.study.yaml_text import Document, read_yaml
 
 
 def read_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
@@ -33,20 +32,11 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
         if not equals or not key:
             raise SpecError(f"--set {text}: write it as key=value, e.g. --set budget.trial_seconds=900")
         try:
-            _put(data, key.strip().split("."), parse_value(value))
+            _put(data, key.strip().split("."), read_yaml(value, f"--set {text}").data)
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise SpecError(f"--set {text}: {error.args[0]}; `jfhpo schema` lists the fields") from None
-        except yaml.YAMLError:
-            raise SpecError(f"--set {text}: the value is not valid YAML; quote it for the shell") from None
-    try:
-        return resolve_paths(StudySpec.model_validate(data), Path.cwd())
-    except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, fault['loc'])) or 'study'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors(include_url=False)
-        ]
-        changes = " ".join(f"--set {text}" for text in overrides)
-        raise SpecError(f"{path} with {changes} is refused:\n" + "\n".join(faults)) from None
+    changes = " ".join(f"--set {text}" for text in overrides)
+    return resolve_paths(validate_study(Document(data), f"{path} with {changes}"), Path.cwd())
 
 
 def _put(node: Any, keys: Sequence[str], value: Any) -> None:

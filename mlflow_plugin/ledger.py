@@ -42,7 +42,8 @@ from jfhpo_core.run.search import SearchResult
 from jfhpo_core.store.ledger import check_begin, check_commit, mismatch_message
 from jfhpo_core.study.models import Ladder, build_ladder
 from jfhpo_core.study.resolved import checkpoint_store
-from jfhpo_core.study.spec import StudySpec, parse_study
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import Configuration, Segment, SegmentResult, StepRecord, Trial, canonical_json
 from jfhpo_core.trainers import load_trainer
 from mlflow_plugin import checkpoints

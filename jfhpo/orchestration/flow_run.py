@@ -33,7 +33,8 @@ from jfhpo_core.run.dispatch import Dispatcher
 from jfhpo_core.run.search import VALIDATION, Progress
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.resolved import resolve
-from jfhpo_core.study.spec import StudySpec, load_study
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.study_file import load_study
 from jfhpo_core.study.trial import Trial
 from jfhpo_core.trainers import Job
 

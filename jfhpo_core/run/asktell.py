@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from jfhpo_core.errors import LedgerError, SpecError
 from jfhpo_core.optimizer.strategy import Recommendation, load_strategy
@@ -29,7 +28,8 @@ from jfhpo_core.stopping.rules import Unpromising
 from jfhpo_core.store.ledger import MemoryLedger, mismatch_message
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.spec import StudySpec, parse_value
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.study_file import read_text, validate_study
 from jfhpo_core.study.trial import (
     Checkpoint,
     Configuration,
@@ -42,6 +42,7 @@ from jfhpo_core.study.trial import (
     SegmentResult,
     Trial,
 )
+from jfhpo_core.study.yaml_text import Document, read_yaml
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 
 OWN_LOOP = "own-loop"
@@ -318,12 +319,9 @@ class Optimizer:
 def _own_loop_study(study: Mapping[str, Any] | str | Path) -> StudySpec:
     """The study with what only the caller knows filled in by placeholders."""
     if isinstance(study, str | Path):
-        try:
-            data = parse_value(Path(study).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SpecError(f"{study}: the study file cannot be read: {error}") from None
+        source, data = str(study), read_yaml(read_text(Path(study)), str(study)).data
     else:
-        data = study
+        source, data = "study", study
     if not isinstance(data, Mapping):
         raise SpecError("a study is a mapping with the fields study, family, target, space, fidelity and budget")
     data = {"task": OWN_LOOP, **data}
@@ -334,15 +332,7 @@ def _own_loop_study(study: Mapping[str, Any] | str | Path) -> StudySpec:
     if not isinstance(data.get("space"), Mapping) or "prompts_per_step" not in data["space"]:
         fixed.setdefault("prompts_per_step", 1)
     data["trainer"] = {"name": OWN_LOOP, "fixed": fixed}
-    try:
-        return StudySpec.model_validate(data)
-    except ValidationError as error:
-        faults = [
-            f"{fault.get('ctx', {}).get('field') or '.'.join(map(str, fault['loc'])) or 'study'}: "
-            f"{fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors(include_url=False)
-        ]
-        raise SpecError("\n".join([*faults, "`jfhpo schema` lists the fields of a study"])) from None
+    return validate_study(Document(data), source)
 
 
 def _own_model(model: Any) -> Any:

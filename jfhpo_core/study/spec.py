@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from jfhpo_core.errors import SpecError
 from jfhpo_core.study.hyperparameters import default_spaces
-from jfhpo_core.study.space import TYPE_NAMES, ChoiceParameter, Space
+from jfhpo_core.study.space import ChoiceParameter, Space
 from jfhpo_core.study.trial import Configuration, canonical_json
+from jfhpo_core.study.yaml_text import write_yaml
 
 DEFAULT_BATCH = 16
 """Prompts per step, in all trainers, where a study does not say."""
@@ -368,180 +365,9 @@ class StudySpec(_Section):
 
     def to_yaml(self) -> str:
         """The complete study, defaults included, as YAML that `load_study` reads back to an equal study."""
-        data = self.model_dump(mode="json")
-        text: str = yaml.dump(data, Dumper=_StudyDumper, sort_keys=False, allow_unicode=True, width=110)
-        return text
+        return write_yaml(self.model_dump(mode="json"))
 
 
 def study_schema() -> dict[str, Any]:
     """JSON schema of the study file."""
     return StudySpec.model_json_schema()
-
-
-class _StudyLoader(yaml.SafeLoader):
-    """Safe YAML, but with '1e-6' a number (YAML 1.1 reads it as text) and without repeated keys."""
-
-
-_StudyLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_StudyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
-
-
-class _StudyDumper(yaml.SafeDumper):
-    """Quotes the texts that `_StudyLoader` would read as numbers."""
-
-
-_StudyDumper.yaml_implicit_resolvers = _StudyLoader.yaml_implicit_resolvers
-
-
-def parse_value(text: str) -> Any:
-    """Read a single YAML value by the rules of the study file ('1e-6' is a number).
-
-    Raises:
-        yaml.YAMLError: It is not YAML.
-    """
-    return _StudyLoader(text).get_single_data()
-
-
-def parse_study(text: str, source: str = "study", folder: Path | None = None) -> StudySpec:
-    """Read a study from YAML text.
-
-    Args:
-        text: YAML.
-        source: Name for messages.
-        folder: Relative paths in the study are relative to it; None leaves them as they are.
-
-    Raises:
-        SpecError: Every fault of the text, each with line, field, value and remedy.
-    """
-    try:
-        loader = _StudyLoader(text)
-        node = loader.get_single_node()
-        _check_nodes(node, source)
-        data = loader.construct_document(node) if node is not None else None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise SpecError(f"{source}, line {line}: this is not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise SpecError(f"{source}: this is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise SpecError(
-            f"{source}: a study file is a mapping that begins with `study: NAME`; `jfhpo schema` lists the fields"
-        )
-    try:
-        spec = StudySpec.model_validate(data)
-    except ValidationError as error:
-        raise SpecError(_explain(error, node, source)) from None
-    return resolve_paths(spec, folder) if folder is not None else spec
-
-
-def load_study(path: str | Path) -> StudySpec:
-    """Read and check a study file; relative paths in it are relative to the file.
-
-    Raises:
-        SpecError: The file cannot be read, or its content is refused.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: the study file cannot be read: {error}") from None
-    return parse_study(text, source=str(path), folder=path.resolve().parent)
-
-
-def resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:
-    """Make the study's own files absolute, so that workers in other folders find them.
-
-    A model path that names no existing folder is left alone: it is a name on the hub.
-    """
-
-    def absolute(path: str | None) -> str | None:
-        return None if path is None else str((folder / Path(path).expanduser()).resolve())
-
-    models = [
-        model.model_copy(update={"path": absolute(model.path)})
-        if (folder / Path(model.path).expanduser()).exists()
-        else model
-        for model in spec.family.models
-    ]
-    task = spec.task
-    if task.reward is not None:
-        file, colon, function = task.reward.partition(":")
-        task = task.model_copy(
-            update={
-                "prompts": absolute(task.prompts),
-                "heldout": absolute(task.heldout),
-                "reward": f"{absolute(file)}{colon}{function}",
-            }
-        )
-    return spec.model_copy(update={"family": spec.family.model_copy(update={"models": models}), "task": task})
-
-
-def _check_nodes(node: yaml.Node | None, source: str, above: tuple[yaml.Node, ...] = ()) -> None:
-    """Refuse what YAML allows and a study cannot mean: repeated keys, keys that are no words, aliases of themselves."""
-    if node is None or isinstance(node, yaml.ScalarNode):
-        return
-    if node in above:
-        raise SpecError(f"{source}, line {node.start_mark.line + 1}: an alias refers to a value that contains it")
-    seen: set[str] = set()
-    for item in node.value:
-        key, value = item if isinstance(node, yaml.MappingNode) else (None, item)
-        if key is not None:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                raise SpecError(f"{source}, line {line}: a field's name must be a word, not a list or a mapping")
-            if key.value in seen:
-                raise SpecError(f"{source}, line {line}: {key.value!r} is given twice; keep one")
-            seen.add(key.value)
-        _check_nodes(value, source, (*above, node))
-
-
-def _locate(node: yaml.Node | None, location: Sequence[int | str]) -> tuple[int, str]:
-    """Line and dotted field of a validation error: what of its path stands in the file, and a last part that should."""
-    line = node.start_mark.line + 1 if node is not None else 1
-    field = []
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            match = next(((key, value) for key, value in node.value if key.value == str(part)), None)
-            if match is None:
-                continue  # pydantic adds parts for the members of a union
-            line, node = match[0].start_mark.line + 1, match[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            continue
-        field.append(str(part))
-    return line, ".".join(field)
-
-
-_REMEDIES = {
-    "missing": "add it",
-    "extra_forbidden": "remove it or correct its spelling; `jfhpo schema` lists the fields",
-    "model_type": "write its fields as `{field: value}`; `jfhpo schema` lists them",
-    "union_tag_invalid": f"use type: {', '.join(TYPE_NAMES[:-1])} or {TYPE_NAMES[-1]}",
-    "union_tag_not_found": f"add {' or '.join(f'`type: {name}`' for name in TYPE_NAMES)}",
-}
-
-
-def _explain(error: ValidationError, node: yaml.Node | None, source: str) -> str:
-    lines: dict[str, list[str]] = {}
-    for fault in error.errors(include_url=False):
-        between = fault.get("ctx", {}).get("field")
-        line, field = _locate(node, between.split(".") if between else fault["loc"])
-        if fault["type"] == "missing":
-            field = f"{field}.{fault['loc'][-1]}".lstrip(".")
-        remedy = _REMEDIES.get(fault["type"])
-        message = fault["msg"].removeprefix("Value error, ") + (f" -> {remedy}" if remedy else "")
-        place = f"{source}, line {line}: {field or 'study'}"
-        if fault["type"] != "missing" and not isinstance(fault["input"], dict | list | BaseModel):
-            place += f" = {json.dumps(fault['input'], default=str)}"
-        lines.setdefault(place, []).append(message)
-    # Faults at one place are the members of a union, each saying why the value is none of it.
-    return "\n".join(f"{place}: {'; or: '.join(messages)}" for place, messages in lines.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jfhpo_core.study.spec import load_study
+from jfhpo_core.study.study_file import load_study
 from jfhpo_core.study.trial import SegmentResult
 from mlflow_plugin.ledger import MlflowLedger
 

@@ -6,7 +6,7 @@ import pytest
 
 from jfhpo.overrides import read_study
 from jfhpo_core.errors import SpecError
-from jfhpo_core.study.spec import load_study
+from jfhpo_core.study.study_file import load_study
 
 STUDY = Path("examples/simulated.yaml")
 
@@ -48,8 +48,11 @@ def test_paths_are_relative_to_the_current_folder(tmp_path: Path, monkeypatch: p
     [
         ("budget.trial_seconds", "key=value"),
         ("=3", "key=value"),
-        ("budget.trial_seconds=-1", "budget.trial_seconds: Input should be greater than 0"),
-        ("budget.trial_second=3", "budget.trial_second: Extra inputs are not permitted"),
+        ("budget.trial_seconds=-1", "budget.trial_seconds = -1: Input should be greater than 0"),
+        (
+            "budget.trial_second=3",
+            "budget.trial_second = 3: Extra inputs are not permitted",
+        ),
         ("budjet.trial_seconds=3", "there is no field 'budjet'"),
         ("baselines.7.name=x", "'7' is not a position in a list of 2"),
         ("study.name=x", "'name' lies below a plain value"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jfhpo_core.study.spec import load_study
+from jfhpo_core.study.study_file import load_study
 from mlflow_plugin.ledger import MlflowLedger
 
 WORDS = ["<pad>", "</s>", "<unk>", "red", "green", "blue", "one", "two", "three", "sky", "grass", "rose", "is", "?"]

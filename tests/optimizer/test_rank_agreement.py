@@ -19,7 +19,7 @@ from jfhpo_core.optimizer.rank_agreement import (
     size_agreements,
 )
 from jfhpo_core.study.resolved import Study, resolve
-from jfhpo_core.study.spec import parse_study
+from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import Evaluation, Outcome, Segment, SegmentResult, Suggestion, Trial
 
 STUDY = """

@@ -23,7 +23,8 @@ from jfhpo_core.run.search import Comparison, SearchResult, conclude, run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.resolved import Study, resolve
-from jfhpo_core.study.spec import StrategySpec, parse_study
+from jfhpo_core.study.spec import StrategySpec
+from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import (
     Evaluation,
     FailureKind,

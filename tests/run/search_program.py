@@ -11,7 +11,7 @@ from pathlib import Path
 from jfhpo_core.run.ray_dispatch import RayDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.study.resolved import resolve
-from jfhpo_core.study.spec import load_study
+from jfhpo_core.study.study_file import load_study
 from jfhpo_core.trainers import Job
 from mlflow_plugin.ledger import MlflowLedger
 

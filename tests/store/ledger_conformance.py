@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.store.ledger import Ledger
-from jfhpo_core.study.spec import StudySpec, parse_study
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import (
     Checkpoint,
     Decision,

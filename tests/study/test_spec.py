@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.hyperparameters import default_spaces
-from jfhpo_core.study.spec import StudySpec, load_study, parse_study, study_schema
+from jfhpo_core.study.spec import StudySpec, study_schema
+from jfhpo_core.study.study_file import load_study, parse_study
 
 STUDY = """\
 # A comment, so that lines and fields differ.
@@ -192,7 +193,7 @@ BAD = {
     "name with slash": (changed("study: demo", "study: a/b"), 2, "study", '"a/b"', "use letters, digits"),
     "name with leading dot": (changed("study: demo", "study: .demo"), 2, "study", '".demo"', "use letters, digits"),
     "name too long": (changed("study: demo", "study: " + "x" * 65), 2, "study", "xxx", "at most 64"),
-    "name read as a truth value": (changed("study: demo", "study: on"), 2, "study", "true", "in quotes"),
+    "name read as a truth value": (changed("study: demo", "study: true"), 2, "study", "true", "in quotes"),
     "name read as a number": (changed("study: demo", "study: 1.10"), 2, "study", "1.1", "in quotes"),
     "empty space": (BEFORE_SPACE + "space: {}\nbudget: {gpu_hours: 1}\n", 12, "space", "", "name at least one"),
     "unknown default space": (BEFORE_SPACE + "space: huge\nbudget: {gpu_hours: 1}\n", 12, "space", "huge", "llm, tiny"),
@@ -253,7 +254,7 @@ def test_bad_files_are_refused_with_line_field_value_and_remedy(
         ("study: 2026-13-45\n", "this is not valid YAML: month"),
         ("study: &a [*a]\n", "line 1: an alias refers to a value that contains it"),
         ("? [a, b]\n: 1\n", "line 1: a field's name must be a word"),
-        ("1: 2\n", "line 1: 1 = 1: Keys should be strings"),
+        ("1: 2\n", "line 1: a field's name must be a word; put '1' in quotes"),
     ],
 )
 def test_what_is_no_study_at_all_is_refused(text: str, message: str) -> None:

@@ -17,7 +17,8 @@ from jfhpo_core.run.worker import run_job
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.resolved import resolve
-from jfhpo_core.study.spec import StudySpec, load_study
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.study_file import load_study
 from jfhpo_core.study.trial import Configuration, Evaluation, StepRecord
 from jfhpo_core.trainers.replay_surrogate import cross_validate, fit
 from jfhpo_core.trainers.replay_table import SPACE, Recording, read_table

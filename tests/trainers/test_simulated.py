@@ -10,7 +10,8 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.run.worker import run_job
 from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.spec import EvaluationSpec, parse_study
+from jfhpo_core.study.spec import EvaluationSpec
+from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import FailureKind, Outcome, StepRecord
 from jfhpo_core.trainers import load_trainer
 from jfhpo_core.trainers.simulated import Landscape, Surface, study_surface, true_score

@@ -17,7 +17,8 @@ from jfhpo_core.errors import SpecError, TrialFailure
 from jfhpo_core.run.worker import run_job
 from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.resolved import resolve
-from jfhpo_core.study.spec import StudySpec, parse_study
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import Decision, Evaluation, FailureKind, Outcome, StepRecord, Value
 from jfhpo_core.trainers.trl import TrlSettings, TrlTrainer
 from tests.studies import study_data

@@ -1,0 +1,129 @@
+"""Reading study files: YAML to a checked study, and each fault to a line, a field, a value and a remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.study.space import TYPE_NAMES
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.yaml_text import Document, read_yaml
+
+LONGEST_VALUE = 200
+"""Characters of a refused value that a message repeats."""
+
+_REMEDIES = {
+    "missing": "add it",
+    "extra_forbidden": "remove it or correct its spelling; `jfhpo schema` lists the fields",
+    "model_type": "write its fields as `{field: value}`; `jfhpo schema` lists them",
+    "union_tag_invalid": f"use type: {', '.join(TYPE_NAMES[:-1])} or {TYPE_NAMES[-1]}",
+    "union_tag_not_found": f"add {' or '.join(f'`type: {name}`' for name in TYPE_NAMES)}",
+}
+
+
+def load_study(path: str | Path) -> StudySpec:
+    """Read and check a study file; relative paths in it are relative to the file.
+
+    Raises:
+        SpecError: The file cannot be read, or its content is refused.
+    """
+    path = Path(path)
+    return parse_study(read_text(path), source=str(path), folder=path.resolve().parent)
+
+
+def read_text(path: Path) -> str:
+    """The text of a study file.
+
+    Raises:
+        SpecError: It cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: the study file cannot be read: {error}") from None
+
+
+def parse_study(text: str, source: str = "study", folder: Path | None = None) -> StudySpec:
+    """Read a study from YAML text.
+
+    Args:
+        text: YAML.
+        source: Name for messages.
+        folder: Relative paths in the study are relative to it; None leaves them as they are.
+
+    Raises:
+        SpecError: Every fault of the text, each with line, field, value and remedy.
+    """
+    document = read_yaml(text, source)
+    if not isinstance(document.data, dict):
+        raise SpecError(
+            f"{source}: a study file is a mapping that begins with `study: NAME`; `jfhpo schema` lists the fields"
+        )
+    spec = validate_study(document, source)
+    return resolve_paths(spec, folder) if folder is not None else spec
+
+
+def validate_study(document: Document, source: str) -> StudySpec:
+    """Check the content of a study file.
+
+    Raises:
+        SpecError: One line per faulty place.
+    """
+    try:
+        return StudySpec.model_validate(document.data)
+    except ValidationError as error:
+        raise SpecError(_explain(error, document, source)) from None
+
+
+def resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:
+    """Make the study's own files absolute, so that workers in other folders find them.
+
+    A model path that names no existing folder is left alone: it is a name on the hub.
+    """
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else str((folder / Path(path).expanduser()).resolve())
+
+    models = [
+        model.model_copy(update={"path": absolute(model.path)})
+        if (folder / Path(model.path).expanduser()).exists()
+        else model
+        for model in spec.family.models
+    ]
+    task = spec.task
+    if task.reward is not None:
+        file, colon, function = task.reward.partition(":")
+        task = task.model_copy(
+            update={
+                "prompts": absolute(task.prompts),
+                "heldout": absolute(task.heldout),
+                "reward": f"{absolute(file)}{colon}{function}",
+            }
+        )
+    return spec.model_copy(update={"family": spec.family.model_copy(update={"models": models}), "task": task})
+
+
+def _explain(error: ValidationError, document: Document, source: str) -> str:
+    lines: dict[str, list[str]] = {}
+    for fault in error.errors(include_url=False):
+        between = fault.get("ctx", {}).get("field")
+        line, field = document.locate(between.split(".") if between else fault["loc"])
+        if fault["type"] == "missing":
+            field = f"{field}.{fault['loc'][-1]}".lstrip(".")
+        remedy = _REMEDIES.get(fault["type"])
+        message = fault["msg"].removeprefix("Value error, ") + (f" -> {remedy}" if remedy else "")
+        place = f"{source}: {field or 'study'}" if line is None else f"{source}, line {line}: {field or 'study'}"
+        if fault["type"] != "missing" and not isinstance(fault["input"], dict | list | BaseModel):
+            place += f" = {_shown(fault['input'])}"
+        lines.setdefault(place, []).append(message)
+    # Faults at one place are the members of a union, each saying why the value is none of it.
+    return "\n".join(f"{place}: {'; or: '.join(messages)}" for place, messages in lines.items())
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "..."
