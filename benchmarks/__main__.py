@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from benchmarks import ablations, report, reproduction, runner, store, surrogates
+from benchmarks.foreign.commands import app as foreign
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.timing import FILE, Timing, measure
-from jfhpo_core.study.yaml_text import read_yaml
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.add_typer(foreign, name="foreign")
 
 Folder = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
 
@@ -42,7 +43,7 @@ def run(
     unknown = [name for name in _names(landscapes) if name not in LANDSCAPES]
     if unknown:
         raise typer.BadParameter(f"no landscape {unknown[0]!r}; there are {', '.join(LANDSCAPES)}")
-    settings = {name: read_yaml(value, name).data for name, _, value in (item.partition("=") for item in setting or ())}
+    settings = runner.parse_settings(setting or ())
     if settings and (label is None or len(_names(strategies)) != 1):
         raise typer.BadParameter("--set makes a variant of one strategy: name that one, and give it a --label")
     runs = [

@@ -60,6 +60,10 @@ TRAINING_SECONDS = (
 """A full training of the target with 8 completions per prompt, evaluations included."""
 
 
+RECIPE_AWARE = ("jfhpo",)
+"""Strategies that make use of a study's baselines. They pay for running them, see `runner.delivery`."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One landscape with one seed.
@@ -73,6 +77,7 @@ class Problem:
         training_seconds: Simulated seconds of such a training of a typical configuration.
         known_best: The highest true score in the space; None: it is found numerically.
         trainings: Budget of a search, in such trainings.
+        recipe: What a search has to beat. Strategies of `RECIPE_AWARE` are told it as a baseline; None: nobody is.
     """
 
     name: str
@@ -83,6 +88,7 @@ class Problem:
     training_seconds: float = TRAINING_SECONDS
     known_best: float | None = None
     trainings: int = TRAININGS
+    recipe: Configuration | None = None
 
     def study(
         self,
@@ -105,6 +111,9 @@ class Problem:
                 **self.data,
                 **changed,
                 "study": f"{self.name}-{self.seed}",
+                "baselines": [{"name": "recipe", "configuration": self.recipe}]
+                if self.recipe is not None and strategy in RECIPE_AWARE
+                else [],
                 "strategy": {"name": strategy, "settings": dict(settings or {})},
                 "budget": {
                     "trial_seconds": self.trainings * self.training_seconds,
@@ -347,5 +356,14 @@ LANDSCAPES: dict[str, Callable[[int], Problem]] = {
 
 @lru_cache(maxsize=32)
 def load_problem(landscape: str, seed: int) -> Problem:
-    """A landscape's instance, remembered in this process: to find its best score takes a second."""
+    """A landscape's instance, remembered in this process: to find its best score takes a second.
+
+    Args:
+        landscape: Name in `LANDSCAPES`, or 'NAME@BUDGET' of the foreign benchmark.
+        seed: Which of its instances.
+    """
+    if "@" in landscape:
+        from benchmarks.foreign.settings import problem
+
+        return problem(landscape, seed)
     return LANDSCAPES[landscape](seed)

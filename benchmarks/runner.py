@@ -32,11 +32,12 @@ from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Configuration, Outcome, SegmentResult, Trial, canonical_json, spent_seconds
+from jfhpo_core.study.yaml_text import read_yaml
 
 ROOT = Path(__file__).parent.parent
 
-SHARED = ("errors", "fidelity", "space", "spec", "strategies", "study", "trial")
-"""Modules of jfhpo_core that say what a study is: a change to them does not make a strategy another one."""
+SHARED = ("jfhpo_core.errors", "jfhpo_core.optimizer.strategy", "jfhpo_core.study")
+"""Modules and packages that say what a study is: a change to them does not make a strategy another one."""
 
 NICENESS = 10
 
@@ -61,6 +62,15 @@ class Run:
     settings: Mapping[str, Any]
     label: str
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+    """Settings of a strategy from the command line.
+
+    >>> parse_settings(["fresh=64", "proxies=[0.5b]"])
+    {'fresh': 64, 'proxies': ['0.5b']}
+    """
+    return {name: read_yaml(value, name).data for name, _, value in (item.partition("=") for item in items)}
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ def run_one(
     Args:
         strategy: Name that `load_strategy` knows.
         settings: Its settings.
-        landscape: Name in `LANDSCAPES`.
+        landscape: Name that `load_problem` knows.
         seed: Of the landscape's instance, the search and the trainings.
         label: Name under which the result is reported; None: the strategy's.
         changes: To the landscape's study, see `Problem.study`.
@@ -166,9 +176,12 @@ def in_order(trials: Sequence[Trial]) -> list[tuple[Trial, SegmentResult]]:
 
 
 def delivery(study: Study, trials: Sequence[Trial], configuration: Configuration) -> Delivery:
-    """What it takes to deliver a configuration trained to full length on the target."""
+    """What it takes to deliver a configuration trained to full length on the target.
+
+    Baselines, which only strategies with a use for them are told, are charged like the search itself.
+    """
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
-    spent = spent_seconds(trials)
+    spent = spent_seconds(trials) + spent_seconds(trials, "baseline")
     mine = [
         trial
         for trial in trials
@@ -282,8 +295,7 @@ def _source_digest(strategy: str) -> str:
     found, queue = set[str](), [kind.__module__]
     while queue:
         name = queue.pop()
-        package, _, rest = name.partition(".")
-        if package == "jfhpo_core" and rest not in SHARED and name not in found:
+        if name.startswith("jfhpo_core.") and not name.startswith(SHARED) and name not in found:
             found.add(name)
             queue += [str(getattr(value, "__module__", "")) for value in vars(sys.modules[name]).values()]
     text = inspect.getsource(kind) + "".join(inspect.getsource(sys.modules[name]) for name in sorted(found))
