@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from jfhpo_core.errors import JfhpoError
+from jfhpo_core.errors import CheckpointError, InfrastructureError, JfhpoError, LedgerUnavailable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,8 +28,20 @@ if TYPE_CHECKING:
 REFUSED = 2
 """Exit code when a study or a command is refused, as for a wrong option."""
 
+NOTHING = 3
+"""Exit code of a search that is complete without a recommendation."""
+
+UNFINISHED = 4
+"""Exit code of a search that its wall-clock limit has ended; the same command continues it."""
+
+INFRASTRUCTURE = 5
+"""Exit code after a failure of machines, disks or services; the same command continues once it is mended."""
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM (128 + SIGINT, as shells have it)."""
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What a disk that is full, locked or broken answers."""
 
 LOG_WIDTH = 160
 """Columns of tables when the output is no terminal."""
@@ -64,7 +77,19 @@ class _Commands(TyperGroup):
             from rich.text import Text
 
             _console(stderr=True).print(Text(f"{error}", style="red"), soft_wrap=True)
-            raise typer.Exit(REFUSED) from None
+            broken = isinstance(error, InfrastructureError | LedgerUnavailable | CheckpointError)
+            raise typer.Exit(INFRASTRUCTURE if broken else REFUSED) from None
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _console(stderr=True).print(
+                f"{where}{error.strerror}. Nothing that the ledger holds is lost: free or unlock the disk and run the "
+                "same command to continue",
+                markup=False,
+                soft_wrap=True,
+            )
+            raise typer.Exit(INFRASTRUCTURE) from None
         except KeyboardInterrupt:
             _console(stderr=True).print("interrupted: run the same command to continue")
             raise typer.Exit(INTERRUPTED) from None
@@ -118,6 +143,10 @@ def search(
         with display:
             outcome = run_study(spec, on_progress, display.status)
     _print_outcome(console, outcome)
+    if not outcome.result.complete:
+        raise typer.Exit(UNFINISHED)
+    if outcome.result.recommended is None:
+        raise typer.Exit(NOTHING)
 
 
 @app.command()
@@ -310,7 +339,7 @@ def _print_outcome(console: Console, outcome: StudyOutcome) -> None:
     for name, where in next_steps(outcome).items():
         console.print(f"{name:8}{where}", markup=False, soft_wrap=True)
     if not outcome.result.complete:
-        console.print("\nThe wall-clock limit was reached: run the same command to continue")
+        console.print(f"\n{outcome.result.note}", markup=False, soft_wrap=True)
 
 
 @contextmanager

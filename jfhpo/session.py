@@ -16,7 +16,7 @@ from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
 from jfhpo_core.run.dispatch import Dispatcher, InlineDispatcher
-from jfhpo_core.run.search import Phase, Progress, SearchResult, conclude, plan_next, rank, run_search
+from jfhpo_core.run.search import Phase, Progress, SearchResult, conclude, patience, plan_next, rank, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.store.outbox import Outbox
@@ -92,7 +92,7 @@ def run_study(
             with _shown(ledger):
                 on_open(outbox)
                 trials = outbox.trials()
-                if reported and plan_next(study, strategy, trials).phase is Phase.DONE:
+                if reported and plan_next(study, strategy, trials, patience(trials)).phase is Phase.DONE:
                     result = conclude(study, trials, strategy, complete=True)
                 else:
                     dispatcher = around(dispatcher or _start_dispatcher(spec))

@@ -142,7 +142,7 @@ def persist(
 
 def _final_state(outcome: StudyOutcome) -> State[None]:
     if not outcome.result.complete:
-        return Completed(name="Unfinished", message="The wall-clock limit was reached; the next run goes on from here.")
+        return Completed(name="Unfinished", message=outcome.result.note)
     model = f" {outcome.model_uri}: {outcome.model_note}." if outcome.model_uri is not None else ""
     return Completed(message=f"{verdict(outcome.result)}{model}")
 

@@ -10,7 +10,15 @@ from statistics import fmean
 
 from jfhpo_core.report.text import number, signed
 from jfhpo_core.run.search import Comparison, SearchResult
-from jfhpo_core.study.trial import Purpose, SegmentResult, StepRecord, Trial, before_comparison, configuration_key
+from jfhpo_core.study.trial import (
+    Purpose,
+    SegmentResult,
+    StepRecord,
+    Trial,
+    TrialState,
+    before_comparison,
+    configuration_key,
+)
 
 Z_95 = 1.959964
 """Two-sided 95 % quantile of the normal distribution."""
@@ -74,7 +82,7 @@ def verdict(result: SearchResult) -> str:
     """The outcome in a sentence or two."""
     target = result.study.ladder.target.name
     if result.recommended is None or not result.rows:
-        return f"Nothing can be recommended: no training of the search reached full length on {target}."
+        return why_nothing(result)
     mine = result.rows[0]
     low, high = interval(mine.score, mine.standard_error)
     seeds = f"{mine.seeds} seed{'s' if mine.seeds != 1 else ''}"
@@ -88,6 +96,43 @@ def verdict(result: SearchResult) -> str:
     if groups:
         text += f" It is {'; '.join(f'{words} {_listed(labels)}' for words, labels in groups.items())}."
     return text
+
+
+def why_nothing(result: SearchResult) -> str:
+    """Why nothing can be recommended, and what to do about it."""
+    target, budget = result.study.ladder.target.name, result.study.spec.budget.device_seconds
+    lead = f"Nothing can be recommended: no training run of the search reached full length on {target}."
+    if not result.complete:
+        return f"{lead} The study is not finished: run the same command to continue."
+    ended = [trial for trial in result.trials if trial.purpose == "search" and trial.segments]
+    if not ended:
+        return (
+            f"{lead} The budget of {budget:.3g} device-seconds pays for none: raise it (`jfhpo plan` forecasts what a "
+            "run costs) and run the same command again."
+        )
+    failures = Counter(
+        (trial.segments[-1].failure, trial.segments[-1].message)
+        for trial in ended
+        if trial.state is TrialState.INFEASIBLE
+    )
+    rules = Counter(trial.decision.rule for trial in ended if trial.decision is not None)
+    if failures and failures.total() >= rules.total():
+        (kind, message), _ = failures.most_common(1)[0]
+        return (
+            f"{lead} {failures.total()} of {len(ended)} trials failed, most often like this ({kind}): {message} Remove "
+            "the cause and run the same command: it tries one more trial, and goes on if that one succeeds."
+        )
+    if rules:
+        (rule, count), *_ = rules.most_common(1)
+        return (
+            f"{lead} Stopping rules ended {rules.total()} of {len(ended)} trials, {rule} {count} of them. `jfhpo show` "
+            "says why each was stopped. Narrow the space to gentler values, or change the rule in stopping.override; "
+            "both make a new study."
+        )
+    return (
+        f"{lead} {result.spent_seconds:.3g} of {budget:.3g} device-seconds are spent: raise the budget and run the "
+        "same command again."
+    )
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation, Strategy, load_strategy
 from jfhpo_core.run.dispatch import Dispatcher, Finished, Streamed
@@ -23,6 +24,7 @@ from jfhpo_core.study.resolved import Study, base_scores
 from jfhpo_core.study.trial import (
     Configuration,
     Evaluation,
+    FailureKind,
     Outcome,
     Purpose,
     ScoreFloor,
@@ -42,7 +44,8 @@ POLL_SECONDS = 0.5
 logger = logging.getLogger(__name__)
 
 HOPELESS_AFTER = 20
-"""Infeasible trials after which a search that has seen nothing else gives up: no value of theirs is to blame."""
+"""Stop after this many infeasible trials if none has succeeded; the cause is then unlikely to be a hyperparameter
+value. Every further call of the search tries one more, in case the cause has been removed."""
 
 LOST_IN_A_ROW = 3
 """The search gives up when so many trials in a row were lost to infrastructure failures, each after its retries."""
@@ -119,6 +122,7 @@ class SearchResult:
         target_trial: The best finished training of it on the target; None if every one failed.
         rows: Final table: the recommendation first, then the baselines, then random search.
         complete: False if a wall-clock limit or an interruption ended the call before the study was done.
+        note: Why the call ended before the study was done, what is lost by it, and what to do; empty if it is complete.
     """
 
     study: Study
@@ -128,6 +132,7 @@ class SearchResult:
     rows: tuple[Comparison, ...]
     spent_seconds: float
     complete: bool
+    note: str = ""
 
 
 def call_seed(study: Study, trials: Sequence[Trial]) -> int:
@@ -137,8 +142,15 @@ def call_seed(study: Study, trials: Sequence[Trial]) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step:
-    """The next thing to do, from the study's trials alone."""
+def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial], give_up_after: int = HOPELESS_AFTER) -> Step:
+    """The next thing to do, from the study's trials alone.
+
+    Args:
+        study: The study.
+        strategy: Chooses the trials of the search.
+        trials: The study's, running ones included.
+        give_up_after: See `patience`.
+    """
     spec = study.spec
     running = any(trial.open_segment is not None for trial in trials)
     first, *further = spec.seeds.training
@@ -153,10 +165,16 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
     remaining = spec.budget.device_seconds - _reserve(study, strategy, trials) - committed_seconds(trials)
     comparing = any(trial.purpose in ("confirmation", "random-search") for trial in trials)
     enough = REOPEN_SHARE * spec.budget.device_seconds if comparing else 0.0
-    if remaining > enough and not _hopeless(trials):
-        proposal = strategy.suggest(study, trials, remaining, call_seed(study, trials))
+    if remaining > enough and not _hopeless(trials, give_up_after):
+        seed = call_seed(study, trials)
+        proposal = strategy.suggest(study, trials, remaining, seed)
+        if proposal is None and not running and not _is_timed(trials):
+            # The price was a guess, and may be far too high: one segment is trained to know better.
+            proposal = strategy.suggest(study, trials, math.inf, seed)
         if proposal is not None:
-            return _step(study, trials, proposal, Phase.SEARCH)
+            step = _step(study, trials, proposal, Phase.SEARCH)
+            if _is_affordable(study, strategy, trials, step, remaining):
+                return step
     if any(_is_search(trial.open_segment) for trial in trials if trial.purpose == "search"):
         return Step(Phase.SEARCH)
 
@@ -241,10 +259,44 @@ def _is_search(segment: Segment | None) -> bool:
     return segment is not None and segment.suggestion.source != VALIDATION
 
 
-def _hopeless(trials: Sequence[Trial]) -> bool:
+def patience(trials: Sequence[Trial]) -> int:
+    """Infeasible trials after which one call of the search gives up, if it finds the study in this state."""
+    ended = sum(trial.purpose == "search" and bool(trial.segments) for trial in trials)
+    return max(HOPELESS_AFTER, ended + 1)
+
+
+def _hopeless(trials: Sequence[Trial], give_up_after: int) -> bool:
     """Whether every search trial so far was infeasible, and there were many."""
     states = [trial.state for trial in trials if trial.purpose == "search" and trial.segments]
-    return len(states) >= HOPELESS_AFTER and all(state is TrialState.INFEASIBLE for state in states)
+    return len(states) >= give_up_after and all(state is TrialState.INFEASIBLE for state in states)
+
+
+def _is_timed(trials: Sequence[Trial]) -> bool:
+    """Whether the cost model rests on a measurement."""
+    results = [result for trial in trials for result in trial.segments]
+    return any(result.outcome not in (Outcome.INFEASIBLE, Outcome.LOST) for result in results)
+
+
+def _is_affordable(study: Study, strategy: Strategy, trials: Sequence[Trial], step: Step, remaining: float) -> bool:
+    """Whether a step of the search may begin, so that the budget is overspent by one segment at most.
+
+    Alone it must fit what is left, unless its price is a guess or there is nothing yet that could be validated instead.
+    Beside running segments it must fit even if each of them costs as much as it may.
+    """
+    assert step.trial is not None
+    assert step.segment is not None
+    running = [(trial, trial.open_segment) for trial in trials if trial.purpose == "search" and trial.open_segment]
+    needed = step.segment.suggestion.expected_cost_seconds or 0.0
+    if not running:
+        return needed <= remaining or not _is_timed(trials) or not _finalists(study, strategy, trials)
+    costs = CostModel.fit(study, trials)
+
+    def excess(trial: Trial, segment: Segment) -> float:
+        stop_prompts = segment.stop_step * trial.prompts_per_step
+        most = costs.estimate(trial.configuration, trial.model, trial.kept_prompts, stop_prompts).high
+        return max(0.0, most - (segment.suggestion.expected_cost_seconds or 0.0))
+
+    return needed + excess(step.trial, step.segment) + sum(excess(*one) for one in running) <= remaining
 
 
 def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step | None:
@@ -265,7 +317,7 @@ def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step
             continue
         done = 0 if known is None else known.kept_prompts
         cost = costs.estimate(item.configuration, target, done, horizon).seconds
-        if cost > remaining and secured:
+        if cost > remaining and (secured or remaining <= 0):
             continue
         suggestion = Suggestion(
             source=VALIDATION,
@@ -310,13 +362,18 @@ def _full_length(
         return None
     cost = CostModel.fit(study, trials).estimate(configuration, target, 0, horizon).seconds
     suggestion = Suggestion(source=str(phase), explanation=why, expected_cost_seconds=cost)
-    trial = same[0] if same else study.new_trial(len(trials), configuration, target, seed, purpose, label)
+    trial = same[0] if same else study.new_trial(_next_number(trials), configuration, target, seed, purpose, label)
     return Step(phase, trial, study.next_segment(trial, horizon, suggestion))
+
+
+def _next_number(trials: Sequence[Trial]) -> int:
+    """The number of the next trial; a ledger that has lost trials has gaps."""
+    return max((trial.number + 1 for trial in trials), default=0)
 
 
 def _step(study: Study, trials: Sequence[Trial], proposal: Proposal, phase: Phase, purpose: Purpose = "search") -> Step:
     seed = study.spec.seeds.training[0] if proposal.seed is None else proposal.seed
-    new = study.new_trial(len(trials), proposal.configuration, proposal.model, seed, purpose)
+    new = study.new_trial(_next_number(trials), proposal.configuration, proposal.model, seed, purpose)
     trial = next((trial for trial in trials if trial.key == new.key), new)
     suggestion = proposal.suggestion
     if suggestion.expected_cost_seconds is None:
@@ -359,6 +416,7 @@ class _Run:
     strategy: Strategy
     began: float
     in_flight: set[str] = field(default_factory=set)
+    give_up_after: int = HOPELESS_AFTER
     live: dict[str, StepRecord] = field(default_factory=dict)
     lost_in_a_row: int = 0
 
@@ -391,6 +449,7 @@ def run_search(
     """
     ledger.open(study.spec)
     run = _Run(study, ledger, dispatcher, strategy or load_strategy(study), dispatcher.now())
+    run.give_up_after = patience(ledger.trials())
     wall = time.monotonic()
     limit = study.spec.budget.wall_seconds
     for trial in ledger.trials():
@@ -406,7 +465,8 @@ def run_search(
                 )
             out_of_time = limit is not None and time.monotonic() - wall > limit
             if (phase is Phase.DONE and not run.in_flight) or out_of_time:
-                return conclude(study, ledger.trials(), run.strategy, complete=phase is Phase.DONE)
+                note = "The wall-clock limit was reached: run the same command to continue" if out_of_time else ""
+                return conclude(study, ledger.trials(), run.strategy, phase is Phase.DONE, note)
             for event in dispatcher.wait(POLL_SECONDS):
                 _absorb(run, event)
     except KeyboardInterrupt:
@@ -422,7 +482,7 @@ def _fill(run: _Run) -> Phase:
         trials = run.ledger.trials()
         if len(run.in_flight) >= run.dispatcher.slots:
             return _phase(trials)
-        step = plan_next(run.study, run.strategy, trials)
+        step = plan_next(run.study, run.strategy, trials, run.give_up_after)
         if step.trial is None or step.segment is None:
             return step.phase
         run.ledger.begin(step.trial, step.segment)
@@ -451,6 +511,9 @@ def _absorb(run: _Run, event: Streamed | Finished) -> None:
         # Delivered twice, or by a worker that was given up for dead: the segment counts once.
         logger.warning("trial %s: a result of segment %d came late", event.key, event.result.segment.index)
         return
+    if event.result.failure is FailureKind.REWARD:
+        # No hyperparameter is to blame. The segment stays open, so a mended reward is tried by it first.
+        raise SpecError(f"{event.result.message}; nothing is charged for it: correct it and run the same command again")
     committed = 1 + sum(len(trial.segments) for trial in trials)
     run.ledger.commit(event.key, event.result.model_copy(update={"committed": committed}), event.records)
     run.in_flight.discard(event.key)
@@ -463,8 +526,8 @@ def _absorb(run: _Run, event: Streamed | Finished) -> None:
         )
 
 
-def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete: bool) -> SearchResult:
-    """Recommendation and final table, from the trials alone."""
+def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete: bool, note: str = "") -> SearchResult:
+    """Recommendation and final table, from the trials alone; see `SearchResult` for `complete` and `note`."""
     recommended = recommend(study, strategy, trials)
     rows: list[Comparison] = []
     target_trial: Trial | None = None
@@ -488,6 +551,7 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
         rows=tuple(rows),
         spent_seconds=spent_seconds(trials),
         complete=complete,
+        note=note,
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,8 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from jfhpo.cli import INTERRUPTED, REFUSED, app
+from jfhpo.cli import INFRASTRUCTURE, INTERRUPTED, NOTHING, REFUSED, UNFINISHED, app
+from jfhpo_core.errors import InfrastructureError, LedgerError, LedgerUnavailable, SpecError
 from jfhpo_core.stopping.rules import RULES
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import TrialState
@@ -278,6 +280,52 @@ def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(
     assert done.returncode == 0
     assert "Recommended configuration" in done.stdout
     assert kept(known, committed(tmp_path, study))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "expected"),
+    [
+        (SpecError("no such model"), REFUSED, "no such model"),
+        (LedgerError("another process runs it"), REFUSED, "another process"),
+        (LedgerUnavailable("the server is away"), INFRASTRUCTURE, "the server is away"),
+        (InfrastructureError("three trials were lost"), INFRASTRUCTURE, "three trials"),
+        (OSError(errno.ENOSPC, "No space left on device", "report.html"), INFRASTRUCTURE, "report.html: No space left"),
+        (OSError(errno.EROFS, "Read-only file system"), INFRASTRUCTURE, "run the same command to continue"),
+        (KeyboardInterrupt(), INTERRUPTED, "run the same command to continue"),
+    ],
+)
+def test_exit_codes_tell_what_ended_a_search(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, expected: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("jfhpo.session.run_study", fail)
+    result = CliRunner().invoke(app, ["search", str(SIMULATED)])
+    assert result.exit_code == code
+    assert expected in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_exit_codes_tell_how_far_a_search_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    arguments = [
+        "search",
+        str(SIMULATED),
+        "--set",
+        "budget.max_parallel=1",
+        "--set",
+        "trainer.settings.memory_limit=1e-3",
+    ]
+    cut = CliRunner().invoke(app, [*arguments, "--set", "budget.wall_seconds=1e-6"])
+    assert cut.exit_code == UNFINISHED
+    assert "run the same command to continue" in cut.stdout
+    failed = CliRunner().invoke(app, arguments)
+    assert failed.exit_code == NOTHING
+    assert "Nothing can be recommended" in failed.stdout
+    assert "out-of-memory" in failed.stdout
+    assert "run the same command" in failed.stdout
 
 
 def test_trial_states_are_what_the_display_shows() -> None:

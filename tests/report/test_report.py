@@ -26,6 +26,7 @@ from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StrategySpec
 from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import (
+    Decision,
     Evaluation,
     FailureKind,
     Outcome,
@@ -240,6 +241,28 @@ SINGLE = STUDY.replace("  - {name: small, path: simulated, parameters: 100000}\n
     "  - {name: medium, path: simulated, parameters: 300000}\n", ""
 )
 NO_BASELINES = STUDY[: STUDY.index("baselines:")]
+
+
+def test_a_study_without_a_recommendation_says_why_and_what_to_do() -> None:
+    study = resolve(parse_study(STUDY))
+
+    def said(complete: bool, *trials: Trial) -> str:
+        return verdict(conclude(study, trials, RandomSearch(), complete=complete))
+
+    new = study.new_trial(0, {"learning_rate": 1e-3}, "small", 0)
+    failed = trained(new, [], Outcome.INFEASIBLE, failure=FailureKind.OUT_OF_MEMORY, message="CUDA out of memory.")
+    decision = Decision(stop=True, rule="kl_growth", signal="kl", value=2.0, threshold=1.0, step=12)
+    stopped = trained(new, [0.1], Outcome.STOPPED, decision=decision)
+    paused = trained(new, [0.3])
+    for words, text in (
+        ("run the same command to continue", said(False, paused)),
+        ("The budget of 900 device-seconds pays for none: raise it", said(True)),
+        ("1 of 1 trials failed, most often like this (out-of-memory): CUDA out of memory. Remove", said(True, failed)),
+        ("Stopping rules ended 1 of 1 trials, kl_growth 1 of them. `jfhpo show`", said(True, stopped)),
+        ("raise the budget and run the same command again", said(True, paused)),
+    ):
+        assert text.startswith("Nothing can be recommended")
+        assert words in text
 
 
 def test_before_the_first_trial(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from jfhpo_core.errors import InfrastructureError, LedgerError
+from jfhpo_core.errors import InfrastructureError, LedgerError, SpecError, TrialFailure
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation, Strategy, fresh_configurations
 from jfhpo_core.run.dispatch import Event, Finished, InlineDispatcher
@@ -32,6 +32,8 @@ from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import FailureKind, Outcome, Trial, TrialState, configuration_key
 from jfhpo_core.trainers import Job
+from jfhpo_core.trainers.base import Observer, TrainingResult
+from jfhpo_core.trainers.simulated import SimulatedTrainer
 from tests.studies import BECAUSE, evaluation, result, simulated_study
 
 TWO_SEEDS = {"search": 0, "training": [0, 1]}
@@ -561,6 +563,77 @@ def test_a_study_in_which_everything_fails_ends_without_a_recommendation(tmp_pat
     tried = [trial for trial in outcome.trials if trial.purpose == "search"]
     assert HOPELESS_AFTER <= len(tried) < HOPELESS_AFTER + 2
     assert {trial.state for trial in outcome.trials} == {TrialState.INFEASIBLE}
+
+
+class Broken(SimulatedTrainer):
+    """Fails in every training until it is mended."""
+
+    def __init__(self, kind: FailureKind) -> None:
+        self.kind: FailureKind | None = kind
+
+    def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+        if self.kind is not None:
+            raise TrialFailure(self.kind, "reward.py raised KeyError: 'answer'", seconds=1.0)
+        return super().run(job, start, stage, observe)
+
+
+def test_a_study_in_which_everything_failed_tries_once_more_with_every_call_and_goes_on_once_mended(
+    tmp_path: Path,
+) -> None:
+    study, ledger, trainer = simulated_study(tmp_path, baselines=[]), MemoryLedger(), Broken(FailureKind.OUT_OF_MEMORY)
+    tried = []
+    for _ in range(2):
+        outcome = run_search(study, ledger, InlineDispatcher(1, trainer=trainer))
+        assert outcome.recommended is None
+        tried.append(len(outcome.trials))
+    assert tried == [HOPELESS_AFTER, HOPELESS_AFTER + 1]
+    trainer.kind = None
+    mended = run_search(study, ledger, InlineDispatcher(1, trainer=trainer))
+    assert mended.complete
+    assert mended.recommended is not None
+
+
+def test_a_reward_that_fails_ends_the_search_at_once_and_a_mended_one_goes_on(tmp_path: Path) -> None:
+    study, ledger, trainer = simulated_study(tmp_path), MemoryLedger(), Broken(FailureKind.REWARD)
+    with pytest.raises(SpecError, match=r"KeyError: 'answer'; nothing is charged .* run the same command again"):
+        run_search(study, ledger, InlineDispatcher(1, trainer=trainer))
+    assert [(trial.state, trial.charge_seconds) for trial in ledger.trials()] == [(TrialState.RUNNING, 0.0)]
+    trainer.kind = None
+    mended = run_search(study, ledger, InlineDispatcher(1, trainer=trainer))
+    assert mended == run_search(study, MemoryLedger(), InlineDispatcher(1))
+
+
+@pytest.mark.parametrize("strategy", ["jfhpo", "random", "paper"])
+def test_a_price_that_is_guessed_too_high_refuses_no_search(tmp_path: Path, strategy: str) -> None:
+    fast = {"seconds_per_step": 1e-3, "startup_seconds": 0.01, "evaluation_seconds": 0.01}
+    study = simulated_study(
+        tmp_path,
+        trainer={"name": "simulated", "settings": fast},
+        fidelity={"horizon_prompts": 4800, "rungs": 3},
+        budget={"trial_seconds": 5.0, "max_parallel": 2},
+        strategy=strategy,
+        baselines=[],
+    )
+    smallest, first = study.ladder.models[0].name, study.spec.fidelity.levels[0]
+    assert CostModel.fit(study, []).estimate(study.space.middle(), smallest, 0, first).seconds > 5.0
+    outcome = run_search(study, MemoryLedger(), InlineDispatcher(2))
+    assert outcome.spent_seconds > 2.0
+    assert outcome.recommended is not None
+
+
+@pytest.mark.parametrize("strategy", ["jfhpo", "random"])
+def test_prices_that_are_guessed_too_low_overspend_by_one_segment_at_most(tmp_path: Path, strategy: str) -> None:
+    slow = {"seconds_per_step": 30.0, "startup_seconds": 10.0, "evaluation_seconds": 10.0}
+    study = simulated_study(
+        tmp_path,
+        trainer={"name": "simulated", "settings": slow},
+        budget={"trial_seconds": 200.0, "max_parallel": 4},
+        strategy=strategy,
+        baselines=[],
+    )
+    outcome = run_search(study, MemoryLedger(), InlineDispatcher(4))
+    longest = max(part.charge_seconds for trial in outcome.trials for part in trial.segments)
+    assert 0 < outcome.spent_seconds <= 200.0 + longest
 
 
 def test_some_infeasible_configurations_do_not_end_a_study(tmp_path: Path) -> None:
