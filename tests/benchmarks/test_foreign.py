@@ -75,6 +75,19 @@ def test_cross_validation_tells_how_far_runs_that_were_left_out_are_missed() -> 
     assert above == pytest.approx(table.diverged[table.last].sum(), abs=2)
 
 
+def test_curves_and_divergence_are_those_of_the_forests() -> None:
+    made, table = Interpolator.fit(synthetic()), synthetic()
+    sizes, points, shares = np.array([6.5]), table.points[::20], np.array([0.5, 1.0])
+    for index, share in enumerate(shares):
+        count = len(points)
+        rows = tables.features(np.tile(sizes, (count, 1)), np.full(count, 9.0), points, np.full(count, share))
+        assert made.curves(sizes, 9.0, points, shares)[:, index] == pytest.approx(np.exp(made.loss.predict(rows)))
+    assert made.divergence is not None
+    expected = made.divergence.predict_proba(rows)[:, 1] > tables.DIVERGENCE
+    assert made.diverges(sizes, 9.0, points).tolist() == expected.tolist()
+    assert 0 < expected.sum() < count
+
+
 def test_a_surface_has_the_losses_of_the_table_and_no_score_above_its_best() -> None:
     made = surface()
     for rate, low, high in ((1e-3, 1.7, 2.3), (1e-4, 2.1, 2.8)):
