@@ -71,7 +71,7 @@ class TrainingResult(Record):
 class Trainer(Protocol):
     """Turns a job into step records, evaluations and a checkpoint.
 
-    Contract (tests/trainers/conformance.py holds every trainer to it):
+    Contract (`jfhpo.testing.TrainerConformance` holds every trainer to it):
 
     * `total_steps` sets the learning-rate schedule, whatever the segment's `stop_step` is.
     * Training up to b in one segment or in two gives the same records, evaluations and checkpoint (exactly on CPU).
