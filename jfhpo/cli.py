@@ -297,11 +297,9 @@ def rules() -> None:
     from dataclasses import fields
     from inspect import getdoc
 
-    from jfhpo_core.plugins import registered
-    from jfhpo_core.stopping.rules import ENTRY_POINT_GROUP, RULE_SETS, RULES, load_rule
+    from jfhpo_core.stopping.rules import RULE_SETS, RULES
 
-    for name in [*RULES, *registered(ENTRY_POINT_GROUP)]:
-        rule = load_rule(name)
+    for name, rule in RULES.items():
         members = [chosen for chosen, members in RULE_SETS.items() if name in {member.name for member in members}]
         typer.echo(f"{name}  (in: {', '.join(members)})")
         for line in (getdoc(rule) or "").splitlines():

@@ -533,7 +533,7 @@ def plan_view(
         models.add_row(model.name, f"{model.parameters:,}", role)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
-    grid.add_row("task", spec.task.embedded or str(spec.task.prompts))
+    grid.add_row("task", spec.task.title)
     grid.add_row("trainer", spec.trainer.name)
     grid.add_row("strategy", spec.strategy.name)
     grid.add_row("searched", ", ".join(spec.space))

@@ -179,9 +179,16 @@ def step_metrics(records: Sequence[StepRecord], timestamp: int) -> list[Metric]:
     return [
         Metric(metric, _plottable(value), timestamp, record.step)
         for record in records
-        for field, metric in STEP_METRICS.items()
-        if (value := getattr(record, field)) is not None
+        for metric, value in _signals(record).items()
+        if value is not None
     ]
+
+
+def _signals(record: StepRecord) -> dict[str, float | None]:
+    """What a step measured, by metric; time-outs of the reward only where there are some."""
+    signals = {metric: getattr(record, field) for field, metric in STEP_METRICS.items()}
+    parts = {f"train/reward/{name}": value for name, value in record.reward_parts.items()}
+    return {**signals, **parts, "train/reward_timeouts": record.reward_timeouts or None}
 
 
 def result_metrics(
@@ -222,6 +229,8 @@ def result_metrics(
 def score_metrics(evaluation: Evaluation) -> dict[str, float]:
     """What an evaluation measured, by metric. Pass@n has n in its name, so that different n never share a chart."""
     metrics = {"eval/score": evaluation.score, "eval/standard_error": evaluation.standard_error}
+    if evaluation.reward_timeouts:
+        metrics["eval/reward_timeouts"] = float(evaluation.reward_timeouts)
     if (best := evaluation.pass_at_n) is not None:
         name = f"eval/pass_at_{best.n}"
         metrics |= {name: best.score, f"{name}_standard_error": best.standard_error}
@@ -343,7 +352,7 @@ def _cell(text: str) -> str:
 
 def study_note(study: StudySpec, trials: Sequence[Trial], result: SearchResult | None = None) -> str:
     """Description of the study's run: the outcome, or how far it is."""
-    task = study.task.embedded or study.task.prompts
+    task = study.task.title
     lines = [] if result is None else _outcome(result)
     if result is None or not result.complete:
         spent, budget = spent_seconds(trials), study.budget.device_seconds

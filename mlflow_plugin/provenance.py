@@ -17,7 +17,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.tracking.context.registry import resolve_tags
 
 from jfhpo_core.report.page import versions
-from jfhpo_core.study.spec import TaskSpec
+from jfhpo_core.study.spec import DataSource, HubData, TaskSpec
 
 SOURCE_NAME = "mlflow.source.name"
 COMMIT = "mlflow.source.git.commit"
@@ -87,7 +87,15 @@ def task_data(task: TaskSpec) -> TaskData:
             _dataset(folder / "train.jsonl", f"{task.embedded}-train"),
             _dataset(folder / "heldout.jsonl", f"{task.embedded}-heldout"),
         )
-    return TaskData(*(_dataset(Path(file), Path(file).stem) for file in (task.prompts or "", task.heldout or "")))
+    return TaskData(*(_source(source) for source in (task.prompts, task.heldout)))
+
+
+def _source(source: DataSource | None) -> Dataset | None:
+    """A data set of the hub is known by name and revision; a file by its content."""
+    if not isinstance(source, HubData):
+        return None if source is None else _dataset(Path(source), Path(source).stem)
+    digest = hashlib.sha256(source.model_dump_json().encode()).hexdigest()[:16]
+    return Dataset(source.hub, digest, "hf", source.model_dump_json(exclude_none=True))
 
 
 def _dataset(path: Path, name: str) -> Dataset | None:

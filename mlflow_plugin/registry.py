@@ -20,15 +20,15 @@ from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from jfhpo_core.embedded import task_folder
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.report.findings import interval, verdict
 from jfhpo_core.report.text import duration, number
 from jfhpo_core.run.search import SearchResult
 from jfhpo_core.store.checkpoints import CheckpointStore, file_digest
+from jfhpo_core.study.data import text_of
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import TaskSpec
-from jfhpo_core.study.tasks import load_task
+from jfhpo_core.study.tasks import load_reward, load_task
 from jfhpo_core.study.trial import Checkpoint, Evaluation, Trial, canonical_json
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.presentation import configuration_text, score_metrics
@@ -237,13 +237,13 @@ def _is_chat(study: Study) -> bool:
 
 
 def _digests(task: TaskSpec) -> list[str]:
-    if task.embedded is not None:
-        reward, function = task_folder(task.embedded) / "reward.py", ""
-    else:
-        file, _, function = (task.reward or "").partition(":")
-        reward = Path(file)
     heldout = task_data(task).heldout
-    return [heldout.digest if heldout is not None else "", function, file_digest(reward)]
+    rewards = [
+        part
+        for one in load_reward(task).functions
+        for part in (one.function.rpartition(".py")[2].removeprefix(":"), file_digest(Path(one.file)))
+    ]
+    return [heldout.digest if heldout is not None else "", *rewards]
 
 
 def _save(study: Study, checkpoint: Path, path: Path, run_id: str, model: Any) -> None:
@@ -288,7 +288,7 @@ def _save(study: Study, checkpoint: Path, path: Path, run_id: str, model: Any) -
             artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id, model_id=model.model_id
         ),
         signature=ModelSignature(inputs=text, outputs=text),
-        input_example=[task.heldout[0]["prompt"]],
+        input_example=[text_of(task.heldout[0]["prompt"])],
         model_card=ModelCard(_card(study)),
         model_config={**sampling, "return_full_text": False},
         # Named here, because MLflow would load the model in a further process to find them out.
@@ -301,7 +301,7 @@ def _save(study: Study, checkpoint: Path, path: Path, run_id: str, model: Any) -
 def _card(study: Study) -> str:
     """What the model is. Its licence is that of the base model, which only the user knows."""
     spec = study.spec
-    task = spec.task.embedded or Path(spec.task.prompts or "").name
+    task = Path(spec.task.title).name
     return (
         f"---\nbase_model: {spec.target}\npipeline_tag: text-generation\n---\n"
         f"# {spec.study}\n\n{spec.description}\n\n`{spec.target}`, fine-tuned by reinforcement learning on {task} with "

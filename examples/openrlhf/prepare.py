@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jfhpo_core.study.tasks import normalize_prompt
+from jfhpo_core.study.data import normalize_prompt
 
 HERE = Path(__file__).parent
 LETTERS = "ABCDEFGHIJ"

@@ -13,8 +13,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from jfhpo_core.errors import JfhpoError
+from jfhpo_core.study.data import columns_of
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.tasks import Task, columns_of, load_task
+from jfhpo_core.study.tasks import Task, load_task
 
 GIB = 2**30
 
@@ -91,7 +92,7 @@ def _data(study: Study, task: Task) -> Iterator[Finding]:
 def _reward(task: Task) -> Finding:
     rows = task.heldout[:SAMPLED_ROWS]
     try:
-        rewards = task.reward(prompts=[row["prompt"] for row in rows], completions=[""] * len(rows), **columns_of(rows))
+        rewards = task.reward([row["prompt"] for row in rows], [""] * len(rows), **columns_of(rows)).rewards
     except JfhpoError as error:
         return Finding(Level.FAILURE, "reward", f"{error} (empty completions of {len(rows)} held-out prompts)")
     shown = ", ".join(f"{value:g}" for value in rewards)

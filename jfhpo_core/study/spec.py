@@ -79,27 +79,99 @@ def _task(value: Any) -> Any:
     return {"embedded": value} if isinstance(value, str) else value
 
 
+class HubData(_Section):
+    """Rows that Hugging Face `datasets` loads by name."""
+
+    hub: str = Field(description="Name on the Hugging Face hub, or a folder that `datasets.load_dataset` reads.")
+    name: str | None = Field(default=None, description="Configuration of the data set; None: its only one.")
+    split: str = Field(default="train", description="Split, or a slice of one: 'train[:1000]'.")
+    revision: str | None = Field(default=None, description="Commit, tag or branch; None: the newest.")
+
+
+DataSource = str | HubData
+
+
+class RewardSpec(_Section):
+    """One of several reward functions."""
+
+    function: str = Field(description="'file.py' or 'file.py:function'.")
+    weight: float = Field(default=1.0, description="Factor of its rewards in the sum.")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of every call; of a class: of its construction."
+    )
+
+    @property
+    def file(self) -> str:
+        """The file that it stands in."""
+        return self.function.partition(":")[0]
+
+
+def _reward(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
 class TaskSpec(_Section):
-    """What the model shall learn. In YAML either the name of an embedded task or your own files."""
+    """What the model shall learn. In YAML either the name of an embedded task or your own data and reward."""
 
     embedded: str | None = Field(default=None, description="Name of a task shipped with jfhpo.")
-    prompts: str | None = Field(default=None, description="JSONL file: 'prompt' and any further columns per line.")
-    heldout: str | None = Field(default=None, description="JSONL file of held-out rows; none may occur in prompts.")
-    reward: str | None = Field(
+    prompts: DataSource | None = Field(
         default=None,
-        description="'file.py' or 'file.py:function'. Signature: reward(prompts, completions, **columns) -> "
-        "list of floats, one per completion (TRL's). The function's name defaults to 'reward'.",
+        description="Training rows: a JSON, JSONL, CSV or Parquet file (also .gz), or {hub: NAME, split: train}. "
+        "'prompt' is a text or a list of chat messages; the other columns go to the reward.",
+    )
+    heldout: DataSource | None = Field(
+        default=None, description="Held-out rows with the same columns; none of their prompts may occur in prompts."
+    )
+    columns: dict[str, str | None] = Field(
+        default_factory=dict,
+        description="Columns under other names: {prompt: question, label: reward_model.ground_truth}. Dots reach into "
+        "mappings; null drops a column. Columns not named stay as they are.",
+    )
+    reward: Annotated[str | list[RewardSpec], BeforeValidator(_reward)] | None = Field(
+        default=None,
+        description="'file.py' or 'file.py:function' (by default 'reward'), or a list of {function, weight, kwargs}, "
+        "whose weighted sum counts. The function has the signature of TRL, verl or OpenRLHF.",
+    )
+    reward_timeout_seconds: float = Field(
+        default=10.0, gt=0, description="Longest time for scoring one completion; see reward_timeout_score."
+    )
+    reward_timeout_score: float = Field(
+        default=0.0, description="Reward of a completion whose scoring takes longer; it is counted."
     )
     max_completion_tokens: int = Field(default=8, ge=1, description="Length limit of a completion.")
+    max_prompt_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Length limit of a prompt; None: what the context of every model leaves beside a completion.",
+    )
+    overlong_prompts: Literal["refuse", "drop"] = Field(
+        default="refuse", description="What becomes of longer prompts: the study is refused, or goes without them."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         files = (self.prompts, self.heldout, self.reward)
         if self.embedded is None and None in files:
-            raise ValueError("name an embedded task, or give all three files: prompts, heldout and reward")
+            raise ValueError("name an embedded task, or give all three: prompts, heldout and reward")
         if self.embedded is not None and any(files):
             raise ValueError("name an embedded task or your own files, not both")
+        if isinstance(self.reward, list) and not self.reward:
+            raise ValueError("the list of rewards is empty; give at least one {function: file.py}")
         return self
+
+    @property
+    def title(self) -> str:
+        """What people call it: the embedded task, or where its prompts are from."""
+        if self.embedded is not None:
+            return self.embedded
+        return self.prompts.hub if isinstance(self.prompts, HubData) else str(self.prompts)
+
+    @property
+    def rewards(self) -> tuple[RewardSpec, ...]:
+        """The reward functions; none for an embedded task."""
+        if self.reward is None:
+            return ()
+        return (RewardSpec(function=self.reward),) if isinstance(self.reward, str) else tuple(self.reward)
 
 
 def _trainer(value: Any) -> Any:
@@ -168,12 +240,7 @@ class BudgetSpec(_Section):
 
     trial_seconds: float | None = Field(default=None, gt=0, description="Sum of the trials' device-seconds.")
     gpu_hours: float | None = Field(default=None, gt=0, description="The same in device-hours.")
-    wall_seconds: float | None = Field(
-        default=None,
-        gt=0,
-        description="Wall-clock limit of one `jfhpo search` call. What is running then has been saved and goes on in "
-        "the next call; the report and the model's registration come after it.",
-    )
+    wall_seconds: float | None = Field(default=None, gt=0, description="Wall-clock limit of one `jfhpo search` call.")
     max_parallel: int = Field(default=2, ge=1, le=1024, description="Trials trained at the same time.")
     initial_share: float = Field(
         default=0.25, gt=0, lt=1, description="At most this share of the budget goes into the initial design."
@@ -362,15 +429,26 @@ class StudySpec(_Section):
         for parameter in meaning["space"].values():
             # Where the user expects good values changes what is tried, not what a trial is.
             del parameter["expected"], parameter["spread"]
-        for part in (*meaning["family"]["models"], meaning["task"]):
-            for field in ("path", "prompts", "heldout", "reward"):
-                if part.get(field) is not None:
+        task = meaning["task"]
+        for part in (*meaning["family"]["models"], task, *(task["reward"] if isinstance(task["reward"], list) else ())):
+            for field in ("path", "prompts", "heldout", "reward", "function"):
+                if isinstance(part.get(field), str):
                     part[field] = Path(part[field]).name
+        for field, default in _LATER_TASK_FIELDS.items():
+            if task[field] == default:
+                # Studies from before the field existed keep their identity.
+                del task[field]
         return hashlib.sha256(canonical_json(meaning).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
         """The complete study, defaults included, as YAML that `load_study` reads back to an equal study."""
         return write_yaml(self.model_dump(mode="json"))
+
+
+_LATER_TASK_FIELDS = {
+    name: TaskSpec.model_fields[name].get_default(call_default_factory=True)
+    for name in ("columns", "reward_timeout_seconds", "reward_timeout_score", "max_prompt_tokens", "overlong_prompts")
+}
 
 
 def study_schema() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.space import TYPE_NAMES
-from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.spec import DataSource, HubData, RewardSpec, StudySpec
 from jfhpo_core.study.yaml_text import Document, read_yaml
 
 LONGEST_VALUE = 200
@@ -82,28 +82,33 @@ def validate_study(document: Document, source: str) -> StudySpec:
 def resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:
     """Make the study's own files absolute, so that workers in other folders find them.
 
-    A model path that names no existing folder is left alone: it is a name on the hub.
+    What names no existing folder where a name on the hub may stand is left alone.
     """
 
-    def absolute(path: str | None) -> str | None:
-        return None if path is None else str((folder / Path(path).expanduser()).resolve())
+    def absolute(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
 
-    models = [
-        model.model_copy(update={"path": absolute(model.path)})
-        if (folder / Path(model.path).expanduser()).exists()
-        else model
-        for model in spec.family.models
-    ]
+    def found(name: str) -> str:
+        return absolute(name) if (folder / Path(name).expanduser()).exists() else name
+
+    def data(source: DataSource | None) -> DataSource | None:
+        if isinstance(source, HubData):
+            return source.model_copy(update={"hub": found(source.hub)})
+        return source if source is None else absolute(source)
+
+    def reward(function: str) -> str:
+        file, colon, name = function.partition(":")
+        return f"{absolute(file)}{colon}{name}"
+
+    models = [model.model_copy(update={"path": found(model.path)}) for model in spec.family.models]
     task = spec.task
     if task.reward is not None:
-        file, colon, function = task.reward.partition(":")
-        task = task.model_copy(
-            update={
-                "prompts": absolute(task.prompts),
-                "heldout": absolute(task.heldout),
-                "reward": f"{absolute(file)}{colon}{function}",
-            }
+        rewards: str | list[RewardSpec] = (
+            reward(task.reward)
+            if isinstance(task.reward, str)
+            else [one.model_copy(update={"function": reward(one.function)}) for one in task.reward]
         )
+        task = task.model_copy(update={"prompts": data(task.prompts), "heldout": data(task.heldout), "reward": rewards})
     return spec.model_copy(update={"family": spec.family.model_copy(update={"models": models}), "task": task})
 
 

@@ -47,6 +47,10 @@ class StepRecord(Record):
     completion_tokens: float = Field(ge=0, description="Mean completion length in tokens.")
     truncated_share: float = Field(ge=0, le=1, description="Share of completions cut off at the length limit.")
     learning_rate: float | None = Field(default=None, description="Learning rate used by the step's last update.")
+    reward_timeouts: int = Field(default=0, ge=0, description="Completions whose scoring took too long.")
+    reward_parts: dict[str, float] = Field(
+        default_factory=dict, description="Mean of every reward function, by its name, if there are several."
+    )
     generation_seconds: float = Field(ge=0)
     training_seconds: float = Field(ge=0)
 
@@ -89,6 +93,7 @@ class Evaluation(Record):
     pass_at_n: PassAtN | None = Field(
         default=None, description="None with one completion per prompt, or where the trainer does not tell."
     )
+    reward_timeouts: int = Field(default=0, ge=0, description="Completions whose scoring took too long.")
 
 
 class Decision(Record):
@@ -104,12 +109,6 @@ class Decision(Record):
     def explain(self) -> str:
         """One sentence for people."""
         return f"{self.rule}: {self.signal} = {self.value:.4g} against {self.threshold:.4g} at step {self.step}"
-
-
-class Pause(Record):
-    """An answer to a trainer's step: write the checkpoint now and return. The segment goes on from it later."""
-
-    stop: Literal[False] = False
 
 
 class Checkpoint(Record):

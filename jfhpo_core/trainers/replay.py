@@ -60,7 +60,6 @@ class ReplayTrainer:
     """
 
     name: ClassVar[str] = "replay"
-    pauses: ClassVar[bool] = True
     hyperparameters: ClassVar[type[BaseModel]] = RecordedHyperparameters
 
     def check(self, study: StudySpec) -> None:

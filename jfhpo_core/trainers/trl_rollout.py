@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from jfhpo_core.study.tasks import Row, Task, columns_of
+from jfhpo_core.study.data import Message, Prompt, Row, columns_of, messages_of
+from jfhpo_core.study.tasks import Task
 from jfhpo_core.study.trial import Evaluation, PassAtN
 
 EVALUATION_SEED = 20240213
@@ -53,7 +54,7 @@ class Sampler:
         stop_tokens: Ids that end a completion.
         max_tokens: Length limit of a completion.
         batch: At most this many completions are sampled at once.
-        chat_template: Whether prompts are wrapped as a user's message.
+        chat_template: Whether text prompts are wrapped as a user's message; lists of messages always are a chat.
     """
 
     tokenizer: Any
@@ -62,16 +63,20 @@ class Sampler:
     batch: int
     chat_template: bool
 
-    def encode(self, prompts: Sequence[str]) -> list[Tokens]:
+    def encode(self, prompts: Sequence[Prompt]) -> list[Tokens]:
         """Token ids of each prompt."""
-        if not self.chat_template:
+        if not self.chat_template and isinstance(prompts[0], str):
             ids: list[Tokens] = self.tokenizer(list(prompts))["input_ids"]
             return ids
-        messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        chats: list[Tokens] = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        return [self._chat(messages_of(prompt)) for prompt in prompts]
+
+    def _chat(self, messages: list[Message]) -> Tokens:
+        """A chat in the model's template. One that ends with the assistant is continued, any other one is answered."""
+        begun = messages[-1]["role"] == "assistant"
+        ids: Tokens = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=not begun, continue_final_message=begun, tokenize=True, return_dict=True
         )["input_ids"]
-        return chats
+        return ids
 
     def decode(self, completions: Sequence[Tokens]) -> list[str]:
         """Text of each completion, special tokens left out."""
@@ -152,9 +157,10 @@ def evaluate(
     began = time.perf_counter()
     repeated = [row for row in rows for _ in range(samples)]
     with own_randomness(EVALUATION_SEED):
-        texts = [row["prompt"] for row in repeated]
-        completions = sampler.decode(sampler.sample(model, sampler.encode(texts), temperature))
-        rewards = task.reward(prompts=texts, completions=completions, **columns_of(repeated))
+        asked = [row["prompt"] for row in repeated]
+        completions = sampler.decode(sampler.sample(model, sampler.encode(asked), temperature))
+    scores = task.reward(asked, completions, **columns_of(repeated))
+    rewards = scores.rewards
     groups = np.array(rewards).reshape(len(rows), samples)
     means = groups.mean(axis=1)
     # All prompts scoring alike does not prove a noiseless score; half a completion's weight is the least to claim.
@@ -167,4 +173,5 @@ def evaluate(
         samples=len(rewards),
         seconds=time.perf_counter() - began,
         pass_at_n=PassAtN.of(groups.tolist()),
+        reward_timeouts=len(scores.timed_out),
     )

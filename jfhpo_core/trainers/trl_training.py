@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import use_adapter
 
 from jfhpo_core.errors import InfrastructureError, SpecError, TrialFailure
+from jfhpo_core.study.data import Prompt, Row, columns_of
 from jfhpo_core.study.hyperparameters import Hyperparameters
-from jfhpo_core.study.tasks import Row, Task, columns_of, load_task
-from jfhpo_core.study.trial import Evaluation, FailureKind, Pause, StepRecord
+from jfhpo_core.study.scoring import Scores
+from jfhpo_core.study.tasks import Task, load_task
+from jfhpo_core.study.trial import Evaluation, FailureKind, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.trl import TrlSettings
 from jfhpo_core.trainers.trl_rollout import Sampler, Tokens, evaluate, own_randomness
@@ -51,9 +53,11 @@ gc.freeze()
 def train(job: Job, settings: TrlSettings, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
     """See `Trainer.run`."""
     began = time.perf_counter()
-    with _own_process_state(settings.threads):
+    task = load_task(job.study.task)
+    log = Path(job.store).parent / "logs" / f"{job.trial_key}-reward.log"
+    with _own_process_state(settings.threads), task.reward.logging_to(log) as reward:
         try:
-            trainer = _build(job, settings, start, stage)
+            trainer = _build(job, settings, replace(task, reward=reward), start, stage)
             loop = _Loop(trainer, job, observe, began, fresh=start is None)
             trainer.add_callback(loop)
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -145,7 +149,7 @@ class PromptSchedule(torch.utils.data.Dataset[list[dict[str, Any]]]):
 class _Signals:
     """What is measured during one step."""
 
-    rewards: list[float] = field(default_factory=list)
+    scores: Scores = field(default_factory=lambda: Scores([]))
     completions: list[Tokens] = field(default_factory=list)
     kls: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
@@ -175,13 +179,15 @@ class _Measured(transformers.Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
         return DataLoader(self._schedule, batch_size=1, collate_fn=lambda items: items[0])
 
-    def _score(self, prompts: list[str], completions: list[str], row: list[int], **_: Any) -> list[float]:
+    def _score(self, prompts: list[Prompt], completions: list[Any], row: list[int], **_: Any) -> list[float]:
         """The task's reward, called as in evaluation: with the row's own columns and nothing of TRL's."""
         rows = [self.task.train[number] for number in row]
-        self.signals.rewards = self.task.reward(prompts=prompts, completions=completions, **columns_of(rows))
-        return self.signals.rewards
+        # Of a chat TRL makes messages, parsed in its own ways.
+        texts = completions if isinstance(completions[0], str) else self.sampler.decode(self.signals.completions)
+        self.signals.scores = self.task.reward(prompts, texts, **columns_of(rows))
+        return self.signals.scores.rewards
 
-    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[Tokens], None, dict[str, Any]]:
+    def _tokenize_prompts(self, prompts: list[Prompt]) -> tuple[list[Tokens], None, dict[str, Any]]:
         return self.sampler.encode(prompts), None, {}
 
     def _sample(self, prompt_ids: list[Tokens]) -> list[Tokens]:
@@ -241,7 +247,7 @@ class _Measured(transformers.Trainer):  # type: ignore[misc]
         metrics = self._metrics["train"]
         lengths = [len(completion) for completion in signals.completions]
         self.tokens += sum(lengths)
-        groups = np.array(signals.rewards).reshape(-1, self.num_generations)
+        groups = np.array(signals.scores.rewards).reshape(-1, self.num_generations)
         record = StepRecord(
             step=step,
             prompts=prompts,
@@ -256,6 +262,8 @@ class _Measured(transformers.Trainer):  # type: ignore[misc]
             completion_tokens=_mean(lengths),
             truncated_share=_mean([self.sampler.truncated(completion) for completion in signals.completions]),
             learning_rate=signals.learning_rate,
+            reward_timeouts=len(signals.scores.timed_out),
+            reward_parts=_part_means(signals.scores),
             generation_seconds=signals.generation_seconds,
             training_seconds=max(0.0, seconds - signals.generation_seconds),
         )
@@ -299,7 +307,6 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
         self.evaluations: list[Evaluation] = []
         self.startup_seconds = 0.0
         self.stopped = False
-        self.paused = False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.startup_seconds = time.perf_counter() - self._began
@@ -317,12 +324,11 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
         if self.stopped or self.step in self._job.evaluation_steps:
             evaluation = self._evaluate()
             self.stopped = self.stopped or self._stops(evaluation)
-        control.should_training_stop = self.stopped or self.paused or self.step >= self._job.segment.stop_step
+        control.should_training_stop = self.stopped or self.step >= self._job.segment.stop_step
         self._began = time.perf_counter()
 
     def _stops(self, event: StepRecord | Evaluation) -> bool:
         decision = self._observe(event)
-        self.paused = self.paused or isinstance(decision, Pause)
         return decision is not None and decision.stop
 
     def _evaluate(self) -> Evaluation:
@@ -341,9 +347,8 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
         return evaluation
 
 
-def _build(job: Job, settings: TrlSettings, start: Path | None, stage: Path) -> Any:
+def _build(job: Job, settings: TrlSettings, task: Task, start: Path | None, stage: Path) -> Any:
     chosen = Hyperparameters.model_validate(job.configuration)
-    task = load_task(job.study.task)
     part = chosen.prompts_per_step * chosen.n_samples // chosen.mini_batches
     accumulation = _accumulation(part, settings.micro_batch)
     schedule = PromptSchedule(
@@ -410,7 +415,7 @@ def _build(job: Job, settings: TrlSettings, start: Path | None, stage: Path) -> 
         model=model,
         args=config,
         # TRL insists on a data set of this class; the prompts come from the schedule.
-        train_dataset=Dataset.from_dict({"prompt": [task.train[0]["prompt"]]}),
+        train_dataset=Dataset.from_dict({"prompt": ["unused"]}),
         processing_class=tokenizer,
         peft_config=_lora(settings),
         task=task,
@@ -455,6 +460,12 @@ def _lora(settings: TrlSettings) -> Any:
         lora_dropout=settings.lora.dropout,
         target_modules=settings.lora.target_modules,
     )
+
+
+def _part_means(scores: Scores) -> dict[str, float]:
+    """Mean of every reward function over the completions that it did not abstain from."""
+    known = {name: [value for value in values if value is not None] for name, values in scores.parts.items()}
+    return {name: _mean(values) for name, values in known.items() if values}
 
 
 def _mean(values: list[float] | list[int] | list[bool]) -> float:

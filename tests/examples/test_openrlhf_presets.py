@@ -13,7 +13,9 @@ import pytest
 
 from jfhpo.overrides import read_study
 from jfhpo_core.study.resolved import resolve
-from jfhpo_core.study.tasks import load_reward, load_task
+from jfhpo_core.study.scoring import Scores
+from jfhpo_core.study.spec import RewardSpec
+from jfhpo_core.study.tasks import Reward, load_task
 from jfhpo_core.trainers.openrlhf.trainer import ineffective
 
 PRESETS = Path(__file__).parents[2] / "examples" / "openrlhf"
@@ -150,19 +152,30 @@ def test_numinamath_is_judged_on_competitions(data: Any) -> None:
     assert heldout[1]["answer"] == "142.0"
 
 
+def rewards(file: str, completions: list[str], answers: list[str], limit_seconds: float = 60.0) -> Scores:
+    with Reward([RewardSpec(function=str(PRESETS / file))], limit_seconds) as reward:
+        nothing = [""] * len(completions)
+        return reward(nothing, completions, answer=answers, source=nothing)
+
+
 def test_the_mathematical_reward_knows_equal_answers() -> None:
-    reward = load_reward(str(PRESETS / "math_reward.py"))
     answers = ["\\frac{1}{2}", "1000000", "142.0", "7"]
     right = ["so \\boxed{0.5}", "\\boxed{1,000,000}", "it is \\boxed{142}", "The answer is $7$."]
-    assert reward(prompts=[""] * 4, completions=right, answer=answers, source=[""] * 4) == [1.0] * 4
+    assert rewards("math_reward.py", right, answers).rewards == [1.0] * 4
     wrong = ["so \\boxed{2}", "", "\\boxed{143}", "I do not know"]
-    assert reward(prompts=[""] * 4, completions=wrong, answer=answers, source=[""] * 4) == [0.0] * 4
+    assert rewards("math_reward.py", wrong, answers).rewards == [0.0] * 4
+
+
+@pytest.mark.slow
+def test_the_mathematical_reward_survives_towers_of_powers() -> None:
+    towers = ["\\boxed{9^{9^{9}}}", "\\boxed{9^{9^{9^{9}}}}", "\\boxed{10^{10^{10}}!}"]
+    found = rewards("math_reward.py", [*towers, "\\boxed{7}"], ["7"] * 4, limit_seconds=8.0)
+    assert found.rewards == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_the_choice_reward_takes_the_last_word() -> None:
-    reward = load_reward(str(PRESETS / "choice_reward.py"))
     completions = ["The answer is (A). No: the answer is B", "The answer is (C).", "Answer: B", "the answer is banana"]
-    assert reward(prompts=[""] * 4, completions=completions, answer=["B"] * 4) == [1.0, 0.0, 0.0, 0.0]
+    assert rewards("choice_reward.py", completions, ["B"] * 4).rewards == [1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
@@ -176,5 +189,5 @@ def test_every_preset_is_accepted(name: str, data: Any, tmp_path: Path) -> None:
     assert study.ladder.target.name == spec.target
     assert len(study.ladder.proxies) >= 2
     assert ineffective(spec) == {}
-    task = load_task(spec.task)
-    assert task.reward(prompts=["?"], completions=["?"], answer=["A"], source=["?"]) == [0.0]
+    with load_task(spec.task).reward as reward:
+        reward.start()

@@ -217,7 +217,7 @@ BAD = {
         changed("{learning_rate: 1e-6}", "{learning_rate: [1]}"),
         22, "baselines.0.configuration.learning_rate", "", "number",
     ),
-    "task half given": (changed("task: instruct", "task: {prompts: a.jsonl}"), 7, "task", "", "all three files"),
+    "task half given": (changed("task: instruct", "task: {prompts: a.jsonl}"), 7, "task", "", "give all three"),
     "task given twice": (
         changed("task: instruct", "task: {embedded: instruct, prompts: a}"), 7, "task", "", "not both",
     ),

@@ -11,15 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jfhpo.testing.trainers import (
-    BREAK,
-    TOTAL_STEPS,
-    Case,
-    TrainerConformance,
-    differing,
-    process_state,
-    timeless_record,
-)
 from jfhpo_core.embedded import family_members
 from jfhpo_core.embedded.base import Shape, build_model, build_tokenizer
 from jfhpo_core.errors import SpecError, TrialFailure
@@ -28,9 +19,19 @@ from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import parse_study
+from jfhpo_core.study.tasks import load_task
 from jfhpo_core.study.trial import Decision, Evaluation, FailureKind, Outcome, StepRecord, Value
 from jfhpo_core.trainers.trl import TrlSettings, TrlTrainer
 from tests.studies import study_data
+from tests.trainers.conformance import (
+    BREAK,
+    TOTAL_STEPS,
+    Case,
+    TrainerConformance,
+    differing,
+    process_state,
+    timeless_record,
+)
 
 REWARD = """
 def reward(prompts, completions, *, weight, **columns):
@@ -247,7 +248,7 @@ def test_hyperparameters_reach_trl(
 
     job = make_case(**{name: value}).job(0, TOTAL_STEPS, tmp_path)
     with _own_process_state(1):
-        found: Any = _build(job, TrlSettings(), None, tmp_path)
+        found: Any = _build(job, TrlSettings(), load_task(job.study.task), None, tmp_path)
     for part in attribute.split("."):
         found = getattr(found, part)
     assert found == expected

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from jfhpo_core.errors import InfrastructureError
-from jfhpo_core.study.tasks import Row, load_task, reward_reference
+from jfhpo_core.study import scoring
+from jfhpo_core.study.data import Prompt, Row, is_conversational
+from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.external.log import StepLine, read_line
@@ -51,6 +53,9 @@ SETTLE_SECONDS = 1.0
 HF_LAST = "tokenizer_config.json"
 """OpenRLHF writes a model's tokenizer after its weights."""
 
+PART = "reward_part_"
+"""Begins the agent's names for the rewards of single functions, if there are several."""
+
 
 def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
     """See `Trainer.run`."""
@@ -67,7 +72,11 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
     files = Files(folder=new_folder(job), work=stage.absolute().with_name(f"{stage.name}.work"))
     files.work.mkdir()
     try:
-        tokens = _prepare(job, settings, start, files)
+        task = load_task(job.study.task)
+        settings = settings.model_copy(
+            update={"chat_template": settings.chat_template or is_conversational(task.train)}
+        )
+        tokens = _prepare(job, settings, task, start, files)
         argv = to_argv(build_flags(job, settings, placement, files, resume=start is not None))
         variables = environment(settings, os.environ, job.devices)
         command, stop = _launch(settings, argv, variables, job.environment, files)
@@ -98,9 +107,8 @@ def new_folder(job: Job) -> Path:
     return folder
 
 
-def _prepare(job: Job, settings: OpenRlhfSettings, start: Path | None, files: Files) -> int:
+def _prepare(job: Job, settings: OpenRlhfSettings, task: Task, start: Path | None, files: Files) -> int:
     """Write everything that the training reads. Returns the completion tokens generated before it."""
-    task = load_task(job.study.task)
     heldout = task.heldout[: job.study.evaluation.prompts]
     rows = prompt_order(task.train, job.total_steps * job.prompts_per_step, job.seed)
     _write_lines(
@@ -109,7 +117,9 @@ def _prepare(job: Job, settings: OpenRlhfSettings, start: Path | None, files: Fi
     )
     _write_lines(files.heldout, (_line(row["prompt"], {"heldout": number}) for number, row in enumerate(heldout)))
     plan = {
-        "reward": reward_reference(job.study.task),
+        "reward": task.reward.plan(),
+        "reward_timeout_seconds": task.reward.limit_seconds,
+        "reward_timeout_score": task.reward.timeout_score,
         "start_step": job.segment.start_step if start is not None else 0,
         "prompts": job.prompts_per_step,
         "samples": job.configuration["n_samples"],
@@ -122,6 +132,7 @@ def _prepare(job: Job, settings: OpenRlhfSettings, start: Path | None, files: Fi
     }
     files.plan.write_text(json.dumps(plan), encoding="utf-8")
     shutil.copyfile(AGENT, files.agent)
+    shutil.copyfile(scoring.__file__, files.folder / "scoring.py")
     if start is None:
         return 0
     shutil.copytree(start / "checkpoints", files.checkpoints, copy_function=link)
@@ -139,7 +150,7 @@ def prompt_order(rows: tuple[Row, ...], count: int, seed: int) -> list[Row]:
     return [rows[number] for number in order[:count]]
 
 
-def _line(prompt: str, label: dict[str, Any]) -> str:
+def _line(prompt: Prompt, label: dict[str, Any]) -> str:
     return json.dumps({"input": prompt, "label": json.dumps(label)})
 
 
@@ -294,6 +305,8 @@ class _Loop:
             completion_tokens=length,
             truncated_share=metrics["rollout/truncated_rate"],
             learning_rate=metrics.get("actor_lr"),
+            reward_timeouts=round(samples * metrics.get("reward_timeouts", 0.0)),
+            reward_parts={name.removeprefix(PART): value for name, value in metrics.items() if name.startswith(PART)},
             generation_seconds=generation,
             training_seconds=max(0.0, total - generation),
         )
@@ -331,7 +344,8 @@ class _Loop:
     def _evaluation(self, path: Path) -> Evaluation:
         content = json.loads(path.read_text(encoding="utf-8"))
         self._watch.silence.hear(step=False)
-        return score(content["rewards"], self.step, self.step * self.job.prompts_per_step, content["seconds"])
+        found = score(content["rewards"], self.step, self.step * self.job.prompts_per_step, content["seconds"])
+        return found.model_copy(update={"reward_timeouts": content["timed_out"]})
 
     def _follow(self) -> None:
         """Read what has been logged meanwhile."""

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from jfhpo_core.errors import InfrastructureError
-from jfhpo_core.study.tasks import Row, load_task, reward_reference
+from jfhpo_core.study import scoring
+from jfhpo_core.study.data import Row, messages_of
+from jfhpo_core.study.tasks import load_task
 from jfhpo_core.study.trial import Evaluation, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.external.log import LogTail
@@ -83,8 +85,14 @@ def prepare(job: Job, start: Path | None, files: VerlFiles) -> int:
     rows = prompt_order(task.train, job.total_steps * job.prompts_per_step, job.seed)
     _write_rows(files.prompts, rows, "train")
     _write_rows(files.heldout, list(task.heldout[: job.study.evaluation.prompts]), "heldout")
-    files.plan.write_text(json.dumps({"reward": reward_reference(job.study.task)}), encoding="utf-8")
+    plan = {
+        "reward": task.reward.plan(),
+        "reward_timeout_seconds": task.reward.limit_seconds,
+        "reward_timeout_score": task.reward.timeout_score,
+    }
+    files.plan.write_text(json.dumps(plan), encoding="utf-8")
     shutil.copyfile(REWARD, files.reward)
+    shutil.copyfile(scoring.__file__, files.reward.with_name("scoring.py"))
     files.checkpoints.mkdir(parents=True)
     if start is None:
         return 0
@@ -103,7 +111,7 @@ def _write_rows(path: Path, rows: list[Row], source: str) -> None:
     table = [
         {
             "data_source": source,
-            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "prompt": messages_of(row["prompt"]),
             "reward_model": {"style": "rule", "ground_truth": json.dumps(row)},
             "extra_info": {"index": number},
         }

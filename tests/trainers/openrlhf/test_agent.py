@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jfhpo_core.study import scoring
 from jfhpo_core.trainers.external.process import environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from jfhpo_core.trainers.openrlhf.training import AGENT
@@ -44,7 +45,7 @@ async def main():
     said["asked"] = await first
     again, other = (asyncio.create_task(coordinator.admit(place)) for place in (70, 11))
     said["held while evaluating"] = await waits(again) and await waits(other)
-    coordinator.report([(row, 1.0, False) for row, _ in said["asked"]])
+    coordinator.report([(row, 1.0, False, row == 1) for row, _ in said["asked"]])
     said["held until released"] = await waits(again) and await waits(other)
     control(0, evaluate=0)
     said["first step"] = [await again, await other]
@@ -81,9 +82,10 @@ class Engine:
         return SimpleNamespace(outputs=[answer])
 
 async def main():
-    for name in ("good", "raising", "silly"):
-        reward = agent._load_reward(str(folder / f"{{name}}.py") + (":score" if name == "good" else ""))
-        sample = agent._Sampling(Engine(), Tokenizer(), 8, reward)
+    for name in ("good", "raising", "silly", "hanging"):
+        function = {{"reference": str(folder / f"{{name}}.py"), "weight": 1.0, "constants": {{}}}}
+        pool = agent.scoring.Pool([function], 2.0 if name == "hanging" else 60.0, 0.25, folder / "reward.log")
+        sample = agent._Sampling(Engine(), Tokenizer(), 8, pool)
         try:
             params = SimpleNamespace(max_tokens=2, logprobs=None)
             said[name] = await sample("p", {{"prompt": "p", "answer": "34"}}, params)
@@ -102,8 +104,11 @@ print("SAID" + json.dumps(said))
 @pytest.fixture
 def run(trainer_python: str, tmp_path: Path) -> Any:
     shutil.copyfile(AGENT, tmp_path / "agent.py")
+    shutil.copyfile(scoring.__file__, tmp_path / "scoring.py")
     plan = {
-        "reward": "reward.py",
+        "reward": [],
+        "reward_timeout_seconds": 10.0,
+        "reward_timeout_score": 0.0,
         "start_step": 0,
         "prompts": 2,
         "samples": 4,
@@ -138,6 +143,7 @@ def test_rollouts_wait_for_the_driver_and_evaluate_when_asked(run: Any, tmp_path
     assert said["second step"] is None
     written = json.loads((tmp_path / "evaluation-at-0.json").read_text())
     assert written["rewards"] == [[0, 1.0], [0, 1.0], [1, 1.0], [1, 1.0]]
+    assert written["timed_out"] == 2
 
 
 def test_a_training_without_a_driver_ends(run: Any) -> None:
@@ -146,14 +152,17 @@ def test_a_training_without_a_driver_ends(run: Any) -> None:
 
 def test_rewards_see_completions_and_their_failures_are_not_swallowed(run: Any, tmp_path: Path) -> None:
     (tmp_path / "good.py").write_text(
-        "def score(prompts, completions, answer):\n    return [float(completions == answer and prompts == ['p'])]\n"
+        "def reward(prompts, completions, answer):\n    return [float(completions == answer and prompts == ['p'])]\n"
     )
     (tmp_path / "raising.py").write_text("def reward(**_):\n    raise ValueError('broken')\n")
     (tmp_path / "silly.py").write_text("def reward(**_):\n    return [float('nan')]\n")
+    (tmp_path / "hanging.py").write_text("def reward(**_):\n    return [9**9**9**9]\n")
     said = run(REWARD)
-    assert said["good"]["reward"] == 1.0
+    assert (said["good"]["reward"], said["good"]["extra_logs"]) == (1.0, {"reward_timeouts": 0.0})
+    assert (said["hanging"]["reward"], said["hanging"]["extra_logs"]) == (0.25, {"reward_timeouts": 1.0})
     assert said["good"]["truncated"] is True
     assert said["good"]["action_ranges"] == [[2, 4]]
-    assert said["raising"] == "jfhpo: the reward failed: it raised ValueError: broken"
-    assert said["silly"].startswith("jfhpo: the reward failed: it returned [nan]")
+    assert said["raising"].startswith("jfhpo: the reward failed: ")
+    assert "raising.py raised ValueError: broken" in said["raising"]
+    assert "silly.py returned nan for completion 0 of 1" in said["silly"]
     assert "exceed the length of 8" in said["too long"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jfhpo_core.errors import InfrastructureError, SpecError
+from jfhpo_core.study.tasks import load_task
 from jfhpo_core.trainers.external.log import StepLine
 from jfhpo_core.trainers.openrlhf import OpenRlhfTrainer
 from jfhpo_core.trainers.openrlhf.command import Files
@@ -55,6 +56,11 @@ def test_a_step_in_our_terms(files: Files) -> None:
     assert (record.generation_seconds, record.training_seconds) == (2.0, 3.0)
 
 
+def test_time_outs_and_single_rewards_are_counted_over_the_samples(files: Files) -> None:
+    record = loop(files)._record_of(StepLine(1, {**METRICS, "reward_timeouts": 0.25, "reward_part_short": 0.5}))
+    assert (record.reward_timeouts, record.reward_parts) == (1, {"short": 0.5})
+
+
 def test_without_a_reference_no_kl_is_claimed(files: Files) -> None:
     assert loop(files, kl_coefficient=0.0)._record_of(StepLine(1, METRICS)).kl is None
 
@@ -83,7 +89,7 @@ def test_prompts_of_the_horizon_come_from_the_seed() -> None:
 
 def test_what_the_training_reads(files: Files) -> None:
     task = job(study(), files.folder, stop=4)
-    assert _prepare(task, OpenRlhfSettings(), None, files) == 0
+    assert _prepare(task, OpenRlhfSettings(), load_task(task.study.task), None, files) == 0
     lines = [json.loads(line) for line in files.prompts.read_text().splitlines()]
     assert len(lines) == 48
     label = json.loads(lines[5]["label"])
@@ -91,6 +97,9 @@ def test_what_the_training_reads(files: Files) -> None:
     assert len(files.heldout.read_text().splitlines()) == 32
     plan = json.loads(files.plan.read_text())
     assert (plan["start_step"], plan["prompts"], plan["samples"]) == (0, 8, 4)
+    assert [set(one) for one in plan["reward"]] == [{"reference", "weight", "constants"}]
+    assert (plan["reward_timeout_seconds"], plan["reward_timeout_score"]) == (10.0, 0.0)
+    assert (files.folder / "scoring.py").is_file()
 
 
 def test_pass_at_n_is_over_prompts_whatever_the_order_of_completions() -> None:
@@ -127,7 +136,8 @@ def test_a_checkpoint_holds_the_model_and_all_that_resuming_needs(files: Files, 
     # The next segment works on links; what is written over in place is its own.
     again = Files(tmp_path / "next", tmp_path / "next-work")
     again.folder.mkdir()
-    assert _prepare(job(study(), tmp_path, start=4, stop=6), OpenRlhfSettings(), stage, again) == 99
+    later = job(study(), tmp_path, start=4, stop=6)
+    assert _prepare(later, OpenRlhfSettings(), load_task(later.study.task), stage, again) == 99
     weights = "_actor/global_step4/mp_rank_00_model_states.pt"
     assert (again.checkpoints / weights).samefile(stage / "checkpoints" / weights)
     (again.checkpoints / "_actor" / "latest").write_text("other")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from jfhpo_core.errors import InfrastructureError, SpecError
+from jfhpo_core.study import scoring
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Decision, Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers import Job, load_trainer
@@ -156,7 +157,13 @@ def test_its_reward_is_ours(tmp_path: Path) -> None:
         "def score(prompts, completions, answer):\n"
         "    return [1 / 0 if completions == ['x'] else float(completions == answer)]\n"
     )
-    (tmp_path / "plan.json").write_text(json.dumps({"reward": f"{tmp_path / 'own.py'}:score"}))
+    shutil.copyfile(scoring.__file__, tmp_path / "scoring.py")
+    plan = {
+        "reward": [{"reference": f"{tmp_path / 'own.py'}:score", "weight": 1.0, "constants": {}}],
+        "reward_timeout_seconds": 10.0,
+        "reward_timeout_score": 0.0,
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
     program = """
 import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("r", sys.argv[1] + "/reward.py")
@@ -170,7 +177,8 @@ module.compute_score("d", "x", row)
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
     )
     assert done.stdout.splitlines()[0] == "1.0 0.0"
-    assert "jfhpo: the reward failed: it raised ZeroDivisionError" in done.stdout
+    assert "own.py:score raised ZeroDivisionError" in done.stdout
+    assert "jfhpo: the reward failed: " in done.stdout
     assert done.returncode != 0
 
 

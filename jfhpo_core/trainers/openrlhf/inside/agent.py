@@ -1,10 +1,11 @@
 """What jfhpo adds to an OpenRLHF training, through its own extension point (`--train.agent_func_path`).
 
-This file is copied beside its plan (`plan.json`) into the folder of a training and runs there, inside OpenRLHF's vLLM
-actors and in the trainer's environment, where jfhpo is not installed. It does four things:
+This file is copied beside its plan (`plan.json`) and `scoring.py` into the folder of a training and runs there, inside
+OpenRLHF's vLLM actors and in the trainer's environment, where jfhpo is not installed. It does four things:
 
-* It calls rewards as every trainer of jfhpo does: prompt, completion without special tokens, the row's columns. A
-  reward that fails ends the training with a message; OpenRLHF by itself would swallow the error.
+* It calls rewards as every trainer of jfhpo does: prompt, completion without special tokens, the row's columns, in
+  processes of their own with a time limit. A reward that fails ends the training with a message; OpenRLHF by itself
+  would swallow the error.
 * It tells for every group of completions whether all scored alike.
 * It writes down what each held-out prompt scored, so that a standard error can be given.
 * It holds the rollouts of a step until the driver has judged the step before (`control.json`), and evaluates then if
@@ -17,9 +18,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import math
-import numbers
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -41,6 +41,23 @@ POLL_SECONDS = 0.1
 
 CHUNK = 64
 """Held-out completions that an engine takes at a time."""
+
+Result = tuple[int, float, bool, bool]
+"""Of a held-out completion: its row, its reward, whether it was cut off, and whether scoring it took too long."""
+
+
+def _scoring() -> Any:
+    """The module `scoring.py` beside this file."""
+    spec = importlib.util.spec_from_file_location("jfhpo_scoring", FOLDER / "scoring.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+scoring = _scoring()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,6 +82,7 @@ class _Evaluation:
         self.missing = missing
         self.rewards: list[tuple[int, float]] = []
         self.truncated = 0
+        self.timed_out = 0
         self.began = time.time()
 
 
@@ -112,7 +130,7 @@ class _Coordinator:
                 return None
             await asyncio.sleep(POLL_SECONDS)
 
-    def report(self, results: list[tuple[int, float, bool]]) -> None:
+    def report(self, results: list[Result]) -> None:
         """Take rewards of held-out completions that `admit` asked for."""
         assert self._asked is not None
         if self._take(self._asked, results):
@@ -127,16 +145,17 @@ class _Coordinator:
         self._native_samples[row] = number + 1
         return number
 
-    def report_native(self, result: tuple[int, float, bool]) -> None:
+    def report_native(self, result: Result) -> None:
         """Take the reward of a held-out completion that OpenRLHF asked for."""
         assert self._native is not None
         if self._take(self._native, [result]):
             self._native = None
 
-    def _take(self, evaluation: _Evaluation, results: list[tuple[int, float, bool]]) -> bool:
+    def _take(self, evaluation: _Evaluation, results: list[Result]) -> bool:
         """Whether the evaluation is complete now; it is written then."""
-        evaluation.rewards += [(row, reward) for row, reward, _ in results]
-        evaluation.truncated += sum(truncated for *_, truncated in results)
+        evaluation.rewards += [(row, reward) for row, reward, _, _ in results]
+        evaluation.truncated += sum(truncated for _, _, truncated, _ in results)
+        evaluation.timed_out += sum(timed_out for *_, timed_out in results)
         evaluation.missing -= len(results)
         if evaluation.missing:
             return False
@@ -148,6 +167,7 @@ class _Coordinator:
         content = {
             "rewards": sorted(evaluation.rewards),
             "truncated": evaluation.truncated,
+            "timed_out": evaluation.timed_out,
             "seconds": time.time() - evaluation.began,
         }
         write_json(self._folder / name, content)
@@ -178,7 +198,12 @@ class AgentExecutor(AgentExecutorBase):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._plan = json.loads((FOLDER / "plan.json").read_text(encoding="utf-8"))
-        self._reward = _load_reward(self._plan["reward"])
+        self._pool = scoring.Pool(
+            self._plan["reward"],
+            self._plan["reward_timeout_seconds"],
+            self._plan["reward_timeout_score"],
+            FOLDER / "reward.log",
+        )
         # Names are seen within one training only.
         self._coordinator = (
             ray.remote(_Coordinator)
@@ -200,14 +225,14 @@ class AgentExecutor(AgentExecutorBase):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """One completion of a prompt: of a training row, or of a held-out one when OpenRLHF evaluates."""
         place = json.loads(label)
-        sample = _Sampling(llm_engine, hf_tokenizer, max_length, self._reward)
+        sample = _Sampling(llm_engine, hf_tokenizer, max_length, self._pool)
         if "heldout" in place:
             row = place["heldout"]
             number = await self._coordinator.next_sample.remote(row)
             output = await sample(
                 prompt, self._plan["heldout"][row], self._heldout_params(sampling_params, row, number)
             )
-            await self._coordinator.report_native.remote((row, output["reward"], output["truncated"]))
+            await self._coordinator.report_native.remote(_result(row, output))
             return {**output, "label": label}
         position = place["position"]
         if position not in self._admissions:
@@ -215,7 +240,7 @@ class AgentExecutor(AgentExecutorBase):  # type: ignore[misc]
         await self._admissions[position]
         output = await sample(prompt, place["row"], deepcopy(sampling_params))
         alike = await self._scored_alike(position, output["reward"])
-        return {**output, "label": label, "extra_logs": {"zero_variance": float(alike)}}
+        return {**output, "label": label, "extra_logs": {**output["extra_logs"], "zero_variance": float(alike)}}
 
     async def _admit(self, position: int, sample: _Sampling, sampling_params: Any) -> None:
         while True:
@@ -225,14 +250,14 @@ class AgentExecutor(AgentExecutorBase):  # type: ignore[misc]
             outputs = await asyncio.gather(
                 *(self._heldout(row, number, sample, sampling_params) for row, number in wanted)
             )
-            results = [(row, out["reward"], out["truncated"]) for (row, _), out in zip(wanted, outputs, strict=True)]
+            results = [_result(row, output) for (row, _), output in zip(wanted, outputs, strict=True)]
             await self._coordinator.report.remote(results)
 
     async def _heldout(self, row: int, number: int, sample: _Sampling, sampling_params: Any) -> dict[str, Any]:
         content = self._plan["heldout"][row]
         prompt = content["prompt"]
         if self._plan["chat_template"]:
-            messages = [{"role": "user", "content": prompt}]
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             prompt = sample.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return await sample(prompt, content, self._heldout_params(sampling_params, row, number))
 
@@ -259,11 +284,11 @@ class AgentExecutor(AgentExecutorBase):  # type: ignore[misc]
 class _Sampling:
     """Samples and scores completions with an engine."""
 
-    def __init__(self, engine: Any, tokenizer: Any, max_length: int, reward: Any) -> None:
+    def __init__(self, engine: Any, tokenizer: Any, max_length: int, pool: Any) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.reward = reward
+        self.pool = pool
 
     async def __call__(self, prompt: str, row: dict[str, Any], params: Any) -> dict[str, Any]:
         ids = self.tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
@@ -280,7 +305,9 @@ class _Sampling:
             log_probabilities = [0.0] * len(ids)
             log_probabilities += [entry[token].logprob for token, entry in zip(tokens, answer.logprobs, strict=True)]
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        reward = await asyncio.to_thread(self._score, row, text)
+        scores = await asyncio.to_thread(self._score, row, text)
+        reward = scores.rewards[0]
+        parts = {f"reward_part_{name}": values[0] for name, values in scores.parts.items()}
         return {
             "prompt": prompt,
             "label": "",
@@ -292,29 +319,21 @@ class _Sampling:
             "truncated": answer.finish_reason == "length",
             "reward": reward,
             "scores": reward,
-            "extra_logs": {},
+            # OpenRLHF takes means over a step's samples, so every sample has all of them.
+            "extra_logs": {
+                "reward_timeouts": float(bool(scores.timed_out)),
+                **{name: 0.0 if value is None else value for name, value in parts.items()},
+            },
         }
 
-    def _score(self, row: dict[str, Any], completion: str) -> float:
+    def _score(self, row: dict[str, Any], completion: str) -> Any:
         columns = {name: [value] for name, value in row.items() if name != "prompt"}
         try:
-            rewards = list(self.reward(prompts=[row["prompt"]], completions=[completion], **columns))
-        except Exception as error:
-            raise RuntimeError(f"{REWARD_FAILED} it raised {type(error).__name__}: {error}") from error
-        if len(rewards) != 1 or not isinstance(rewards[0], numbers.Real) or not math.isfinite(rewards[0]):
-            raise RuntimeError(f"{REWARD_FAILED} it returned {rewards!r}, not one finite number for one completion")
-        return float(rewards[0])
+            return self.pool.score([row["prompt"]], [completion], columns)
+        except scoring.RewardError as error:
+            raise RuntimeError(f"{REWARD_FAILED} {error}") from error
 
 
-def _load_reward(reference: str) -> Any:
-    """The function of 'file.py:function'."""
-    file, _, name = reference.partition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("jfhpo_reward", file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, name or "reward")
-    except Exception as error:
-        raise RuntimeError(f"{REWARD_FAILED} {file} does not load: {type(error).__name__}: {error}") from error
+def _result(row: int, output: dict[str, Any]) -> Result:
+    """What a held-out completion came to."""
+    return row, output["reward"], output["truncated"], bool(output["extra_logs"]["reward_timeouts"])
