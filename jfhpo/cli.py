@@ -297,9 +297,11 @@ def rules() -> None:
     from dataclasses import fields
     from inspect import getdoc
 
-    from jfhpo_core.stopping.rules import RULE_SETS, RULES
+    from jfhpo_core.plugins import registered
+    from jfhpo_core.stopping.rules import ENTRY_POINT_GROUP, RULE_SETS, RULES, load_rule
 
-    for name, rule in RULES.items():
+    for name in [*RULES, *registered(ENTRY_POINT_GROUP)]:
+        rule = load_rule(name)
         members = [chosen for chosen, members in RULE_SETS.items() if name in {member.name for member in members}]
         typer.echo(f"{name}  (in: {', '.join(members)})")
         for line in (getdoc(rule) or "").splitlines():

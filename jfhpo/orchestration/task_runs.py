@@ -15,7 +15,7 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
 from jfhpo.display import describe_end
-from jfhpo_core.run.dispatch import Dispatcher, Event, Finished
+from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, Suspended
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.trial import Outcome, StepRecord, Trial
 from jfhpo_core.trainers import Job
@@ -84,6 +84,9 @@ class TaskRuns:
                 continue
             if isinstance(event, Finished):
                 run.ended.append(event)
+            elif isinstance(event, Suspended):
+                message = f"the wall-clock limit came; the next run goes on from step {event.step}"
+                self._end(event.key, State(type=StateType.COMPLETED, name="Paused", message=message))
             else:
                 for record in event.records:
                     run.heard.put(record)

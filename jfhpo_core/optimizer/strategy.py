@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,6 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from scipy.stats import qmc
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.plugins import load_plugin
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState, configuration_key
 
@@ -122,17 +121,7 @@ def load_strategy(study: Study) -> Strategy:
         SpecError: There is none of that name, what it needs is not installed, or it refuses its settings.
     """
     name, settings = study.spec.strategy.name, study.spec.strategy.settings
-    points = {
-        **{point.name: point for point in _registered()},
-        **{own: EntryPoint(own, place, ENTRY_POINT_GROUP) for own, place in STRATEGIES.items()},
-    }
-    if name not in points:
-        raise SpecError(f"strategy.name: no strategy {name!r}; there are {', '.join(sorted(points))}")
-    try:
-        kind = points[name].load()
-    except ImportError as error:
-        remedy = "run `pip install 'jfhpo[peers]'`" if name in STRATEGIES else "mend or remove its package"
-        raise SpecError(f"strategy.name: strategy {name!r} cannot be imported: {error}; {remedy}") from error
+    kind = load_plugin(ENTRY_POINT_GROUP, name, "strategy.name", STRATEGIES)
     try:
         strategy: Strategy = kind(**settings)
     except TypeError as error:
@@ -147,11 +136,6 @@ def load_strategy(study: Study) -> Strategy:
     if isinstance(strategy, Checked):
         strategy.check(study)
     return strategy
-
-
-@cache  # reading the metadata of all installed packages takes a tenth of a second
-def _registered() -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=ENTRY_POINT_GROUP))
 
 
 @dataclass(frozen=True)

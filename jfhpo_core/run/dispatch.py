@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from jfhpo_core.run.parts import Paused
 from jfhpo_core.run.worker import run_job
 from jfhpo_core.study.trial import SegmentResult, StepRecord
 from jfhpo_core.trainers import Job, Trainer, load_trainer
@@ -33,7 +34,15 @@ class Finished:
     records: tuple[StepRecord, ...]
 
 
-Event = Streamed | Finished
+@dataclass(frozen=True)
+class Suspended:
+    """A job has come to its deadline and was saved; its segment goes on from `step` when it is submitted again."""
+
+    key: str
+    step: int
+
+
+Event = Streamed | Finished | Suspended
 
 
 class Dispatcher(Protocol):
@@ -70,7 +79,8 @@ class Dispatcher(Protocol):
 class _Completed:
     at: float
     order: int
-    event: Finished = field(compare=False)
+    event: Finished | Suspended = field(compare=False)
+    records: tuple[StepRecord, ...] = field(compare=False)
 
 
 class InlineDispatcher:
@@ -101,11 +111,16 @@ class InlineDispatcher:
             self._on_submit(job)
         records: list[StepRecord] = []
         began = time.perf_counter()
-        result = run_job(job, self._trainer or load_trainer(job.study.trainer.name), records.append)
-        seconds = max(result.seconds, 0.0) or time.perf_counter() - began
+        event: Finished | Suspended
+        try:
+            result = run_job(job, self._trainer or load_trainer(job.study.trainer.name), records.append)
+        except Paused as pause:
+            seconds, event = 0.0, Suspended(job.trial_key, pause.step)
+        else:
+            seconds, event = result.seconds, Finished(job.trial_key, result, tuple(records))
+        seconds = max(seconds, 0.0) or time.perf_counter() - began
         self._order += 1
-        finished = Finished(job.trial_key, result, tuple(records))
-        heapq.heappush(self._running, _Completed(self._clock + seconds, self._order, finished))
+        heapq.heappush(self._running, _Completed(self._clock + seconds, self._order, event, tuple(records)))
 
     def wait(self, timeout_seconds: float) -> list[Event]:
         """See `Dispatcher.wait`; moves the clock to the next completion."""
@@ -113,7 +128,7 @@ class InlineDispatcher:
             return []
         completed = heapq.heappop(self._running)
         self._clock = max(self._clock, completed.at)
-        return [Streamed(completed.event.key, completed.event.records), completed.event]
+        return [Streamed(completed.event.key, completed.records), completed.event]
 
     def now(self) -> float:
         """See `Dispatcher.now`."""

@@ -32,7 +32,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jfhpo_core.errors import InfrastructureError, SpecError
-from jfhpo_core.run.dispatch import Event, Finished, Streamed
+from jfhpo_core.run.dispatch import Event, Finished, Streamed, Suspended
+from jfhpo_core.run.parts import Paused
 from jfhpo_core.run.watchdog import Silence
 from jfhpo_core.run.worker import Cancelled, run_job
 from jfhpo_core.study.spec import ClusterSpec
@@ -106,16 +107,18 @@ class _WorkerProcess:
         """End the running job at its next step."""
         self._cancelled.set()
 
-    def train(self, job: Job) -> Iterator[StepRecord | SegmentResult | _Loss]:
-        """Yield a job's step records as they come, then its result, or how it was lost; nothing more if cancelled."""
+    def train(self, job: Job) -> Iterator[StepRecord | SegmentResult | Suspended | _Loss]:
+        """Yield a job's step records as they come, then what came of it; nothing more if cancelled."""
         self._cancelled.clear()
-        items: queue.SimpleQueue[StepRecord | SegmentResult | _Loss | None] = queue.SimpleQueue()
+        items: queue.SimpleQueue[StepRecord | SegmentResult | Suspended | _Loss | None] = queue.SimpleQueue()
 
         def work() -> None:
             try:
                 items.put(run_job(job, _trainer(job.study.trainer.name), items.put, self._cancelled.is_set))
             except Cancelled:
                 pass
+            except Paused as pause:
+                items.put(Suspended(job.trial_key, pause.step))
             except Exception as error:  # noqa: BLE001  the driver tries again, and reports what it was
                 items.put(_Loss(_last_line(error), details=traceback.format_exc()))
             finally:
@@ -277,11 +280,13 @@ class RayDispatcher:
         if thread is threading.current_thread():
             del self._jobs[job.trial_key]
 
-    def _finish(self, job: Job, cancelled: threading.Event) -> Finished:
+    def _finish(self, job: Job, cancelled: threading.Event) -> Finished | Suspended:
         losses: list[_Loss] = []
         while True:
             records: list[StepRecord] = []
             outcome, seconds = self._attempt(job, records, cancelled)
+            if isinstance(outcome, Suspended):
+                return outcome
             if isinstance(outcome, SegmentResult):
                 result = outcome.model_copy(update={"attempts": len(losses) + 1})
                 return Finished(job.trial_key, result, tuple(records))
@@ -294,7 +299,7 @@ class RayDispatcher:
 
     def _attempt(
         self, job: Job, records: list[StepRecord], cancelled: threading.Event
-    ) -> tuple[SegmentResult | _Loss, float]:
+    ) -> tuple[SegmentResult | Suspended | _Loss, float]:
         """Run a job once, on one worker, which survives only if the job ended in good order.
 
         Returns:
@@ -313,7 +318,7 @@ class RayDispatcher:
                 if isinstance(item, StepRecord):
                     records.append(item)
                     self._events.put(Streamed(job.trial_key, (item,)))
-                elif isinstance(item, SegmentResult):
+                elif isinstance(item, SegmentResult | Suspended):
                     self._release(worker)
                     worker = None
                     return item, time.monotonic() - began
@@ -332,7 +337,7 @@ class RayDispatcher:
 
     def _stream(
         self, job: Job, worker: _Worker, cancelled: threading.Event
-    ) -> Iterator[StepRecord | SegmentResult | _Loss]:
+    ) -> Iterator[StepRecord | SegmentResult | Suspended | _Loss]:
         """What a worker yields for a job, as it comes.
 
         Raises:

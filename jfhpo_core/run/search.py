@@ -17,7 +17,7 @@ from enum import StrEnum
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation, Strategy, load_strategy
-from jfhpo_core.run.dispatch import Dispatcher, Finished, Streamed
+from jfhpo_core.run.dispatch import Dispatcher, Event, Streamed, Suspended
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.models import steps_at
 from jfhpo_core.study.resolved import Study, base_scores
@@ -46,6 +46,10 @@ logger = logging.getLogger(__name__)
 HOPELESS_AFTER = 20
 """Stop after this many infeasible trials if none has succeeded; the cause is then unlikely to be a hyperparameter
 value. Every further call of the search tries one more, in case the cause has been removed."""
+
+PAUSE_SHARE = 0.1
+PAUSE_SECONDS = 60.0
+"""Running segments have to be saved this share of the wall-clock limit before it, or this long if that is shorter."""
 
 LOST_IN_A_ROW = 3
 """The search gives up when so many trials in a row were lost to infrastructure failures, each after its retries."""
@@ -407,6 +411,43 @@ def rank(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[Reco
 
 
 @dataclass
+class _WallClock:
+    """The time that one call of `run_search` has.
+
+    Args:
+        limit_seconds: `budget.wall_seconds`; infinite without a limit.
+    """
+
+    limit_seconds: float
+    began: float = field(default_factory=time.monotonic)
+    began_at: float = field(default_factory=time.time)
+    over: bool = False
+    """Whether nothing more is begun: what would come next does not fit."""
+
+    @property
+    def usable_seconds(self) -> float:
+        """Time from the beginning until running segments have to be saved."""
+        if math.isinf(self.limit_seconds):
+            return math.inf
+        return self.limit_seconds - min(PAUSE_SECONDS, PAUSE_SHARE * self.limit_seconds)
+
+    @property
+    def deadline(self) -> float | None:
+        """The same as seconds since the epoch, for workers elsewhere; None without a limit."""
+        return None if math.isinf(self.limit_seconds) else self.began_at + self.usable_seconds
+
+    @property
+    def spent(self) -> bool:
+        """Whether the limit is reached."""
+        return time.monotonic() - self.began > self.limit_seconds
+
+    def has(self, seconds: float) -> bool:
+        """Whether something that takes so long can still be begun; once it cannot, nothing can in this call."""
+        self.over = self.over or time.monotonic() - self.began + seconds > self.usable_seconds
+        return not self.over
+
+
+@dataclass
 class _Run:
     """State of one call of `run_search`; all of it can be rebuilt from the ledger."""
 
@@ -415,7 +456,13 @@ class _Run:
     dispatcher: Dispatcher
     strategy: Strategy
     began: float
-    in_flight: set[str] = field(default_factory=set)
+    clock: _WallClock
+    in_flight: dict[str, float] = field(default_factory=dict)
+    """When each running trial was submitted, by the monotonic clock."""
+    suspended: dict[str, int] = field(default_factory=dict)
+    """Step at which each trial was saved whose segment this call did not end."""
+    submitted: int = 0
+    committed: int = 0
     give_up_after: int = HOPELESS_AFTER
     live: dict[str, StepRecord] = field(default_factory=dict)
     lost_in_a_row: int = 0
@@ -424,8 +471,44 @@ class _Run:
         scores = base_scores(self.ledger.trials())
         history = self.ledger.step_records(trial.key)
         environment = self.ledger.environment(trial.key)
-        self.dispatcher.submit(self.study.job(trial, segment, history, scores.get(trial.model), environment))
-        self.in_flight.add(trial.key)
+        job = self.study.job(trial, segment, history, scores.get(trial.model), environment)
+        self.dispatcher.submit(job.model_copy(update={"deadline": self.clock.deadline}))
+        self.in_flight[trial.key] = time.monotonic()
+        self.submitted += 1
+
+    def fits(self, trial: Trial) -> bool:
+        """Whether there is time to start a trial and to train a step of it: what is then cut off is saved.
+
+        The first of a call is begun whatever the price is taken to be: a wrong one must not end every call at once.
+        """
+        trials = self.ledger.trials()
+        if math.isinf(self.clock.limit_seconds) or not self.submitted or not _is_timed(trials):
+            return self.clock.has(0.0)
+        costs, done = CostModel.fit(self.study, trials), trial.kept_prompts
+        least = costs.estimate(trial.configuration, trial.model, done, done + trial.prompts_per_step).seconds
+        return self.clock.has(least / self.study.ladder[trial.model].devices)
+
+    def note(self) -> str:
+        """Why the wall-clock limit ended the call, what it has cut off, and what to do."""
+        trials = {trial.key: trial for trial in self.ledger.trials()}
+        saved = [
+            f"#{trials[key].number} at step {step} of {trials[key].total_steps}" for key, step in self.suspended.items()
+        ]
+        lost = [f"#{trials[key].number} ({time.monotonic() - since:.0f} s)" for key, since in self.in_flight.items()]
+        text = f"The wall-clock limit of {self.clock.limit_seconds:.6g} s (budget.wall_seconds) ended this call."
+        if saved:
+            text += f" Saved, to go on from there: {', '.join(saved)}."
+        if lost:
+            text += (
+                f" Lost since their last checkpoint: {', '.join(lost)}; trainer {self.study.spec.trainer.name!r} did "
+                "not reach a point where it could save them."
+            )
+        if not self.committed and not saved:
+            text += (
+                " So nothing was gained, and the same limit may be too short again: raise it, or have trials saved "
+                "more often by more fidelity.rungs."
+            )
+        return f"{text} Run the same command to continue."
 
 
 def run_search(
@@ -448,10 +531,9 @@ def run_search(
         LedgerError: The ledger holds another study of this name.
     """
     ledger.open(study.spec)
-    run = _Run(study, ledger, dispatcher, strategy or load_strategy(study), dispatcher.now())
+    clock = _WallClock(study.spec.budget.wall_seconds or math.inf)
+    run = _Run(study, ledger, dispatcher, strategy or load_strategy(study), dispatcher.now(), clock)
     run.give_up_after = patience(ledger.trials())
-    wall = time.monotonic()
-    limit = study.spec.budget.wall_seconds
     for trial in ledger.trials():
         if trial.open_segment is not None:
             run.submit(trial, trial.open_segment)
@@ -463,10 +545,16 @@ def run_search(
                 on_progress(
                     Progress(study, phase, trials, dict(run.live), spent_seconds(trials), dispatcher.now() - run.began)
                 )
-            out_of_time = limit is not None and time.monotonic() - wall > limit
-            if (phase is Phase.DONE and not run.in_flight) or out_of_time:
-                note = "The wall-clock limit was reached: run the same command to continue" if out_of_time else ""
-                return conclude(study, ledger.trials(), run.strategy, phase is Phase.DONE, note)
+            if clock.spent:
+                for event in dispatcher.wait(0):
+                    _absorb(run, event)
+                for key in run.in_flight:
+                    dispatcher.cancel(key)
+            if clock.spent or not run.in_flight:
+                complete = phase is Phase.DONE and not run.suspended
+                if complete or clock.over or clock.spent:
+                    note = "" if complete else run.note()
+                    return conclude(study, ledger.trials(), run.strategy, complete, note)
             for event in dispatcher.wait(POLL_SECONDS):
                 _absorb(run, event)
     except KeyboardInterrupt:
@@ -482,8 +570,17 @@ def _fill(run: _Run) -> Phase:
         trials = run.ledger.trials()
         if len(run.in_flight) >= run.dispatcher.slots:
             return _phase(trials)
+        paused = next((trial for trial in trials if trial.key in run.suspended), None)
+        if paused is not None and paused.open_segment is not None and run.fits(paused):
+            del run.suspended[paused.key]
+            run.submit(paused, paused.open_segment)
+            continue
+        if run.clock.over:
+            return _phase(trials)
         step = plan_next(run.study, run.strategy, trials, run.give_up_after)
         if step.trial is None or step.segment is None:
+            return step.phase
+        if not run.fits(step.trial):
             return step.phase
         run.ledger.begin(step.trial, step.segment)
         run.submit(step.trial, step.segment)
@@ -499,11 +596,16 @@ def _phase(trials: Sequence[Trial]) -> Phase:
     return Phase.BASELINES if all(trial.purpose == "baseline" for trial in running) else Phase.SEARCH
 
 
-def _absorb(run: _Run, event: Streamed | Finished) -> None:
+def _absorb(run: _Run, event: Event) -> None:
     if isinstance(event, Streamed):
         run.ledger.stream(event.key, event.records)
         if event.records:
             run.live[event.key] = event.records[-1]
+        return
+    if isinstance(event, Suspended):
+        if run.in_flight.pop(event.key, None) is not None:
+            run.suspended[event.key] = event.step
+            run.live.pop(event.key, None)
         return
     trials = run.ledger.trials()
     opened = {trial.key: trial.open_segment.index for trial in trials if trial.open_segment is not None}
@@ -516,7 +618,8 @@ def _absorb(run: _Run, event: Streamed | Finished) -> None:
         raise SpecError(f"{event.result.message}; nothing is charged for it: correct it and run the same command again")
     committed = 1 + sum(len(trial.segments) for trial in trials)
     run.ledger.commit(event.key, event.result.model_copy(update={"committed": committed}), event.records)
-    run.in_flight.discard(event.key)
+    run.committed += 1
+    run.in_flight.pop(event.key, None)
     run.live.pop(event.key, None)
     run.lost_in_a_row = run.lost_in_a_row + 1 if event.result.outcome is Outcome.LOST else 0
     if run.lost_in_a_row >= LOST_IN_A_ROW:

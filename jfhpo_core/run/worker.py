@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from jfhpo_core.errors import CheckpointError, InfrastructureError, TrialFailure
+from jfhpo_core.run.parts import Countdown, Part, Paused, after_part, cut, find_part, save_part
 from jfhpo_core.stopping.rules import Course, Monitor, NonFinite, build_rules
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.trial import (
@@ -21,6 +22,7 @@ from jfhpo_core.study.trial import (
     Evaluation,
     FailureKind,
     Outcome,
+    Pause,
     Segment,
     SegmentResult,
     StepRecord,
@@ -53,30 +55,54 @@ def run_job(
 
     Raises:
         Cancelled: `cancelled` said so.
+        Paused: The job's deadline came first; the next call with this segment goes on from there.
         CheckpointError: The new checkpoint could not be stored.
         InfrastructureError: The trainer broke its contract.
     """
     began = time.perf_counter()
     segment = job.segment
     store = CheckpointStore(Path(job.store))
-    start, job, note = _starting_point(store, job)
+    found = find_part(store, job)
+    if found is None:
+        start, job, note = _starting_point(store, job)
+        before, kept = None, start
+    else:
+        (start, before), note = found, None
+        kept = next((store.root / checkpoint.path for checkpoint in job.start_checkpoints), None)
+        job = after_part(job, before)
+    pauses = getattr(trainer, "pauses", False)
+    job = job if pauses else cut(job)
+    records = list(before.records) if before is not None else []
+    for record in records:
+        on_record(record)
     floors = {floor.step: floor.score for floor in segment.floors}
     course = Course(job.total_steps, job.base_score, list(job.history), list(job.evaluations), floors)
     monitor = Monitor(build_rules(job.study.stopping), course)
+    countdown = Countdown(job.deadline)
     decision: Decision | None = None
+    paused = job.segment.stop_step < segment.stop_step
 
     def charge(simulated: float | None = None) -> float:
         return simulated if simulated is not None else time.perf_counter() - began
 
-    def observe(event: StepRecord | Evaluation) -> Decision | None:
-        nonlocal decision
+    def failed(kind: FailureKind, message: str, seconds: float) -> SegmentResult:
+        result = _infeasible(segment, job, monitor, kind, message, seconds)
+        return result if before is None else before.followed_by(result)
+
+    def observe(event: StepRecord | Evaluation) -> Decision | Pause | None:
+        nonlocal decision, paused
+        late = countdown.over()
         if isinstance(event, StepRecord):
             on_record(event)
+            records.append(event)
         if cancelled():
             raise Cancelled(job.trial_key)
         found = monitor.update(event)
         # The first one stands: an evaluation that follows it takes nothing back.
         decision = decision or found
+        if late and pauses and decision is None and isinstance(event, StepRecord) and event.step < segment.stop_step:
+            paused = True
+            return Pause()
         return decision
 
     stage = store.stage(job.trial_key)
@@ -85,32 +111,35 @@ def run_job(
             with _surroundings(job):
                 result = trainer.run(job, start, stage, observe)
         except TrialFailure as failure:
-            kind, message = FailureKind(failure.kind), str(failure)
-            return _infeasible(segment, job, monitor, kind, message, charge(failure.seconds))
+            return failed(FailureKind(failure.kind), str(failure), charge(failure.seconds))
         except MemoryError as error:
-            kind, message = FailureKind.OUT_OF_MEMORY, f"the trainer ran out of memory: {error or 'MemoryError'}"
-            return _infeasible(segment, job, monitor, kind, message, charge())
+            message = f"the trainer ran out of memory: {error or 'MemoryError'}"
+            return failed(FailureKind.OUT_OF_MEMORY, message, charge())
         if decision is not None and decision.rule == NonFinite.name:
-            kind, message = FailureKind.NON_FINITE, decision.explain()
-            return _infeasible(segment, job, monitor, kind, message, charge(result.seconds))
-        checkpoint = _commit(store, job, start, stage, result) if decision is None else None
+            return failed(FailureKind.NON_FINITE, decision.explain(), charge(result.seconds))
+        ended = SegmentResult(
+            segment=segment,
+            outcome=Outcome.REACHED if decision is None else Outcome.STOPPED,
+            end_step=result.end_step,
+            end_prompts=result.end_prompts,
+            evaluations=result.evaluations,
+            seconds=charge(result.seconds),
+            startup_seconds=result.startup_seconds,
+            evaluation_seconds=result.evaluation_seconds,
+            devices=job.devices,
+            decision=decision,
+            message=note,
+            moved_to=job.segment.start_step if job.segment.start_step != segment.start_step else None,
+        )
+        ended = ended if before is None else before.followed_by(ended)
+        if decision is not None:
+            return ended
+        if paused and result.end_step < segment.stop_step:
+            save_part(store, job, stage, Part(result=ended, records=tuple(records)), kept)
+            raise Paused(result.end_step)
+        return ended.model_copy(update={"checkpoint": _commit(store, job, kept, stage, result)})
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-    return SegmentResult(
-        segment=segment,
-        outcome=Outcome.REACHED if decision is None else Outcome.STOPPED,
-        end_step=result.end_step,
-        end_prompts=result.end_prompts,
-        evaluations=result.evaluations,
-        checkpoint=checkpoint,
-        seconds=charge(result.seconds),
-        startup_seconds=result.startup_seconds,
-        evaluation_seconds=result.evaluation_seconds,
-        devices=job.devices,
-        decision=decision,
-        message=note,
-        moved_to=job.segment.start_step if job.segment.start_step != segment.start_step else None,
-    )
 
 
 @contextmanager

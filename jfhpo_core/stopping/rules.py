@@ -21,6 +21,7 @@ from statistics import median
 from typing import ClassVar
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.plugins import load_plugin
 from jfhpo_core.study.spec import StoppingSpec
 from jfhpo_core.study.trial import Decision, Evaluation, StepRecord
 
@@ -496,6 +497,9 @@ def _relative(course: Course, name: str, window: int) -> float | None:
     return _mean(values[-window:]) / start
 
 
+ENTRY_POINT_GROUP = "jfhpo.rules"
+"""Further rules come by this group; an entry point names a class that derives from `StoppingRule`."""
+
 RULES: dict[str, type[StoppingRule]] = {
     rule.name: rule
     for rule in (
@@ -532,6 +536,17 @@ RULE_SETS: dict[str, tuple[StoppingRule, ...]] = {
 }
 
 
+def load_rule(name: str) -> type[StoppingRule]:
+    """The rule of this name.
+
+    Raises:
+        SpecError: There is none, or it does not import.
+    """
+    own = {known: f"{rule.__module__}:{rule.__name__}" for known, rule in RULES.items()}
+    kind: type[StoppingRule] = load_plugin(ENTRY_POINT_GROUP, name, "stopping.override", own)
+    return kind
+
+
 def build_rules(spec: StoppingSpec) -> tuple[StoppingRule, ...]:
     """The rules that a study asks for.
 
@@ -540,12 +555,11 @@ def build_rules(spec: StoppingSpec) -> tuple[StoppingRule, ...]:
     """
     rules = {rule.name: rule for rule in RULE_SETS[spec.rules]}
     for name, change in spec.override.items():
-        if name not in RULES:
-            raise SpecError(f"stopping.override: no rule {name!r}; there are {', '.join(sorted(RULES))}")
+        kind = load_rule(name)
         if change is False:
             rules.pop(name, None)
             continue
-        rule = rules.get(name, RULES[name]())
+        rule = rules.get(name, kind())
         known = {item.name: item for item in fields(rule)}
         unknown = set(change) - set(known)
         if unknown:

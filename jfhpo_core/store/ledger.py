@@ -2,7 +2,7 @@
 
 A ledger holds trials and their committed segments. `commit` is the one moment at which work counts: before it, a
 segment is open and will be trained again after a crash; after it, the segment is charged, once. One process writes.
-tests/store/ledger_conformance.py is the contract that every ledger must pass.
+`jfhpo.testing.LedgerConformance` is the contract that every ledger must pass.
 """
 
 from __future__ import annotations

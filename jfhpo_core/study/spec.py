@@ -240,7 +240,12 @@ class BudgetSpec(_Section):
 
     trial_seconds: float | None = Field(default=None, gt=0, description="Sum of the trials' device-seconds.")
     gpu_hours: float | None = Field(default=None, gt=0, description="The same in device-hours.")
-    wall_seconds: float | None = Field(default=None, gt=0, description="Wall-clock limit of one `jfhpo search` call.")
+    wall_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="Wall-clock limit of one `jfhpo search` call. What is running then has been saved and goes on in "
+        "the next call; the report and the model's registration come after it.",
+    )
     max_parallel: int = Field(default=2, ge=1, le=1024, description="Trials trained at the same time.")
     initial_share: float = Field(
         default=0.25, gt=0, lt=1, description="At most this share of the budget goes into the initial design."

@@ -111,6 +111,12 @@ class Decision(Record):
         return f"{self.rule}: {self.signal} = {self.value:.4g} against {self.threshold:.4g} at step {self.step}"
 
 
+class Pause(Record):
+    """An answer to a trainer's step: write the checkpoint now and return. The segment goes on from it later."""
+
+    stop: Literal[False] = False
+
+
 class Checkpoint(Record):
     """A committed checkpoint in the checkpoint store."""
 

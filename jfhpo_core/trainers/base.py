@@ -10,10 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.spec import StudySpec
-from jfhpo_core.study.trial import Checkpoint, Configuration, Decision, Evaluation, Record, Segment, StepRecord
+from jfhpo_core.study.trial import (
+    Checkpoint,
+    Configuration,
+    Decision,
+    Evaluation,
+    Pause,
+    Record,
+    Segment,
+    StepRecord,
+)
 
-Observer = Callable[[StepRecord | Evaluation], Decision | None]
-"""Called by a trainer after every step and every evaluation. A decision that says stop ends the segment there."""
+Observer = Callable[[StepRecord | Evaluation], Decision | Pause | None]
+"""Called by a trainer after every step and every evaluation. A decision that says stop ends the segment there; a pause,
+which only steps are answered by, saves it there."""
 
 
 class Job(Record):
@@ -53,6 +63,9 @@ class Job(Record):
         default_factory=dict,
         description="Environment variables while it is trained: what a trainer's own tracking has to know.",
     )
+    deadline: float | None = Field(
+        default=None, description="Seconds since the epoch at which it has to be paused if it has not ended."
+    )
 
 
 class TrainingResult(Record):
@@ -71,13 +84,16 @@ class TrainingResult(Record):
 class Trainer(Protocol):
     """Turns a job into step records, evaluations and a checkpoint.
 
-    Contract (tests/trainers/conformance.py holds every trainer to it):
+    Contract (`jfhpo.testing.TrainerConformance` holds every trainer to it):
 
     * `total_steps` sets the learning-rate schedule, whatever the segment's `stop_step` is.
     * Training up to b in one segment or in two gives the same records, evaluations and checkpoint (exactly on CPU).
     * `observe` is called once per step, in order, with consecutive steps, and with every evaluation, after the step's
       record. When it returns a stopping decision the trainer evaluates at that step, if it has not, and returns; no
       checkpoint needs to be written then, and the evaluation of a training that stops needs not be shown.
+    * A trainer that can write its checkpoint after any step, without knowing so when it starts, says so by a class
+      attribute `pauses = True`. When `observe` answers a step with a `Pause`, it takes the evaluation that is due at
+      that step, if one is, writes its resumable state into `stage` and returns. Others are never asked to.
     * When `segment.stop_step` is reached the trainer evaluates there and writes its resumable state into `stage`.
     * A configuration it cannot train is refused by `check` before any work; failures during the work that are the
       configuration's fault are raised as `TrialFailure`.

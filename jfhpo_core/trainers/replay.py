@@ -60,6 +60,7 @@ class ReplayTrainer:
     """
 
     name: ClassVar[str] = "replay"
+    pauses: ClassVar[bool] = True
     hyperparameters: ClassVar[type[BaseModel]] = RecordedHyperparameters
 
     def check(self, study: StudySpec) -> None:

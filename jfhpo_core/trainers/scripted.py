@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from jfhpo_core.study.trial import Evaluation, StepRecord
+from jfhpo_core.study.trial import Evaluation, Pause, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 
 STATE = "state.json"
@@ -38,16 +38,18 @@ def play(
     """
     step = first = 0 if start is None else int(json.loads((start / STATE).read_text(encoding="utf-8"))["step"])
     evaluations: list[Evaluation] = []
-    trained, stopped = 0.0, False
+    trained, stopped, paused = 0.0, False, False
 
     def stops(event: StepRecord | Evaluation) -> bool:
+        nonlocal paused
         decision = observe(event)
+        paused = paused or isinstance(decision, Pause)
         return decision is not None and decision.stop
 
     if first == 0 and 0 in job.evaluation_steps:
         evaluations.append(evaluate(0))
         stopped = stops(evaluations[-1])
-    while step < job.segment.stop_step and not stopped:
+    while step < job.segment.stop_step and not stopped and not paused:
         step += 1
         shown = record(step)
         trained += shown.generation_seconds + shown.training_seconds

@@ -299,6 +299,7 @@ class SimulatedTrainer:
     """Answers every job from a `Landscape` (the trainer's settings)."""
 
     name: ClassVar[str] = "simulated"
+    pauses: ClassVar[bool] = True
     hyperparameters: ClassVar[type[BaseModel]] = Hyperparameters
 
     def check(self, study: StudySpec) -> None:

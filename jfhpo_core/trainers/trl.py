@@ -83,6 +83,7 @@ class TrlTrainer:
     """
 
     name: ClassVar[str] = "trl"
+    pauses: ClassVar[bool] = True
     hyperparameters: ClassVar[type[BaseModel]] = TrlHyperparameters
 
     def check(self, study: StudySpec) -> None:

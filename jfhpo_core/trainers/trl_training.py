@@ -34,7 +34,7 @@ from jfhpo_core.study.data import Prompt, Row, columns_of
 from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.scoring import Scores
 from jfhpo_core.study.tasks import Task, load_task
-from jfhpo_core.study.trial import Evaluation, FailureKind, StepRecord
+from jfhpo_core.study.trial import Evaluation, FailureKind, Pause, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.trl import TrlSettings
 from jfhpo_core.trainers.trl_rollout import Sampler, Tokens, evaluate, own_randomness
@@ -307,6 +307,7 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
         self.evaluations: list[Evaluation] = []
         self.startup_seconds = 0.0
         self.stopped = False
+        self.paused = False
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.startup_seconds = time.perf_counter() - self._began
@@ -324,11 +325,12 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
         if self.stopped or self.step in self._job.evaluation_steps:
             evaluation = self._evaluate()
             self.stopped = self.stopped or self._stops(evaluation)
-        control.should_training_stop = self.stopped or self.step >= self._job.segment.stop_step
+        control.should_training_stop = self.stopped or self.paused or self.step >= self._job.segment.stop_step
         self._began = time.perf_counter()
 
     def _stops(self, event: StepRecord | Evaluation) -> bool:
         decision = self._observe(event)
+        self.paused = self.paused or isinstance(decision, Pause)
         return decision is not None and decision.stop
 
     def _evaluate(self) -> Evaluation:

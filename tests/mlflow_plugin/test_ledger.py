@@ -21,6 +21,17 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
+from jfhpo.testing.ledgers import (
+    TOTAL_STEPS,
+    LedgerConformance,
+    make_record,
+    make_records,
+    make_result,
+    make_segment,
+    make_study,
+    make_trial,
+    text,
+)
 from jfhpo_core.errors import LedgerError, LedgerUnavailable
 from jfhpo_core.report.page import write_plots
 from jfhpo_core.run.dispatch import InlineDispatcher
@@ -32,17 +43,6 @@ from jfhpo_core.study.spec import StudySpec, TrackingSpec
 from jfhpo_core.study.trial import Decision, FailureKind, Outcome, PassAtN, Trial
 from mlflow_plugin.ledger import TAG_LIMIT, MlflowLedger, _absolute, _exists
 from mlflow_plugin.presentation import StudyState
-from tests.store.ledger_conformance import (
-    TOTAL_STEPS,
-    LedgerConformance,
-    make_record,
-    make_records,
-    make_result,
-    make_segment,
-    make_study,
-    make_trial,
-    text,
-)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.optimizer import strategy as strategies
 from jfhpo_core.optimizer.strategy import STRATEGIES, RandomSearch, fresh_configurations, load_strategy
 from jfhpo_core.study.trial import Trial, configuration_key
 from tests.studies import evaluation, result, simulated_study
@@ -111,22 +110,3 @@ def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delitem(sys.modules, "jfhpo_core.peers.optuna", raising=False)
     with pytest.raises(SpecError, match=r"strategy 'tpe' cannot be imported: .*optuna.*pip install 'jfhpo\[peers\]'"):
         load_strategy(simulated_study(tmp_path, strategy="tpe"))
-
-
-def test_further_strategies_come_by_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "packages"
-    metadata = package / "walker-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: walker\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[jfhpo.strategies]\nwalk = walker:Walk\nlost = nowhere:Lost\n")
-    (package / "walker.py").write_text(
-        "from jfhpo_core.optimizer.strategy import RandomSearch\n\n\nclass Walk(RandomSearch):\n    name = 'walk'\n"
-    )
-    monkeypatch.syspath_prepend(str(package))
-    strategies._registered.cache_clear()
-    try:
-        assert load_strategy(simulated_study(tmp_path, strategy="walk")).name == "walk"
-        with pytest.raises(SpecError, match=r"strategy 'lost' cannot be imported: .*nowhere.*its package"):
-            load_strategy(simulated_study(tmp_path, strategy="lost"))
-    finally:
-        strategies._registered.cache_clear()

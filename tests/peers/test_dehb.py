@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from jfhpo.testing.strategies import search
 from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.strategy import load_strategy
-from tests.peers.test_peers import peer_study, search
+from tests.peers.test_peers import peer_study
 
 
 def test_a_single_rung_is_refused(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from jfhpo.testing.strategies import RUNGS
 from jfhpo_core.optimizer.strategy import fresh_configurations
 from jfhpo_core.peers.base import Choice
 from jfhpo_core.peers.optuna import Asha, Bohb, Tpe
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Trial
-from tests.peers.test_peers import RUNGS, peer_study
+from tests.peers.test_peers import peer_study
 from tests.studies import evaluation, result, segment
 
 

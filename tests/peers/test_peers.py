@@ -2,116 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jfhpo.testing.strategies import SECONDS, StrategyConformance, search, small_study
 from jfhpo_core.errors import SpecError
-from jfhpo_core.optimizer.strategy import Proposal, Recommendation, Strategy, load_strategy
+from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.peers.replay import forget
-from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import VALIDATION, SearchResult, run_search
-from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.run.search import VALIDATION, SearchResult
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import Trial, TrialState, configuration_key, spent_seconds
-from tests.studies import evaluation, result, simulated_study
+from jfhpo_core.study.trial import Trial, TrialState, configuration_key
+from tests.studies import evaluation, result
 
 FULL_LENGTH = ["tpe", "gp"]
 MULTI_FIDELITY = ["asha", "bohb", "successive-halving", "hyperband", "smac3", "dehb", "fastbo"]
 PEERS = [*FULL_LENGTH, *MULTI_FIDELITY]
 
-SPACE: dict[str, Any] = {
-    "learning_rate": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True},
-    "kl_coefficient": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True, "zero": True},
-    "n_samples": {"type": "choice", "values": [4, 8, 16]},
-    "scheduler": {"type": "choice", "values": ["constant", "linear", "cosine"]},
-    "warmup_ratio": {"type": "float", "low": 0.0, "high": 0.2, "when": {"scheduler": ["linear", "cosine"]}},
-    "mini_batches": {"type": "int", "low": 1, "high": 2},
-}
-"""Every kind of hyperparameter, one of them conditional."""
 
-RUNGS = {"horizon_prompts": 480, "rungs": [48, 160, 480]}
+class TestPeers(StrategyConformance):
+    @pytest.fixture(params=PEERS)
+    def strategy(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+    def forget(self) -> None:
+        forget()
 
 
-@dataclass
-class Recorded:
-    """A strategy that remembers how it was asked and what it answered."""
-
-    strategy: Strategy
-    calls: list[tuple[list[Trial], float, int, Proposal | None]] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.strategy.name
-
-    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
-        proposal = self.strategy.suggest(study, trials, remaining_seconds, seed)
-        self.calls.append((list(trials), remaining_seconds, seed, proposal))
-        return proposal
-
-    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
-        return self.strategy.rank(study, trials)
-
-
-def peer_study(workspace: Path, name: str, seconds: float = 300, slots: int = 1, **changes: Any) -> Study:
-    settings = {
-        "space": SPACE,
-        "fidelity": RUNGS,
-        "strategy": name,
-        "budget": {"trial_seconds": seconds, "max_parallel": slots},
-        "seeds": {"search": 3, "training": [0]},
-        "baselines": [],
-        **changes,
-    }
-    return simulated_study(workspace, **settings)
-
-
-def search(study: Study, slots: int = 1) -> tuple[SearchResult, Recorded]:
-    recorded = Recorded(load_strategy(study))
-    return run_search(study, MemoryLedger(), InlineDispatcher(slots), strategy=recorded), recorded
+def peer_study(workspace: Path, name: str, seconds: float = SECONDS, slots: int = 1, **changes: Any) -> Study:
+    budget = {"trial_seconds": seconds, "max_parallel": slots}
+    return small_study(workspace, changes.pop("strategy", name), budget=budget, **changes)
 
 
 def searched(outcome: SearchResult) -> list[Trial]:
     """Trials that the strategy itself asked for."""
     return [trial for trial in outcome.trials if trial.segments[0].segment.suggestion.source != VALIDATION]
-
-
-@pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize("name", PEERS)
-def test_a_search_ends_with_a_recommendation(tmp_path: Path, name: str, slots: int) -> None:
-    study = peer_study(tmp_path, name, slots=slots)
-    outcome, recorded = search(study, slots)
-    assert outcome.complete
-    assert outcome.recommended is not None
-    assert outcome.target_trial is not None
-    assert outcome.target_trial.configuration == outcome.recommended.configuration
-    longest = max(done.charge_seconds for trial in outcome.trials for done in trial.segments)
-    assert 150 < outcome.spent_seconds <= 300 + slots * longest
-    proposals = [proposal for _, _, _, proposal in recorded.calls if proposal is not None]
-    assert len(proposals) >= 5
-    for proposal in proposals:
-        assert proposal.model == "large"
-        assert proposal.stop_prompts in study.spec.fidelity.levels
-        assert study.space.decode(study.space.encode(proposal.configuration)) == proposal.configuration
-        assert proposal.suggestion.source == name
-    for trial in outcome.trials:
-        assert all(before.end_step < after.end_step for before, after in pairwise(trial.segments))
-
-
-@pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize("name", PEERS)
-def test_a_proposal_depends_on_the_trials_alone(tmp_path: Path, name: str, slots: int) -> None:
-    """Asked again in any order, with trials read from their records, a peer answers as it did in the running search."""
-    study = peer_study(tmp_path, name, slots=slots)
-    _, recorded = search(study, slots)
-    for trials, remaining, seed, proposal in reversed(recorded.calls[::4]):
-        read = [Trial.model_validate_json(trial.model_dump_json()) for trial in trials]
-        forget()
-        assert load_strategy(study).suggest(study, read, remaining, seed) == proposal
 
 
 @pytest.mark.parametrize("name", FULL_LENGTH)
@@ -143,18 +70,8 @@ def test_a_proposal_that_does_not_fit_into_the_budget_is_withheld(tmp_path: Path
         cost = proposal.suggestion.expected_cost_seconds
         assert cost is not None
         assert 0 < cost <= remaining
+        assert (proposal.model, proposal.suggestion.source) == ("large", name)
         assert load_strategy(study).suggest(study, trials, 0.9 * cost, seed) is None
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_a_search_in_which_nothing_is_feasible_ends(tmp_path: Path, name: str) -> None:
-    trainer = {"name": "simulated", "settings": {"memory_limit": 1.0}}
-    outcome, _ = search(peer_study(tmp_path, name, trainer=trainer), slots=2)
-    assert outcome.complete
-    assert outcome.recommended is None
-    assert all(trial.state is TrialState.INFEASIBLE for trial in outcome.trials)
-    keys = [configuration_key(trial.configuration) for trial in outcome.trials]
-    assert len(set(keys)) == len(keys) >= 20
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -165,40 +82,6 @@ def test_a_search_with_infeasible_regions_goes_on(tmp_path: Path, name: str) -> 
     assert TrialState.INFEASIBLE in states
     assert outcome.recommended is not None
     assert outcome.recommended.configuration["n_samples"] in (4, 8)
-
-
-@pytest.mark.parametrize("slots", [1, 2])
-@pytest.mark.parametrize("name", PEERS)
-def test_a_small_space_runs_out(tmp_path: Path, name: str, slots: int) -> None:
-    space = {
-        "scheduler": {"type": "choice", "values": ["constant", "cosine"]},
-        "n_samples": {"type": "choice", "values": [4, 8, 16]},
-    }
-    outcome, recorded = search(peer_study(tmp_path, name, seconds=2000, slots=slots, space=space), slots)
-    assert outcome.complete
-    assert outcome.recommended is not None
-    assert recorded.calls[-1][3] is None
-    assert spent_seconds(outcome.trials) < 1000
-    assert len({configuration_key(trial.configuration) for trial in outcome.trials}) == 6
-
-
-@pytest.mark.parametrize(
-    "space",
-    [
-        {
-            "scheduler": {"type": "choice", "values": ["constant", "linear", "cosine"]},
-            "n_samples": {"type": "choice", "values": [16, 4, 8]},
-            "loss_type": {"type": "choice", "values": ["grpo", "dr_grpo", "dapo"]},
-        },
-        {"learning_rate": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True}},
-    ],
-    ids=["categorical", "one-dimensional"],
-)
-@pytest.mark.parametrize("name", PEERS)
-def test_other_spaces(tmp_path: Path, name: str, space: dict[str, Any]) -> None:
-    outcome, recorded = search(peer_study(tmp_path, name, space=space))
-    assert outcome.recommended is not None
-    assert sum(proposal is not None for _, _, _, proposal in recorded.calls) >= 5
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name != "dehb"])

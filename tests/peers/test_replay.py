@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from jfhpo.testing.strategies import search
 from jfhpo_core.optimizer.strategy import Proposal, load_strategy
 from jfhpo_core.peers.dehb import Dehb
 from jfhpo_core.peers.replay import ASK, Commit, Drive, Library, Request, events, forget
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Outcome, Suggestion, Trial, configuration_key
-from tests.peers.test_peers import PEERS, peer_study, search
+from tests.peers.test_peers import PEERS, peer_study
 from tests.studies import evaluation, result, segment
 
 A, B = {"learning_rate": 1e-3}, {"learning_rate": 1e-4}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from jfhpo.testing.strategies import SPACE, search
 from jfhpo_core.peers.smac import configuration_space
 from jfhpo_core.study.space import Space
-from tests.peers.test_peers import SPACE, peer_study, search
+from tests.peers.test_peers import peer_study
 
 
 def test_the_space_is_handed_over_with_its_conditions() -> None:

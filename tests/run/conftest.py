@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jfhpo_core import trainers
+from jfhpo_core import plugins
 from jfhpo_core.run.dispatch import Dispatcher, InlineDispatcher
 from jfhpo_core.run.ray_dispatch import RayDispatcher
 from jfhpo_core.study.spec import ClusterSpec
@@ -23,11 +23,11 @@ def ray_dispatcher() -> Iterator[RayDispatcher]:
         # Driver and workers find the trainer `fragile` as they would find an installed distribution.
         patch.syspath_prepend(str(FRAGILE))
         patch.setenv("PYTHONPATH", f"{FRAGILE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        trainers._registered.cache_clear()
+        plugins.registered.cache_clear()
         dispatcher = RayDispatcher(ClusterSpec(address="local", segment_retries=2), slots=2)
         yield dispatcher
         dispatcher.close()
-    trainers._registered.cache_clear()
+    plugins.registered.cache_clear()
 
 
 @pytest.fixture(params=["inline", pytest.param("ray", marks=pytest.mark.slow)])

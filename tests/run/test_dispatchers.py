@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jfhpo_core.run.dispatch import Dispatcher, Finished, InlineDispatcher
+from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, InlineDispatcher, Suspended
 from jfhpo_core.study.trial import FailureKind, Outcome
 from tests.run.support import collect, first_job
 from tests.studies import BECAUSE, simulated_study
@@ -57,6 +57,21 @@ def test_a_trial_goes_on_from_its_checkpoint(dispatcher: Dispatcher, tmp_path: P
         history += part.records
     assert trial.step == expected.result.end_step
     assert [record.step for record in history] == [record.step for record in expected.records]
+
+
+def test_a_job_whose_deadline_has_come_is_suspended_and_goes_on_when_submitted_again(
+    dispatcher: Dispatcher, tmp_path: Path
+) -> None:
+    job = first_job(simulated_study(tmp_path))
+    dispatcher.submit(job.model_copy(update={"deadline": 0.0}))
+    events: list[Event] = []
+    while not any(isinstance(event, Suspended) for event in events):
+        events += dispatcher.wait(0.5)
+    assert events[-1] == Suspended(job.trial_key, step=1)
+    dispatcher.submit(job)
+    _, finished = collect(dispatcher, 1)
+    assert [record.step for record in finished[job.trial_key].records] == list(range(1, 31))
+    assert finished[job.trial_key].result.outcome is Outcome.REACHED
 
 
 def test_the_configurations_fault_is_a_result_and_no_retry(dispatcher: Dispatcher, tmp_path: Path) -> None:

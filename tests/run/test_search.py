@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -368,10 +370,102 @@ def test_a_wall_clock_limit_ends_the_call_and_not_the_study(tmp_path: Path) -> N
     cut = run_search(limited, ledger, InlineDispatcher())
     assert not cut.complete
     assert cut.recommended is None
-    assert len(cut.trials) == 1
+    assert cut.trials == ()
+    assert "nothing was gained, and the same limit may be too short again: raise it" in cut.note
     finished = run_search(simulated_study(tmp_path / "limited", budget=budget), ledger, InlineDispatcher())
     assert finished.complete
     assert finished.trials == whole.trials
+
+
+def limited_study(folder: Path, wall_seconds: float | None, rungs: int = 3) -> Study:
+    """A study whose longest segments take 0.3 s by the clock."""
+    return simulated_study(
+        folder,
+        trainer={
+            "name": "simulated",
+            "settings": {
+                "real_seconds_per_step": 0.01,
+                "seconds_per_step": 0.01,
+                "startup_seconds": 1e-3,
+                "evaluation_seconds": 1e-3,
+            },
+        },
+        fidelity={"horizon_prompts": 480, "rungs": rungs},
+        budget={"trial_seconds": 1, "max_parallel": 1, "wall_seconds": wall_seconds},
+    )
+
+
+def measured(outcome: SearchResult) -> list[Any]:
+    return [(trial.configuration, trial.model, trial.purpose, trial.evaluations) for trial in outcome.trials]
+
+
+def test_calls_shorter_than_a_segment_make_progress_and_end_with_the_same_result(tmp_path: Path) -> None:
+    whole = run_search(limited_study(tmp_path / "whole", None), MemoryLedger(), InlineDispatcher())
+    limited, ledger = limited_study(tmp_path / "limited", 0.15), MemoryLedger()
+    notes = []
+    while not (outcome := run_search(limited, ledger, InlineDispatcher())).complete:
+        notes.append(outcome.note)
+        assert len(notes) < 200, "no progress"
+    assert measured(outcome) == measured(whole)
+    assert [row.score for row in outcome.rows] == [row.score for row in whole.rows]
+    assert outcome.note == ""
+    saved = [re.search(r"#0 at step (\d+) of 30", note) for note in notes[:2]]
+    assert all(saved)
+    assert int(saved[0][1]) < int(saved[1][1])
+    assert all(note.endswith("Run the same command to continue.") for note in notes)
+
+
+class Unpausing(SimulatedTrainer):
+    """Knows when it starts where it will save, as trainers in processes of their own do."""
+
+    pauses = False
+
+
+def test_a_trainer_that_cannot_be_paused_is_cut_at_rungs(tmp_path: Path) -> None:
+    whole = run_search(limited_study(tmp_path / "whole", None, 10), MemoryLedger(), InlineDispatcher())
+    limited, ledger = limited_study(tmp_path / "limited", 0.2, 10), MemoryLedger()
+    calls = 0
+    while not (outcome := run_search(limited, ledger, InlineDispatcher(trainer=Unpausing()))).complete:
+        calls += 1
+        assert calls < 200, "no progress"
+    assert calls > 2
+    assert measured(outcome) == measured(whole)
+
+
+class Slow(InlineDispatcher):
+    """Never delivers what it runs."""
+
+    cancelled: ClassVar[list[str]] = []
+
+    def wait(self, timeout_seconds: float) -> list[Event]:
+        time.sleep(0.01)
+        return []
+
+    def cancel(self, key: str) -> None:
+        self.cancelled.append(key)
+
+
+def test_what_a_limit_cuts_off_unsaved_is_said_to_be_lost(tmp_path: Path) -> None:
+    outcome = run_search(limited_study(tmp_path, 0.5, 1), MemoryLedger(), Slow(trainer=Unpausing()))
+    assert not outcome.complete
+    assert Slow.cancelled == [outcome.trials[0].key]
+    assert re.search(r"Lost since their last checkpoint: #0 \(\d+ s\); trainer 'simulated' did not reach", outcome.note)
+    assert "more fidelity.rungs" in outcome.note
+
+
+def test_only_the_first_segment_of_a_call_is_begun_although_it_should_not_fit(tmp_path: Path) -> None:
+    study = simulated_study(
+        tmp_path,
+        trainer={"name": "simulated", "settings": {"seconds_per_step": 1000.0}},
+        budget={"trial_seconds": 1e6, "max_parallel": 2, "wall_seconds": 100.0},
+    )
+    ledger = MemoryLedger()
+    for call in (1, 2):
+        outcome = run_search(study, ledger, InlineDispatcher(2))
+        assert not outcome.complete
+        assert (
+            sum(len(trial.segments) for trial in outcome.trials) == call + 1
+        )  # the first call knows no price yet and fills both slots
 
 
 # --- phases -------------------------------------------------------------------------------------------------------

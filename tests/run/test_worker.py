@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jfhpo_core.errors import InfrastructureError, TrialFailure
+from jfhpo_core.run.parts import Paused, cut
 from jfhpo_core.run.worker import Cancelled, run_job
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.ledger import MemoryLedger
@@ -256,3 +258,57 @@ def test_a_jobs_state_is_plain_json(bench: Bench) -> None:
     """A job crosses machines; nothing of it may depend on this process."""
     job = bench.begin(160)
     assert Job.model_validate(json.loads(job.model_dump_json())) == job
+
+
+def test_a_segment_that_is_paused_goes_on_where_it_was(bench: Bench, calm: Bench) -> None:
+    bench.train(160)
+    steps = []
+    for _ in range(4):
+        job = bench.begin(480).model_copy(update={"deadline": 0.0})
+        with pytest.raises(Paused) as caught:
+            run_job(job, SimulatedTrainer(), lambda record: None)
+        steps.append(caught.value.step)
+    assert steps == [11, 12, 13, 14]
+    assert bench.stored() == [10, 14]
+    result = bench.train(480)
+    assert bench.outcome() == calm.outcome()
+    assert (result.began_step, result.end_step) == (10, 30)
+    assert bench.stored() == [10, 30]
+    whole = sum(part.seconds - part.startup_seconds for part in calm.trial.segments[1:])
+    assert result.startup_seconds == 5 * calm.trial.segments[0].startup_seconds
+    assert result.seconds - result.startup_seconds == pytest.approx(whole)
+
+
+def test_a_damaged_part_costs_what_it_had_saved(bench: Bench, calm: Bench) -> None:
+    bench.train(160)
+    with pytest.raises(Paused):
+        run_job(bench.begin(480).model_copy(update={"deadline": 0.0}), SimulatedTrainer(), lambda record: None)
+    bench.damage(11)
+    bench.train(480)
+    assert bench.outcome() == calm.outcome()
+
+
+def test_a_failure_after_a_pause_is_charged_as_a_whole(bench: Bench) -> None:
+    with pytest.raises(Paused):
+        run_job(bench.begin(480).model_copy(update={"deadline": 0.0}), SimulatedTrainer(), lambda record: None)
+
+    class Fails(SimulatedTrainer):
+        def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+            raise TrialFailure(FailureKind.OUT_OF_MEMORY, "out of memory", seconds=100.0)
+
+    result = bench.train(480, Fails())
+    assert result.outcome is Outcome.INFEASIBLE
+    assert result.seconds > 101.0
+    assert [item.step for item in result.evaluations] == [0]
+
+
+def test_a_trainer_that_cannot_be_paused_is_cut_at_the_last_rung_in_time() -> None:
+    def stop(seconds_left: float, pace: float = 1.0) -> int:
+        study = simulated_study(Path("unused"))
+        trial = study.new_trial(0, {"learning_rate": 1e-3}, "large", 0)
+        told = BECAUSE.model_copy(update={"expected_cost_seconds": 30 * pace})
+        job = study.job(trial, study.next_segment(trial, 480, told), (), None)
+        return cut(job.model_copy(update={"deadline": time.time() + seconds_left})).segment.stop_step
+
+    assert [stop(seconds) for seconds in (1000.0, 39.5, 35.0, 20.0, 5.0, 0.0)] == [30, 30, 20, 10, 10, 10]
+    assert stop(35.0, pace=0.5) == 30

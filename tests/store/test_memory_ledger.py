@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from jfhpo.testing.ledgers import LedgerConformance
 from jfhpo_core.store.ledger import Ledger, MemoryLedger
-from tests.store.ledger_conformance import LedgerConformance
 
 
 class TestMemoryLedger(LedgerConformance):

@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 
-from jfhpo_core.errors import LedgerError, LedgerUnavailable
-from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import run_search
-from jfhpo_core.store.ledger import Ledger, MemoryLedger
-from jfhpo_core.store.outbox import Outbox, waiting
-from jfhpo_core.study.trial import Segment, SegmentResult, StepRecord, Trial
-from tests.store.ledger_conformance import (
+from jfhpo.testing.ledgers import (
     LedgerConformance,
     make_records,
     make_result,
@@ -21,6 +15,12 @@ from tests.store.ledger_conformance import (
     make_study,
     make_trial,
 )
+from jfhpo_core.errors import LedgerError, LedgerUnavailable
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import Ledger, MemoryLedger
+from jfhpo_core.store.outbox import Outbox, waiting
+from jfhpo_core.study.trial import Segment, SegmentResult, StepRecord, Trial
 from tests.studies import simulated_study
 
 

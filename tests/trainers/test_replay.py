@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.rl_table.generate import Part, Training
 from benchmarks.rl_table.pack import write
+from jfhpo.testing.trainers import TOTAL_STEPS, Case, TrainerConformance
 from jfhpo_core.errors import SpecError
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
@@ -23,7 +24,6 @@ from jfhpo_core.study.trial import Configuration, Evaluation, StepRecord
 from jfhpo_core.trainers.replay_surrogate import cross_validate, fit
 from jfhpo_core.trainers.replay_table import SPACE, Recording, read_table
 from tests.studies import step_record
-from tests.trainers.conformance import TOTAL_STEPS, Case, TrainerConformance
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "rl_table" / "data"
 EXAMPLE = COMMITTED.parents[2] / "examples" / "replay.yaml"

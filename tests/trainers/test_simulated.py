@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jfhpo.testing.trainers import TOTAL_STEPS, Case, TrainerConformance
 from jfhpo_core.errors import SpecError
 from jfhpo_core.run.worker import run_job
 from jfhpo_core.study.hyperparameters import Hyperparameters
@@ -16,7 +17,6 @@ from jfhpo_core.study.trial import FailureKind, Outcome, StepRecord
 from jfhpo_core.trainers import load_trainer
 from jfhpo_core.trainers.simulated import Landscape, Surface, study_surface, true_score
 from tests.studies import simulated_study
-from tests.trainers.conformance import TOTAL_STEPS, Case, TrainerConformance
 
 STUDY = """
 study: simulated-conformance

@@ -11,6 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from jfhpo.testing.trainers import (
+    BREAK,
+    TOTAL_STEPS,
+    Case,
+    TrainerConformance,
+    differing,
+    process_state,
+    timeless_record,
+)
 from jfhpo_core.embedded import family_members
 from jfhpo_core.embedded.base import Shape, build_model, build_tokenizer
 from jfhpo_core.errors import SpecError, TrialFailure
@@ -23,15 +32,6 @@ from jfhpo_core.study.tasks import load_task
 from jfhpo_core.study.trial import Decision, Evaluation, FailureKind, Outcome, StepRecord, Value
 from jfhpo_core.trainers.trl import TrlSettings, TrlTrainer
 from tests.studies import study_data
-from tests.trainers.conformance import (
-    BREAK,
-    TOTAL_STEPS,
-    Case,
-    TrainerConformance,
-    differing,
-    process_state,
-    timeless_record,
-)
 
 REWARD = """
 def reward(prompts, completions, *, weight, **columns):

@@ -28,6 +28,7 @@ from jfhpo_core.study.trial import (
     Decision,
     Evaluation,
     Outcome,
+    Pause,
     Record,
     Segment,
     StepRecord,
@@ -146,7 +147,7 @@ def process_state() -> tuple[object, ...]:
     return random.getstate(), numpy_state, torch.get_rng_state().tolist(), torch.get_num_threads()
 
 
-Decide = Callable[[StepRecord | Evaluation], Decision | None]
+Decide = Callable[[StepRecord | Evaluation], Decision | Pause | None]
 
 
 def decision_at(step: int, *, stop: bool, on: type[Record] = StepRecord) -> Decide:
@@ -183,7 +184,7 @@ class TrainerConformance:
             records: list[StepRecord] = []
             shown: list[Evaluation] = []
 
-            def observe(event: StepRecord | Evaluation) -> Decision | None:
+            def observe(event: StepRecord | Evaluation) -> Decision | Pause | None:
                 assert contents(stage) == {}, "a checkpoint before the segment's end"
                 if isinstance(event, Evaluation):
                     assert event.step == (records[-1].step if records else start), "an evaluation out of turn"
@@ -245,6 +246,17 @@ class TrainerConformance:
 
     def test_a_decision_that_does_not_stop_changes_nothing(self, train: Callable[..., Training]) -> None:
         assert train(0, BREAK, decide=decision_at(2, stop=False)).records == train(0, BREAK).records
+
+    def test_a_pause_saves_what_was_trained(self, case: Case, train: Callable[..., Training]) -> None:
+        if not getattr(case.trainer, "pauses", False):
+            pytest.skip("this trainer is never asked to pause")
+        whole = train(0, TOTAL_STEPS, [0, 2, TOTAL_STEPS])
+        first = train(0, TOTAL_STEPS, [0, 2, TOTAL_STEPS], decide=lambda event: Pause() if event.step == 2 else None)
+        assert first.result.end_step == 2
+        second = train(2, TOTAL_STEPS, [TOTAL_STEPS], resume=first.stage)
+        assert first.records + second.records == whole.records
+        assert first.evaluations + second.evaluations == whole.evaluations
+        assert differing(second.stage, whole.stage) == []
 
     def test_the_checkpoint_holds_no_pickled_code(self, train: Callable[..., Training]) -> None:
         stage = train(0, 1).stage

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -341,7 +342,7 @@ class LedgerConformance:
         assert (back[2].kl, back[2].grad_norm) == (math.inf, -math.inf)
 
     def test_failed_and_lost_segments_are_kept(self, ledger: Ledger, reopen: Callable[[], Ledger]) -> None:
-        ends = {
+        ends: dict[TrialState, dict[str, Any]] = {
             TrialState.INFEASIBLE: {"failure": FailureKind.OUT_OF_MEMORY, "message": "CUDA out of memory " * 2000},
             TrialState.LOST: {"message": "worker died: " + "\u00e9\u4e2d\U0001f600\x00\n|" * 40, "attempts": 3},
         }
