@@ -124,7 +124,7 @@ def search(
 
     spec = read_study(study, overrides or ())
     console = _console()
-    with _quiet_libraries(), _interruptible() as check:
+    with _quiet_libraries(study), _interruptible() as check:
         from jfhpo.display import LiveDisplay, PlainDisplay, SilentDisplay
         from jfhpo.session import run_study
 
@@ -162,8 +162,9 @@ def plan(
     from jfhpo.overrides import read_study
 
     spec = read_study(study, overrides or ())
-    with _quiet_libraries():
+    with _quiet_libraries(study):
         from jfhpo.display import plan_view
+        from jfhpo.places import check_places
         from jfhpo.session import informed, recorded
         from jfhpo_core.optimizer.forecast import forecast, forecast_quality, parse_more, with_more
         from jfhpo_core.optimizer.strategy import load_strategy
@@ -171,6 +172,7 @@ def plan(
         from jfhpo_core.study.resolved import resolve
 
         resolved = informed(resolve(spec))
+        check_places(spec)
         larger = with_more(resolved, parse_more(more)) if more is not None else None
         ledger = recorded(resolved)
         trials = ledger.trials() if ledger is not None else []
@@ -191,7 +193,7 @@ def show(study: StudyFile, overrides: Overrides = None) -> None:
     from jfhpo.overrides import read_study
 
     spec = read_study(study, overrides or ())
-    with _quiet_libraries():
+    with _quiet_libraries(study):
         from jfhpo.display import outlook_view, result_view, trial_table
         from jfhpo.session import look
         from jfhpo_core.optimizer.forecast import forecast, forecast_quality
@@ -215,7 +217,7 @@ def report(study: StudyFile, overrides: Overrides = None) -> None:
     from jfhpo.overrides import read_study
 
     spec = read_study(study, overrides or ())
-    with _quiet_libraries():
+    with _quiet_libraries(study):
         from jfhpo.session import rebuild_report
 
         path = rebuild_report(spec).report
@@ -252,7 +254,7 @@ def gc(
 
     spec = read_study(study, overrides or ())
     limit_bytes = parse_size(limit) if limit is not None else None
-    with _quiet_libraries():
+    with _quiet_libraries(study):
         from jfhpo.session import judge_checkpoints
 
         judgements = judge_checkpoints(spec, limit_bytes)
@@ -270,7 +272,7 @@ def doctor(study: StudyFile, overrides: Overrides = None) -> None:
     spec = read_study(study, overrides or ())
     console = _console()
     failed = False
-    with _quiet_libraries():
+    with _quiet_libraries(study):
         from jfhpo.doctor import diagnose
 
         for finding in diagnose(spec):
@@ -345,15 +347,18 @@ def _print_outcome(console: Console, outcome: StudyOutcome) -> None:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep logs and warnings of libraries off the screen; what they raise is still seen."""
+def _quiet_libraries(study: Path) -> Iterator[None]:
+    """Keep logs and warnings of libraries off the screen; what they raise is still seen, with the study file's line."""
+    from jfhpo_core.study.study_file import with_lines
+
     for name, value in QUIET_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        with with_lines(study):
+            yield
 
 
 @contextmanager

@@ -19,11 +19,12 @@ from mlflow.entities import RunStatus
 from mlflow.exceptions import ExecutionException
 from mlflow.projects.backend.abstract_backend import AbstractBackend
 from mlflow.projects.submitted_run import SubmittedRun
-from pydantic import ValidationError
 
 from jfhpo.session import run_study
 from jfhpo_core.errors import JfhpoError, SpecError
 from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.study_file import validate_study
+from jfhpo_core.study.yaml_text import Document
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.project import NAME, ProjectSettings
 
@@ -111,14 +112,7 @@ def project_study(
         "fidelity": {"horizon_prompts": 1, "rungs": 1},
         "trainer": {"name": NAME, "fixed": {**params, "prompts_per_step": 1}, "settings": settings},
     }
-    try:
-        return StudySpec.model_validate(data)
-    except ValidationError as error:
-        faults = [
-            f"{fault.get('ctx', {}).get('field') or '.'.join(map(str, fault['loc']))}: {fault['msg']}"
-            for fault in error.errors(include_url=False)
-        ]
-        raise SpecError("\n".join(["--backend-config is not usable:", *faults])) from None
+    return validate_study(Document(data), "--backend-config")
 
 
 class _FinishedSearch(SubmittedRun):  # type: ignore[misc]

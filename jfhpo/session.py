@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from jfhpo.places import check_places
 from jfhpo.study_facts import facts
 from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
@@ -81,13 +82,14 @@ def run_study(
         LedgerError: Another process runs the study, or the ledger holds a different one of its name.
     """
     study = informed(resolve(spec))
+    check_places(spec)
+    strategy = load_strategy(study)
     with _exclusive(study):
         # A study with a report has most likely been finished: look into its ledger before starting workers for nothing.
         reported = (study.folder / REPORT).exists()
         on_status("opening the ledger" if reported else "starting workers and opening the ledger")
         dispatcher = None if reported else _start_dispatcher(spec)
         try:
-            strategy = load_strategy(study)  # first: one that is refused must leave no trace in the ledger
             ledger, outbox = _open(study)
             with _shown(ledger):
                 on_open(outbox)
@@ -210,6 +212,7 @@ def _look(study: Study) -> tuple[MlflowLedger, SearchResult]:
 @contextmanager
 def _exclusive(study: Study) -> Iterator[None]:
     """Hold the study: a ledger has one writer. The lock goes with the process, so a crash leaves none behind."""
+    there = [folder for folder in (study.folder, study.folder.parent) if folder.exists()]
     study.folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(study.folder / LOCK)
     try:
@@ -222,7 +225,13 @@ def _exclusive(study: Study) -> Iterator[None]:
     try:
         yield
     finally:
+        if not any(file.name != LOCK for file in study.folder.glob("*")):
+            # Nothing has begun. Who waits for a lock whose file goes away makes it anew: filelock sees to that.
+            (study.folder / LOCK).unlink(missing_ok=True)
         lock.release()
+        for folder in (study.folder, study.folder.parent):
+            if folder not in there and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _open(study: Study) -> tuple[MlflowLedger, Outbox]:

@@ -243,7 +243,7 @@ class MlflowLedger:
         Raises:
             LedgerError: As `open`.
         """
-        if self._given is None and not _exists(_uri(study)):
+        if self._given is None and not _exists(study):
             return False
         client = self._given or connect(study)
         experiment = client.get_experiment_by_name(_experiment_name(study))
@@ -264,7 +264,7 @@ class MlflowLedger:
         Raises:
             LedgerError: The store holds no study of this name, or its study file is lost.
         """
-        client = self._given or (connect(study) if _exists(_uri(study)) else None)
+        client = self._given or (connect(study) if _exists(study) else None)
         found = _study_anywhere(client, study, name) if client is not None else None
         if found is None:
             raise LedgerError(
@@ -648,14 +648,18 @@ def _uri(study: StudySpec) -> str:
     return study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
-def _exists(uri: str) -> bool:
-    """Whether a store that is a local file or folder is there; MLflow would create it. True for all other stores."""
+def local_store(study: StudySpec) -> Path | None:
+    """The file or folder that is the study's tracking store, which MLflow makes if it is missing; None for others."""
+    uri = _uri(study)
     parts = urlsplit(uri)
-    if uri in REMOTE_NAMES:
-        return True
     if parts.scheme == "sqlite":
-        return Path(parts.path.removeprefix("/")).exists()
-    return Path(parts.path).exists() if parts.scheme in ("", "file") else True
+        return Path(parts.path.removeprefix("/"))
+    return Path(parts.path) if parts.scheme in ("", "file") and uri not in REMOTE_NAMES else None
+
+
+def _exists(study: StudySpec) -> bool:
+    store = local_store(study)
+    return store is None or store.exists()
 
 
 def _absolute(uri: str) -> str:

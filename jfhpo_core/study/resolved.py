@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
+from jfhpo_core.embedded import task_folder
 from jfhpo_core.errors import SpecError
 from jfhpo_core.stopping.rules import build_rules
 from jfhpo_core.study.models import Ladder, build_ladder, steps_at
@@ -176,6 +177,7 @@ def resolve(spec: StudySpec) -> Study:
     trainer = load_trainer(spec.trainer.name)
     study = Study(spec, build_ladder(spec), trainer)
     build_rules(spec.stopping)
+    _check_embedded_task(spec)
     study.complete({})
     trainer.check(spec)
     for name in spec.space:
@@ -183,9 +185,19 @@ def resolve(spec: StudySpec) -> Study:
             _complete_or_explain(study, spec.space.middle(**{name: value}), f"space.{name}")
     for point in np.random.default_rng(0).random((SAMPLES, spec.space.dimension)):
         _complete_or_explain(study, spec.space.decode(point), "space")
-    for baseline in spec.baselines:
-        _complete_or_explain(study, baseline.configuration, f"baselines.{baseline.name}")
+    for number, baseline in enumerate(spec.baselines):
+        _complete_or_explain(study, baseline.configuration, f"baselines.{number}.configuration: {baseline.name!r}")
     return study
+
+
+def _check_embedded_task(spec: StudySpec) -> None:
+    """A task by name is shipped with jfhpo, or is the trainer's own and has its name."""
+    name = spec.task.embedded
+    if name is not None and name != spec.trainer.name:
+        try:
+            task_folder(name)
+        except SpecError as error:
+            raise SpecError(f"task: {error}") from None
 
 
 def _complete_or_explain(study: Study, configuration: Configuration, where: str) -> None:

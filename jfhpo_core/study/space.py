@@ -67,7 +67,7 @@ class Parameter(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    when: dict[str, list[Value]] = Field(
+    when: dict[str, Annotated[list[Value], Field(min_length=1)]] = Field(
         default_factory=dict,
         description="Active only if each named choice has one of the listed values. Empty: always active.",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -25,9 +26,21 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """Names of studies, models and baselines: they become folder names, so no separators and no leading dot."""
 
 
+MODEL_NAME = re.compile(r"[^/:'\"%\s](?:[^/:'\"%]{0,198}[^/:'\"%\s])?")
+"""Names of registered models: MLflow rejects '/' and ':', and cannot search for quotes and '%'."""
+
+LARGEST_INTEGER = 2**63 - 1
+"""Ledgers and databases store integers in 64 bits."""
+
+MOST_SECONDS = 1e12
+"""Largest budget in device-seconds: 30,000 device-years."""
+
+MOST_RUNGS = 1000
+
+
 def _check_name(value: Any) -> str:
-    if isinstance(value, bool | float):
-        raise ValueError("YAML reads this as a truth value or a number; put the name in quotes")  # noqa: TRY004
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise ValueError("YAML reads this as a truth value, a number or nothing; put the name in quotes")  # noqa: TRY004
     if not NAME.fullmatch(str(value)):
         raise ValueError("use letters, digits, '.', '_' and '-' (at most 64, starting with a letter or digit)")
     return str(value)
@@ -46,9 +59,11 @@ class ModelSpec(_Section):
     name: Name
     path: str = Field(description="Folder of a transformers checkpoint, or its name on the Hugging Face hub.")
     parameters: int | None = Field(
-        default=None, ge=1, description="Parameter count; None reads it from the checkpoint's files."
+        default=None, ge=1, le=10**15, description="Parameter count; None reads it from the checkpoint's files."
     )
-    devices: int = Field(default=1, ge=1, description="Devices (GPUs, or CPU slots without a GPU) a trial holds.")
+    devices: int = Field(
+        default=1, ge=1, le=10**5, description="Devices (GPUs, or CPU slots without a GPU) a trial holds."
+    )
 
 
 def _family(value: Any) -> Any:
@@ -138,7 +153,7 @@ class TaskSpec(_Section):
     reward_timeout_score: float = Field(
         default=0.0, description="Reward of a completion whose scoring takes longer; it is counted."
     )
-    max_completion_tokens: int = Field(default=8, ge=1, description="Length limit of a completion.")
+    max_completion_tokens: int = Field(default=8, ge=1, le=10**7, description="Length limit of a completion.")
     max_prompt_tokens: int | None = Field(
         default=None,
         ge=1,
@@ -198,7 +213,7 @@ def _space(value: Any) -> Any:
 class FidelitySpec(_Section):
     """How long a full trial is and where it may be cut. Counted in prompts: batch size changes what a step is."""
 
-    horizon_prompts: int = Field(default=960, ge=1, description="Training prompts of a full trial.")
+    horizon_prompts: int = Field(default=960, ge=1, le=10**9, description="Training prompts of a full trial.")
     rungs: int | list[int] = Field(
         default=5, description="Number of equal rungs, or ascending prompt counts that end at the horizon."
     )
@@ -208,6 +223,10 @@ class FidelitySpec(_Section):
 
     @model_validator(mode="after")
     def _levels(self) -> Self:
+        if (count := self.rungs if isinstance(self.rungs, int) else len(self.rungs)) > MOST_RUNGS:
+            raise ValueError(f"{count} rungs are too many (limit {MOST_RUNGS}); each is an evaluation and a checkpoint")
+        if self.proxies is not None and len(set(self.proxies)) < len(self.proxies):
+            raise ValueError(f"proxies must differ from each other, got {self.proxies}")
         if isinstance(self.rungs, int):
             if self.rungs < 1 or self.horizon_prompts % self.rungs:
                 raise ValueError(f"horizon_prompts={self.horizon_prompts} cannot be cut into {self.rungs} equal rungs")
@@ -228,9 +247,12 @@ class FidelitySpec(_Section):
 class EvaluationSpec(_Section):
     """How a score is measured on the held-out set."""
 
-    prompts: int | None = Field(default=512, ge=2, description="Held-out prompts scored; None means all.")
+    prompts: int | None = Field(default=512, ge=2, le=10**9, description="Held-out prompts scored; None means all.")
     samples_per_prompt: int = Field(
-        default=1, ge=1, description="Completions sampled per prompt; with 2 or more, pass@n is recorded as well."
+        default=1,
+        ge=1,
+        le=10**4,
+        description="Completions sampled per prompt; with 2 or more, pass@n is recorded as well.",
     )
     temperature: float = Field(default=1.0, gt=0, description="Sampling temperature of the evaluation.")
 
@@ -238,11 +260,14 @@ class EvaluationSpec(_Section):
 class BudgetSpec(_Section):
     """What the search may spend. The comparison with the baselines is charged apart and is forecast by `plan`."""
 
-    trial_seconds: float | None = Field(default=None, gt=0, description="Sum of the trials' device-seconds.")
-    gpu_hours: float | None = Field(default=None, gt=0, description="The same in device-hours.")
+    trial_seconds: float | None = Field(
+        default=None, gt=0, le=MOST_SECONDS, description="Sum of the trials' device-seconds."
+    )
+    gpu_hours: float | None = Field(default=None, gt=0, le=MOST_SECONDS / 3600, description="The same in device-hours.")
     wall_seconds: float | None = Field(
         default=None,
         gt=0,
+        le=MOST_SECONDS,
         description="Wall-clock limit of one `jfhpo search` call. What is running then has been saved and goes on in "
         "the next call; the report and the model's registration come after it.",
     )
@@ -253,7 +278,7 @@ class BudgetSpec(_Section):
     validation_share: float = Field(
         default=0.35, ge=0, lt=1, description="Share held back for full-length trials on the target."
     )
-    top_k: int = Field(default=2, ge=1, description="Configurations validated on the target at full length.")
+    top_k: int = Field(default=2, ge=1, le=1000, description="Configurations validated on the target at full length.")
 
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
@@ -302,18 +327,19 @@ def _strategy(value: Any) -> Any:
 class SeedSpec(_Section):
     """Random seeds."""
 
-    search: int = Field(default=0, ge=0, description="Seed of the optimizer.")
+    search: int = Field(default=0, ge=0, lt=2**32, description="Seed of the optimizer.")
     training: list[int] = Field(
         default_factory=lambda: [0, 1],
         min_length=1,
+        max_length=1000,
         description="Training seeds: the search uses the first, the final comparison all of them.",
     )
 
     @field_validator("training")
     @classmethod
     def _distinct(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-            raise ValueError(f"training seeds must differ and not be negative, got {seeds}")
+        if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**32:
+            raise ValueError(f"training seeds must differ and lie between 0 and 2**32 - 1, got {seeds}")
         return seeds
 
 
@@ -325,9 +351,9 @@ class ClusterSpec(_Section):
         description="'local' for a private Ray instance, 'inline' for this very process, a Ray address, or 'auto': "
         "RAY_ADDRESS if set, else 'local'.",
     )
-    cpus_per_device: float = Field(default=1.0, gt=0)
-    gpus_per_device: float = Field(default=0.0, ge=0, description="Set to 1 on a GPU cluster.")
-    segment_retries: int = Field(default=2, ge=0, description="New attempts after an infrastructure failure.")
+    cpus_per_device: float = Field(default=1.0, gt=0, le=10**5)
+    gpus_per_device: float = Field(default=0.0, ge=0, le=10**5, description="Set to 1 on a GPU cluster.")
+    segment_retries: int = Field(default=2, ge=0, le=1000, description="New attempts after an infrastructure failure.")
 
 
 class TrackingSpec(_Section):
@@ -336,16 +362,50 @@ class TrackingSpec(_Section):
     uri: str | None = Field(
         default=None, description="MLflow tracking URI; None: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."
     )
-    experiment: str | None = Field(default=None, description="MLflow experiment; None: 'jfhpo/' and the study's name.")
+    experiment: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=500,
+        description="MLflow experiment; None: 'jfhpo/' and the study's name.",
+    )
     registered_model: str | None = Field(
         default=None, description="Name in the model registry; None: the study's name; '' registers nothing."
     )
-    workspace: str = Field(default=".jfhpo", description="Folder for checkpoints and reports.")
+    workspace: str = Field(default=".jfhpo", min_length=1, description="Folder for checkpoints and reports.")
+
+    @field_validator("registered_model")
+    @classmethod
+    def _registrable(cls, name: str | None) -> str | None:
+        if name and not MODEL_NAME.fullmatch(name):
+            raise ValueError(
+                "the model registry takes no '/', ':', '%' or quotes in a name; use letters, digits, '.', '_', '-'"
+            )
+        return name
 
 
 def _fault(field: str, message: str) -> PydanticCustomError:
     """A fault between sections, told at the field where it is best mended."""
     return PydanticCustomError("study", "{message}", {"message": message, "field": field})
+
+
+def _check_plain(value: Any, field: str = "") -> None:
+    """Reject values that no ledger can store: non-finite numbers, integers beyond 64 bits, text that is not Unicode."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_plain(name, field)
+            _check_plain(item, f"{field}.{name}".lstrip("."))
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            _check_plain(item, f"{field}.{position}".lstrip("."))
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise _fault(field, f"{value} is not a finite number; give a number, or leave the field out")
+    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        raise _fault(field, f"{str(value)[:20]}... is beyond 64 bits and cannot be stored; give a smaller number")
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise _fault(field, f"{value[error.start]!a} is half a character (a lone surrogate); remove it") from None
 
 
 class StudySpec(_Section):
@@ -374,6 +434,12 @@ class StudySpec(_Section):
     seeds: SeedSpec = SeedSpec()
     cluster: ClusterSpec = ClusterSpec()
     tracking: TrackingSpec = TrackingSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, data: Any) -> Any:
+        _check_plain(data)
+        return data
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,20 @@ def validate_study(document: Document, source: str) -> StudySpec:
         return StudySpec.model_validate(document.data)
     except ValidationError as error:
         raise SpecError(_explain(error, document, source)) from None
+
+
+@contextmanager
+def with_lines(path: Path) -> Iterator[None]:
+    """Add the line of a study file to errors of later checks, whose messages begin with a dotted field."""
+    try:
+        yield
+    except SpecError as error:
+        field, colon, _ = str(error).partition(": ")
+        parts = [int(part) if part.isdecimal() else part for part in field.split(".")]
+        if not colon or parts[0] not in StudySpec.model_fields:
+            raise
+        line, _ = read_yaml(read_text(path), str(path)).locate(parts)
+        raise SpecError(f"{path}, line {line}: {error}") from error
 
 
 def resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:

@@ -76,7 +76,7 @@ def test_version() -> None:
         (lambda text: text.replace("strategy: random", "strategy: oracle"), ["no strategy 'oracle'", "random"]),
         (
             lambda text: text.replace("learning_rate: 1.0e-6", "lerning_rate: 1.0e-6"),
-            ["baselines.recipe", "lerning_rate", "learning_rate"],
+            ["baselines.0.configuration", "lerning_rate", "learning_rate"],
         ),
     ],
 )

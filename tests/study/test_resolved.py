@@ -64,7 +64,10 @@ def test_what_the_trainer_does_not_know_is_refused(tmp_path: Path, configuration
             {"space": {"n_samples": {"type": "float", "low": 4, "high": 16}}},
             r"space: trainer 'simulated' refuses n_samples=\d+\.\d+: .*integer",
         ),
-        ({"baselines": [{"name": "r", "configuration": {"speed": 1}}]}, "baselines.r: trainer 'simulated' refuses"),
+        (
+            {"baselines": [{"name": "r", "configuration": {"speed": 1}}]},
+            "baselines.0.configuration: 'r': trainer",
+        ),
         ({"stopping": {"override": {"kl": False}}}, "stopping.override: no rule 'kl'"),
         ({"stopping": {"override": {"kl_growth": {"patience": 0}}}}, "stopping.override.kl_growth.patience"),
     ],

@@ -147,7 +147,7 @@ BAD = {
         changed("trial_seconds: 600", "trial_seconds: lots"), 19, "budget.trial_seconds", '"lots"', "number",
     ),
     "out of bounds": (changed("trial_seconds: 600", "trial_seconds: -1"), 19, "budget.trial_seconds", "-1", "greater"),
-    "infinite": (changed("trial_seconds: 600", "trial_seconds: .inf"), 19, "budget.trial_seconds", "Inf", "finite"),
+    "infinite": (changed("trial_seconds: 600", "trial_seconds: .inf"), 19, "budget.trial_seconds", "inf", "finite"),
     "unknown field": (STUDY + "surprise: 1\n", 23, "surprise", "1", "remove it or correct its spelling"),
     "unknown field inside": (changed("rungs: 3", "rung: 3"), 17, "fidelity.rung", "3", "remove it or correct"),
     "missing field": (changed("target: large\n", ""), 2, "target", "", "add it"),
