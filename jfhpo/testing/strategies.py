@@ -126,10 +126,6 @@ class StrategyConformance:
             self.forget()
             assert load_strategy(study).suggest(study, read, remaining, seed) == proposal
 
-    def test_without_money_it_proposes_nothing(self, tmp_path: Path, strategy: str | dict[str, Any]) -> None:
-        study = small_study(tmp_path, strategy)
-        assert load_strategy(study).suggest(study, [], 0.0, 0) is None
-
     def test_without_trials_it_ranks_nothing(self, tmp_path: Path, strategy: str | dict[str, Any]) -> None:
         study = small_study(tmp_path, strategy)
         assert load_strategy(study).rank(study, []) == []
