@@ -9,9 +9,10 @@ from jfhpo.session import INLINE, informed, recorded
 from jfhpo_core.errors import JfhpoError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.text import without_credentials
-from jfhpo_core.run.preflight import Finding, Level, examine
+from jfhpo_core.run.preflight import examine
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.trainers.base import Finding, Level
 
 
 def diagnose(spec: StudySpec) -> Iterator[Finding]:

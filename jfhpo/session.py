@@ -184,7 +184,7 @@ def judge_checkpoints(spec: StudySpec, limit_bytes: int | None = None, *, delete
                 "which delivers them, so that their checkpoints are not taken for nobody's"
             )
         ledger, result = _look(study)
-        ranked = rank(study, load_strategy(study), result.trials)
+        ranked = [item.configuration for item in rank(study, load_strategy(study), result.trials)]
         judgements = judge(study, result.trials, result.target_trial, ranked, result.complete, limit_bytes)
         gone = [judgement for judgement in judgements if delete and not judgement.keep]
         for judgement in gone:

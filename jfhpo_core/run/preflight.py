@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from jfhpo_core.errors import JfhpoError
 from jfhpo_core.study.data import columns_of
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.tasks import Task, load_task
+from jfhpo_core.trainers.base import Finding, Level
 
 GIB = 2**30
 
@@ -32,28 +31,6 @@ PORTS = {4200: "Prefect", 5000: "MLflow", 6379: "Ray", 8265: "Ray's dashboard", 
 
 LISTENING = "0A"
 ANY_ADDRESS = ("00000000", "0" * 32)
-
-
-class Level(StrEnum):
-    """How serious a finding is."""
-
-    OK = "ok"
-    WARNING = "warning"
-    FAILURE = "failure"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        subject: What was looked at, in one or two words.
-        message: What was found; for a failure also what to do about it.
-    """
-
-    level: Level
-    subject: str
-    message: str
 
 
 def examine(study: Study) -> Iterator[Finding]:

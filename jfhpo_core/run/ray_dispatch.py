@@ -34,11 +34,11 @@ from typing import Any
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.run.dispatch import Event, Finished, Streamed, Suspended
 from jfhpo_core.run.parts import Paused
-from jfhpo_core.run.watchdog import Silence
 from jfhpo_core.run.worker import Cancelled, run_job
 from jfhpo_core.study.spec import ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome, SegmentResult, StepRecord
 from jfhpo_core.trainers import Job, load_trainer
+from jfhpo_core.watchdog import Silence
 
 HANG_SECONDS = 1800.0
 """A job that has delivered two steps may always be silent for this long: evaluation and checkpoint take their time, and

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jfhpo_core.optimizer.strategy import Recommendation
 from jfhpo_core.store.checkpoints import STEP, CheckpointStore
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import Trial, TrialState, configuration_key
+from jfhpo_core.study.trial import Configuration, Trial, TrialState, configuration_key
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def judge(
     study: Study,
     trials: Sequence[Trial],
     recommended: Trial | None,
-    ranked: Sequence[Recommendation],
+    ranked: Sequence[Configuration],
     complete: bool,
     limit_bytes: int | None = None,
 ) -> list[Judgement]:
@@ -55,7 +54,7 @@ def judge(
         study: The study.
         trials: Its trials.
         recommended: The training whose weights are, or will be, registered.
-        ranked: Configurations by expected score, best first: `Strategy.rank`.
+        ranked: Configurations by expected score, best first.
         complete: Whether the study is done, so that only a larger budget would continue a trial.
         limit_bytes: Most that may be kept; the paused trials of the least promising configurations go first.
     """
@@ -114,9 +113,9 @@ def _may_go_on(study: Study, trial: Trial) -> bool:
     return trial.checkpoint is not None and (trial.is_extendable or lost_on_target)
 
 
-def _within(judgements: Sequence[Judgement], ranked: Sequence[Recommendation], limit_bytes: int) -> list[Judgement]:
+def _within(judgements: Sequence[Judgement], ranked: Sequence[Configuration], limit_bytes: int) -> list[Judgement]:
     """Give up the checkpoints of the least promising paused trials until the rest fits."""
-    ranks = {configuration_key(item.configuration): rank for rank, item in enumerate(ranked)}
+    ranks = {configuration_key(configuration): rank for rank, configuration in enumerate(ranked)}
     kept = {judgement.folder: judgement for judgement in judgements}
     paused = [
         one

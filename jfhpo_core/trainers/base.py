@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -79,6 +81,28 @@ class TrainingResult(Record):
     seconds: float | None = Field(
         default=None, description="Simulated duration; None means that the wall clock is the truth."
     )
+
+
+class Level(StrEnum):
+    """How serious a finding is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILURE = "failure"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        subject: What was looked at, in one or two words.
+        message: What was found; for a failure also what to do about it.
+    """
+
+    level: Level
+    subject: str
+    message: str
 
 
 class Trainer(Protocol):

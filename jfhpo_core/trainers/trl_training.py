@@ -36,8 +36,8 @@ from jfhpo_core.study.scoring import Scores
 from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import Evaluation, FailureKind, Pause, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
-from jfhpo_core.trainers.trl import TrlSettings
 from jfhpo_core.trainers.trl_rollout import Sampler, Tokens, evaluate, own_randomness
+from jfhpo_core.trainers.trl_settings import TrlSettings
 
 PROGRESS = "jfhpo-progress.json"
 """File of a checkpoint with what TRL does not count: our step and the completion tokens so far."""

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from jfhpo.cli import REFUSED, app
 from jfhpo.doctor import _ray, diagnose
-from jfhpo_core.run.preflight import Finding, Level
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.trainers.base import Finding, Level
 from tests.studies import study_data
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from jfhpo_core.run import preflight
-from jfhpo_core.run.preflight import Finding, Level, examine
+from jfhpo_core.run.preflight import examine
+from jfhpo_core.trainers.base import Finding, Level
 from tests.studies import simulated_study
 
 TCP = """\

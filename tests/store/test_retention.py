@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from jfhpo_core.optimizer.strategy import Recommendation
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.retention import judge
 from jfhpo_core.study.resolved import Study
@@ -41,7 +40,7 @@ class Shelf:
         self, recommended: Trial | None = None, limit: int | None = None, *, complete: bool
     ) -> set[tuple[int, int]]:
         """Trial number and step of what is kept."""
-        ranked = [Recommendation(trial.configuration, 0.5, 0.1) for trial in self.trials]
+        ranked = [trial.configuration for trial in self.trials]
         judged = judge(self.study, self.trials, recommended, ranked, complete, limit)
         return {(one.trial.number, one.step) for one in judged if one.keep and one.trial is not None}
 

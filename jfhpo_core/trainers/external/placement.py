@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
+from jfhpo_core.trainers.external.settings import ExternalSettings
 
 GIB = 2**30
 
@@ -74,7 +74,7 @@ def training_bytes(
 
 
 def place(
-    settings: OpenRlhfSettings,
+    settings: ExternalSettings,
     parameters: int,
     devices: int,
     *,
@@ -170,7 +170,7 @@ def _tensor_parallel(parameters: int, gpus: int, memory: float) -> int:
     return gpus
 
 
-def micro_batch(settings: OpenRlhfSettings, per_gpu: int, tokens: int) -> int:
+def micro_batch(settings: ExternalSettings, per_gpu: int, tokens: int) -> int:
     """Completions that go through the model at once: a divisor of `per_gpu`, as large as limit or length allow.
 
     Args:

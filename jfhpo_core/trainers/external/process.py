@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from jfhpo_core.errors import InfrastructureError
-from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
+from jfhpo_core.trainers.external.settings import ExternalSettings
 
 REAPER = Path(__file__).with_name("reaper.py")
 CPU_SHIM = Path(__file__).parents[1] / "openrlhf" / "cpu_shim"
@@ -44,7 +44,7 @@ ON_CPU = {
 }
 
 
-def environment(settings: OpenRlhfSettings, base: Mapping[str, str], gpus: int) -> dict[str, str]:
+def environment(settings: ExternalSettings, base: Mapping[str, str], gpus: int) -> dict[str, str]:
     """The environment of a training's processes.
 
     Args:

@@ -7,10 +7,10 @@ from collections import deque
 from pathlib import Path
 
 from jfhpo_core.errors import InfrastructureError
-from jfhpo_core.run.watchdog import Silence
+from jfhpo_core.trainers.external.failures import FATAL, explain
 from jfhpo_core.trainers.external.log import LogTail
 from jfhpo_core.trainers.external.process import TrainingProcess
-from jfhpo_core.trainers.openrlhf.failures import FATAL, explain
+from jfhpo_core.watchdog import Silence
 
 POLL_SECONDS = 0.1
 

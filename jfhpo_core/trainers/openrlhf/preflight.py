@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.run.preflight import GIB, Finding, Level
 from jfhpo_core.study.models import Model
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.trainers.external.placement import WEIGHT_BYTES, Placement, place
+from jfhpo_core.trainers.base import Finding, Level
+from jfhpo_core.trainers.external.placement import GIB, WEIGHT_BYTES, Placement, place
 from jfhpo_core.trainers.external.process import environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 

@@ -2,72 +2,24 @@
 
 from __future__ import annotations
 
-import os
-from typing import Literal
+from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from jfhpo_core.trainers.external.settings import ExternalSettings
 
 PYTHON_VARIABLE = "JFHPO_OPENRLHF_PYTHON"
-"""Environment variable with the trainer's Python, for studies that do not name it."""
 
 
-class OpenRlhfSettings(BaseModel):
+class OpenRlhfSettings(ExternalSettings):
     """Settings of trainer `openrlhf`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    python_variable: ClassVar[str] = PYTHON_VARIABLE
 
-    python: str | None = Field(
-        default=None,
-        description=f"Python of the trainer's environment, the same path on every node; None: ${PYTHON_VARIABLE}.",
-    )
-    device: Literal["cuda", "cpu"] = Field(
-        default="cuda", description="'cpu' runs the same trainer on CPUs by a shim: for tests, with tiny models."
-    )
-    jobs_address: str | None = Field(
-        default=None,
-        description="Submit every training to this Ray cluster as a job (http://HEAD:8265): for trainings over several "
-        "nodes. None: a training is a group of processes on the node of its worker, with the GPUs that Ray gave it.",
-    )
-    asynchronous: bool = Field(
-        default=False,
-        description="Generate the next rollouts during training, on GPUs of their own: faster, one step off-policy. A "
-        "trial that a rule stops is then not evaluated at that very step.",
-    )
     chat_template: bool = Field(
         default=False, description="Give prompts to the model as a user's message, in the model's chat template."
     )
     max_prompt_tokens: int = Field(default=1024, ge=1, description="A longer prompt ends the trial with an error.")
-    gpus_per_node: int = Field(default=8, ge=1, description="Largest part of a training that stays on one node.")
-    gpu_memory_gib: float = Field(default=80.0, gt=0, description="Memory of one GPU, for the placement.")
-    micro_batch: int | None = Field(
-        default=None,
-        ge=1,
-        description="Completions that go through the model at once, per GPU; None: by their length.",
-    )
-    zero_stage: Literal[2, 3] | None = Field(default=None, description="None: the lowest that fits into memory.")
-    offload_optimizer: bool | None = Field(default=None, description="Optimizer in host memory; None: if it must be.")
-    tensor_parallel: int | None = Field(
-        default=None, ge=1, description="GPUs per vLLM engine; None: as few as hold the model."
-    )
-    vllm_memory_share: float | None = Field(
-        default=None, gt=0, lt=1, description="Share of a GPU's memory for vLLM; None: from the placement."
-    )
     gradient_checkpointing: bool = Field(default=True, description="Save memory by computing activations twice.")
     attention: str = Field(default="flash_attention_2", description="Implementation of attention in training (GPU).")
     enforce_eager: bool = Field(default=False, description="vLLM without CUDA graphs: starts faster, samples slower.")
-    startup_seconds: float = Field(
-        default=1800.0,
-        gt=0,
-        description="A training counts as hung if it is silent for this time before its second step.",
-    )
-    hang_seconds: float = Field(
-        default=900.0, gt=0, description="So does one that is silent for this time, and for 20 of its own steps, later."
-    )
-    environment: dict[str, str] = Field(
-        default_factory=dict, description="Further environment variables of the trainer, e.g. NCCL_SOCKET_IFNAME."
-    )
-
-    @property
-    def interpreter(self) -> str | None:
-        """The trainer's Python, if any is named."""
-        return self.python or os.environ.get(PYTHON_VARIABLE) or None

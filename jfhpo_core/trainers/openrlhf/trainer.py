@@ -15,13 +15,12 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
-from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
+from jfhpo_core.trainers.base import Finding, Job, Observer, TrainingResult, read_settings
 from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
 from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE, OpenRlhfSettings
 
 if TYPE_CHECKING:
-    from jfhpo_core.run.preflight import Finding
     from jfhpo_core.study.resolved import Study
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from jfhpo_core.run.preflight import Level
 from jfhpo_core.run.worker import run_job
 from jfhpo_core.study.trial import Outcome, StepRecord
+from jfhpo_core.trainers.base import Level
 from jfhpo_core.trainers.external.process import TrainingProcess
 from jfhpo_core.trainers.openrlhf import OpenRlhfTrainer
 from jfhpo_core.trainers.openrlhf.preflight import _jobs

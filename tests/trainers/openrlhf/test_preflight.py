@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from jfhpo_core.run.preflight import Finding, Level
 from jfhpo_core.study.resolved import resolve
+from jfhpo_core.trainers.base import Finding, Level
 from jfhpo_core.trainers.external.placement import GIB, place
 from jfhpo_core.trainers.openrlhf.preflight import TESTED, _versions, cached_sequences
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings

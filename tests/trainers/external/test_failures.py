@@ -6,7 +6,7 @@ import pytest
 
 from jfhpo_core.errors import InfrastructureError, TrialFailure
 from jfhpo_core.study.trial import FailureKind
-from jfhpo_core.trainers.openrlhf.failures import FATAL, explain
+from jfhpo_core.trainers.external.failures import FATAL, explain
 
 # Made: an actor that failed while it was created. What it died of stands last.
 CREATION = """\

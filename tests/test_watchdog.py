@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jfhpo_core.run import watchdog as silence
-from jfhpo_core.run.watchdog import HANG_FACTOR, Silence
+from jfhpo_core.watchdog import HANG_FACTOR, Silence
 
 
 class Clock:
