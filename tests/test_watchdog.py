@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jfhpo_core.run import watchdog as silence
+from jfhpo_core import watchdog as silence
 from jfhpo_core.watchdog import HANG_FACTOR, Silence
 
 
