@@ -45,7 +45,7 @@ from jfhpo_core.optimizer.surrogate import (
     fit_parameters,
 )
 from jfhpo_core.run.worker import run_job
-from jfhpo_core.study.resolved import Study, base_scores
+from jfhpo_core.study.resolved import Study, base_evaluations
 from jfhpo_core.study.space import Vector
 from jfhpo_core.study.trial import Configuration, Outcome, Suggestion, Trial
 from jfhpo_core.trainers.simulated import study_surface
@@ -155,7 +155,7 @@ def train(study: Study, counts: Sequence[int]) -> list[Trial]:
             short = place % 2 == 1 and model != study.ladder.target
             trial = study.new_trial(len(trials), configuration, model.name, study.spec.seeds.training[0])
             segment = study.next_segment(trial, horizon // 2 if short else horizon, BECAUSE)
-            job = study.job(trial, segment, (), base_scores(trials).get(model.name))
+            job = study.job(trial, segment, (), base_evaluations(trials).get(model.name))
             result = run_job(job, study.trainer, lambda _: None).model_copy(update={"committed": len(trials) + 1})
             trials.append(trial.model_copy(update={"segments": (result,)}))
     return trials

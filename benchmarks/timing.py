@@ -30,7 +30,7 @@ from jfhpo_core.optimizer.strategy import Proposal, fresh_configurations, load_s
 from jfhpo_core.run.dispatch import Dispatcher, Finished, InlineDispatcher
 from jfhpo_core.store.ledger import Ledger, MemoryLedger
 from jfhpo_core.study.hyperparameters import default_spaces
-from jfhpo_core.study.resolved import Study, base_scores
+from jfhpo_core.study.resolved import Study, base_evaluations
 from jfhpo_core.study.trial import Suggestion, spent_seconds
 
 FILE = "timing.json"
@@ -144,7 +144,7 @@ def _train(study: Study, ledger: Ledger, dispatcher: Dispatcher, proposal: Propo
     trial = next((known for known in trials if known.key == new.key), new)
     segment = study.next_segment(trial, proposal.stop_prompts, proposal.suggestion)
     ledger.begin(trial, segment)
-    base = base_scores(trials).get(trial.model)
+    base = base_evaluations(trials).get(trial.model)
     dispatcher.submit(study.job(trial, segment, ledger.step_records(trial.key), base))
     for event in dispatcher.wait(0):
         if isinstance(event, Finished):

@@ -23,7 +23,15 @@ from jfhpo.study_facts import counts
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import FEWEST_CONFIGURATIONS, Forecast, Quality, forecast, forecast_quality, scaled
 from jfhpo_core.optimizer.strategy import Strategy, load_strategy
-from jfhpo_core.report.findings import caveats, contrasts, interval, search_trial_ratio, verdict
+from jfhpo_core.report.findings import (
+    caveats,
+    contrasts,
+    interval,
+    interval_text,
+    score_text,
+    search_trial_ratio,
+    verdict,
+)
 from jfhpo_core.run.search import Progress, SearchResult, rank
 from jfhpo_core.stopping.rules import build_rules
 from jfhpo_core.study.resolved import Study
@@ -424,13 +432,12 @@ def comparison_table(result: SearchResult) -> Table:
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     ahead = {contrast.label: contrast for contrast in contrasts(result)}
     for row in result.rows:
-        low, high = interval(row.score, row.standard_error)
         contrast = ahead.get(row.label)
         least, most = interval(contrast.difference, contrast.standard_error) if contrast else (0.0, 0.0)
         table.add_row(
             row.label,
-            f"{row.score:.3f}",
-            f"{low:.3f} to {high:.3f}",
+            score_text(row),
+            interval_text(row),
             str(row.seeds),
             f"{contrast.difference:+.3f} ({least:+.3f} to {most:+.3f})" if contrast else "",
         )

@@ -92,6 +92,8 @@ def facts(result: SearchResult) -> dict[str, str | float]:
         found["expected_score"] = result.recommended.mean
         found["expected_score.sd"] = result.recommended.standard_deviation
     for row in result.rows:
+        if not row.seeds:
+            continue
         name = row.label.replace(" ", "_")
         found[f"score.{name}"] = row.score
         found[f"score.{name}.standard_error"] = row.standard_error

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlflow.entities import Metric
 
-from jfhpo_core.report.findings import caveats, interval, verdict
+from jfhpo_core.report.findings import caveats, interval, interval_text, score_text, verdict
 from jfhpo_core.report.text import duration, number, setting
 from jfhpo_core.run.search import SearchResult
 from jfhpo_core.study.space import Space
@@ -263,7 +263,7 @@ def _plottable(value: float) -> float:
 
 def outcome_metrics(result: SearchResult, timestamp: int) -> list[Metric]:
     """What a study came to, so that studies can be compared: score and error of the recommended configuration."""
-    if result.recommended is None or not result.rows:
+    if result.recommended is None or not result.rows or not result.rows[0].seeds:
         return []
     mine, step = result.rows[0], sum(len(trial.segments) for trial in result.trials)
     values = {
@@ -387,8 +387,7 @@ def _outcome(result: SearchResult) -> list[str]:
     if result.rows:
         lines += ["| Configuration | Score | 95 % interval | Seeds |", "|---|---|---|---|"]
         for row in result.rows:
-            low, high = interval(row.score, row.standard_error)
-            lines.append(f"| {row.label} | {number(row.score)} | {number(low)} to {number(high)} | {row.seeds} |")
+            lines.append(f"| {row.label} | {score_text(row)} | {interval_text(row)} | {row.seeds} |")
         lines.append("")
     if result.recommended is not None:
         lines += ["**Recommended:** " + configuration_text(result.recommended.configuration), ""]

@@ -188,7 +188,7 @@ def train(training: Training) -> Part:
                 stop_step=stop,
                 suggestion=Suggestion(source="rl-table", explanation=training.name),
             )
-            job = study.job(trial, segment, records, base_score=None)
+            job = study.job(trial, segment, records, base=None)
 
             def observe(event: StepRecord | Evaluation) -> None:
                 if isinstance(event, StepRecord):

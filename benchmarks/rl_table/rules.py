@@ -220,7 +220,10 @@ def first_decision(
     rules: Sequence[StoppingRule], recording: Recording, total_steps: int, floors: Mapping[int, float] | None = None
 ) -> Decision | None:
     """The decision with which one of the rules stops a training; None if none does."""
-    monitor = Monitor(rules, Course(total_steps, floors=dict(floors or {})))
+    groups = recording.steps[0].prompts
+    completions = groups * int(recording.configuration["n_samples"])
+    course = Course(total_steps, floors=dict(floors or {}), groups=groups, completions=completions)
+    monitor = Monitor(rules, course)
     evaluations = {evaluation.step: evaluation for evaluation in recording.evaluations}
     events: list[StepRecord | Evaluation] = [evaluations[0]]
     for record in recording.steps:

@@ -20,7 +20,7 @@ from prefect.runtime import flow_run
 
 from jfhpo.display import Watch, bill, duration, next_steps, show_quality, show_score, show_value, standings
 from jfhpo.session import StudyOutcome
-from jfhpo_core.report.findings import caveats, contrasts, interval, verdict
+from jfhpo_core.report.findings import NOT_FINISHED, caveats, contrasts, interval_text, verdict
 from jfhpo_core.run.search import Progress, SearchResult
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.trial import Trial, TrialState
@@ -150,20 +150,17 @@ def trial_rows(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 def result_rows(result: SearchResult) -> list[dict[str, Any]]:
     """The final table: each configuration with its interval, and how far the recommended one is ahead."""
     ahead = {contrast.label: contrast for contrast in contrasts(result)}
-    rows = []
-    for row in result.rows:
-        low, high = interval(row.score, row.standard_error)
-        rows.append(
-            {
-                "configuration": row.label,
-                "score": round(row.score, 4),
-                "95 % interval": f"{low:.3f} to {high:.3f}",
-                "seeds": row.seeds,
-                "recommended is": ahead[row.label].verdict.removesuffix(" than") if row.label in ahead else "",
-                "by": round(ahead[row.label].difference, 4) if row.label in ahead else "",
-            }
-        )
-    return rows
+    return [
+        {
+            "configuration": row.label,
+            "score": round(row.score, 4) if row.seeds else NOT_FINISHED,
+            "95 % interval": interval_text(row),
+            "seeds": row.seeds,
+            "recommended is": ahead[row.label].verdict.removesuffix(" than") if row.label in ahead else "",
+            "by": round(ahead[row.label].difference, 4) if row.label in ahead else "",
+        }
+        for row in result.rows
+    ]
 
 
 def _progress_page(progress: Progress, watch: Watch) -> str:

@@ -30,12 +30,12 @@ from jfhpo.session import INLINE, StudyOutcome, rebuild_report, run_study
 from jfhpo_core.errors import InfrastructureError, Interruption
 from jfhpo_core.report.findings import verdict
 from jfhpo_core.run.dispatch import Dispatcher
-from jfhpo_core.run.search import VALIDATION, Progress
+from jfhpo_core.run.search import Progress
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import load_study
-from jfhpo_core.study.trial import Trial
+from jfhpo_core.study.trial import VALIDATION, Trial
 from jfhpo_core.trainers import Job
 
 DEFAULT_STUDY = "examples/demo.yaml"

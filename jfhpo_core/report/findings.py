@@ -36,6 +36,21 @@ def interval(score: float, standard_error: float) -> tuple[float, float]:
     return score - Z_95 * standard_error, score + Z_95 * standard_error
 
 
+NOT_FINISHED = "not finished"
+"""Stands for the score of a configuration of which no run reached full length."""
+
+
+def score_text(row: Comparison) -> str:
+    """The score of a row of the final table, for people."""
+    return number(row.score) if row.seeds else NOT_FINISHED
+
+
+def interval_text(row: Comparison) -> str:
+    """Its 95 % interval; empty without a score."""
+    low, high = interval(row.score, row.standard_error)
+    return f"{number(low)} to {number(high)}" if row.seeds else ""
+
+
 @dataclass(frozen=True)
 class Contrast:
     """The recommendation against one row of the final table.
@@ -68,13 +83,14 @@ class Contrast:
 
 
 def contrasts(result: SearchResult) -> list[Contrast]:
-    """The recommendation against each other row; empty if nothing is recommended."""
-    if result.recommended is None or not result.rows:
+    """The recommendation against each other row that has a score; empty if nothing is recommended."""
+    if result.recommended is None or not result.rows or not result.rows[0].seeds:
         return []
     mine, *others = result.rows
     return [
         Contrast(row.label, mine.score - row.score, math.hypot(mine.standard_error, row.standard_error))
         for row in others
+        if row.seeds
     ]
 
 
@@ -84,6 +100,10 @@ def verdict(result: SearchResult) -> str:
     if result.recommended is None or not result.rows:
         return why_nothing(result)
     mine = result.rows[0]
+    if not mine.seeds:
+        return (
+            f"The recommended configuration has not been trained to full length on {target} with a seed of the study."
+        )
     low, high = interval(mine.score, mine.standard_error)
     seeds = f"{mine.seeds} seed{'s' if mine.seeds != 1 else ''}"
     text = (
@@ -153,19 +173,19 @@ def caveats(result: SearchResult) -> list[str]:
         )
     elif result.recommended is not None:
         notes.append("It was chosen and measured on the same seed, which flatters it. More training seeds would tell.")
-    single = [row.label for row in result.rows if row.seeds == 1]
+    finished = [row for row in result.rows if row.seeds]
+    single = [row.label for row in finished if row.seeds == 1]
     if single:
         notes.append(
             f"One seed only: {', '.join(single)}. Those intervals hold evaluation noise and not the spread of training."
         )
-    elif min(row.seeds for row in result.rows) < 5:
+    elif finished and min(row.seeds for row in finished) < 5:
         notes.append("With so few seeds the spread between trainings is itself uncertain, and so are the intervals.")
     if any(row.label == "random search" for row in result.rows):
         notes.append("Random search counts with the best of its full trainings, which flatters it as well.")
-    stopped = [trial for trial in result.trials if trial.label and trial.decision is not None]
-    if stopped:
-        names = ", ".join(sorted({str(trial.label) for trial in stopped}))
-        notes.append(f"A stopping rule ended a training of {names}; it counts with the score that it had then.")
+    notes += [
+        f"Not finished, so without a score: {row.label}, {reason}." for row in result.rows for reason in row.unfinished
+    ]
     return notes
 
 
@@ -175,12 +195,11 @@ def fresh_seed_score(result: SearchResult) -> tuple[float, int] | None:
         return None
     wanted = configuration_key(result.recommended.configuration)
     finals = [
-        trial.evaluations[-1].score
+        trial.final.score
         for trial in result.trials
         if trial.purpose == "confirmation"
         and configuration_key(trial.configuration) == wanted
-        and trial.evaluations
-        and (trial.final is not None or trial.decision is not None)
+        and trial.final is not None
     ]
     return (fmean(finals), len(finals)) if finals else None
 

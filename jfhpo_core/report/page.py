@@ -157,6 +157,8 @@ def _context(
         "contrasts": summary.contrasts(result),
         "caveats": summary.caveats(result),
         "interval": summary.interval,
+        "score_text": summary.score_text,
+        "interval_text": summary.interval_text,
         "settings": settings_table(result),
         "comparison": figure(
             "comparison",

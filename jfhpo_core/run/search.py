@@ -20,10 +20,10 @@ from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation
 from jfhpo_core.run.dispatch import Dispatcher, Event, Streamed, Suspended
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.models import steps_at
-from jfhpo_core.study.resolved import Study, base_scores
+from jfhpo_core.study.resolved import Study, base_evaluations
 from jfhpo_core.study.trial import (
+    VALIDATION,
     Configuration,
-    Evaluation,
     FailureKind,
     Outcome,
     Purpose,
@@ -57,8 +57,9 @@ LOST_IN_A_ROW = 3
 REOPEN_SHARE = 0.1
 """Once the final comparison has begun, the search goes on only if this share of the budget is left: it was raised."""
 
-VALIDATION = "validation"
-"""Source of the suggestions by which the best configurations are trained to full length on the target."""
+
+ENDED_EARLY = (TrialState.STOPPED, TrialState.INFEASIBLE)
+"""States of a run that will never reach full length."""
 
 
 class Phase(StrEnum):
@@ -103,10 +104,11 @@ class Comparison:
     """One row of the final table: a configuration on the target at full length, over the training seeds.
 
     Attributes:
-        score: Mean final held-out score.
+        score: Mean final held-out score of the runs that reached full length; NaN if none did.
         standard_error: Of the mean: evaluation noise and, with two seeds or more, the spread between seeds.
-        seeds: Finished seeds.
-        seconds: Device-seconds charged for these trainings.
+        seeds: Runs that reached full length, one per seed.
+        seconds: Device-seconds charged for all runs of the row.
+        unfinished: Why further runs ended before full length, one reason each. They have no score.
     """
 
     label: str
@@ -115,6 +117,7 @@ class Comparison:
     standard_error: float
     seeds: int
     seconds: float
+    unfinished: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -468,10 +471,10 @@ class _Run:
     lost_in_a_row: int = 0
 
     def submit(self, trial: Trial, segment: Segment) -> None:
-        scores = base_scores(self.ledger.trials())
+        bases = base_evaluations(self.ledger.trials())
         history = self.ledger.step_records(trial.key)
         environment = self.ledger.environment(trial.key)
-        job = self.study.job(trial, segment, history, scores.get(trial.model), environment)
+        job = self.study.job(trial, segment, history, bases.get(trial.model), environment)
         self.dispatcher.submit(job.model_copy(update={"deadline": self.clock.deadline}))
         self.in_flight[trial.key] = time.monotonic()
         self.submitted += 1
@@ -635,11 +638,11 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
     rows: list[Comparison] = []
     target_trial: Trial | None = None
     if recommended is not None:
-        mine = _finals(study, trials, recommended.configuration)
+        mine = _runs(study, trials, recommended.configuration)
         target_trial = next((trial for trial in mine if trial.purpose == "search"), None)
         rows.append(_compare("recommended", recommended.configuration, mine))
     for baseline in study.spec.baselines:
-        mine = _finals(study, trials, baseline.configuration)
+        mine = _runs(study, trials, baseline.configuration)
         if mine:
             rows.append(_compare(baseline.name, baseline.configuration, mine))
     random = [trial for trial in trials if trial.purpose == "random-search" and trial.final is not None]
@@ -658,35 +661,42 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
     )
 
 
-def _finals(study: Study, trials: Sequence[Trial], configuration: Configuration) -> list[Trial]:
-    """Trainings of a configuration on the target that came to an end, one per seed: full length, or stopped early."""
+def _runs(study: Study, trials: Sequence[Trial], configuration: Configuration) -> list[Trial]:
+    """The runs of a configuration on the target that have ended, one per seed; one that reached full length, if any."""
     wanted = configuration_key(configuration)
     by_seed: dict[int, Trial] = {}
     for trial in trials:
-        # Some trainers score at rungs only, so one that was stopped early may have no score at all.
-        ended = trial.final is not None or (trial.state is TrialState.STOPPED and trial.evaluations)
         if (
-            ended
-            and trial.model == study.ladder.target.name
+            trial.model == study.ladder.target.name
             and trial.purpose != "random-search"
             # Further seeds by which the search chose are no part of the comparison: baselines have none of them.
             and trial.seed in study.spec.seeds.training
             and configuration_key(trial.configuration) == wanted
+            and (trial.final is not None or (trial.state in ENDED_EARLY and trial.purpose != "search"))
         ):
-            by_seed.setdefault(trial.seed, trial)
+            known = by_seed.setdefault(trial.seed, trial)
+            by_seed[trial.seed] = trial if known.final is None else known
     return list(by_seed.values())
 
 
 def _compare(label: str, configuration: Configuration, trials: Sequence[Trial]) -> Comparison:
-    """Mean and standard error over trials; a trial that a rule stopped counts with the score it was stopped at."""
-    last = [_last(trial) for trial in trials]
-    count = len(last)
-    score = sum(evaluation.score for evaluation in last) / count
-    measured = sum(evaluation.standard_error**2 for evaluation in last) / count**2
-    between = sum((evaluation.score - score) ** 2 for evaluation in last) / (count * (count - 1)) if count > 1 else 0.0
+    """Mean and standard error over the trials that reached full length; what a shorter run scored is not comparable."""
+    finals = [trial.final for trial in trials if trial.final is not None]
+    count = len(finals)
+    score, variance = math.nan, math.nan
+    if finals:
+        score = sum(evaluation.score for evaluation in finals) / count
+        variance = sum(evaluation.standard_error**2 for evaluation in finals) / count**2
+    if count > 1:
+        between = sum((evaluation.score - score) ** 2 for evaluation in finals) / (count * (count - 1))
+        variance = max(variance, between)
     seconds = sum(trial.charge_seconds for trial in trials)
-    return Comparison(label, configuration, score, max(measured, between) ** 0.5, count, seconds)
+    unfinished = tuple(_ending(trial) for trial in trials if trial.final is None)
+    return Comparison(label, configuration, score, variance**0.5, count, seconds, unfinished)
 
 
-def _last(trial: Trial) -> Evaluation:
-    return trial.evaluations[-1]
+def _ending(trial: Trial) -> str:
+    """Why a run ended before full length."""
+    last = trial.segments[-1]
+    reason = last.decision.explain() if last.decision is not None else last.message or str(trial.state)
+    return f"seed {trial.seed} ended at step {trial.step} of {trial.total_steps}: {reason}"

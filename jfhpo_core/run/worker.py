@@ -76,8 +76,16 @@ def run_job(
     for record in records:
         on_record(record)
     floors = {floor.step: floor.score for floor in segment.floors}
-    course = Course(job.total_steps, job.base_score, list(job.history), list(job.evaluations), floors)
-    monitor = Monitor(build_rules(job.study.stopping), course)
+    course = Course(
+        job.total_steps,
+        job.base,
+        list(job.history),
+        list(job.evaluations),
+        floors,
+        groups=job.prompts_per_step,
+        completions=job.prompts_per_step * int(job.configuration.get("n_samples", 1)),
+    )
+    monitor = Monitor(build_rules(job.study.stopping, measured=job.measured), course)
     countdown = Countdown(job.deadline)
     decision: Decision | None = None
     paused = job.segment.stop_step < segment.stop_step

@@ -16,7 +16,17 @@ from jfhpo_core.stopping.rules import build_rules
 from jfhpo_core.study.models import Ladder, build_ladder, steps_at
 from jfhpo_core.study.space import Space
 from jfhpo_core.study.spec import StudySpec
-from jfhpo_core.study.trial import Configuration, Purpose, Segment, StepRecord, Suggestion, Trial, trial_key
+from jfhpo_core.study.trial import (
+    VALIDATION,
+    Configuration,
+    Evaluation,
+    Purpose,
+    Segment,
+    StepRecord,
+    Suggestion,
+    Trial,
+    trial_key,
+)
 from jfhpo_core.trainers import Job, Trainer, load_trainer
 
 SAMPLES = 256
@@ -125,14 +135,14 @@ class Study:
         trial: Trial,
         segment: Segment,
         history: Sequence[StepRecord],
-        base_score: float | None,
+        base: Evaluation | None,
         environment: Mapping[str, str] | None = None,
     ) -> Job:
-        """Everything a worker needs for a segment."""
+        """Everything a worker needs for a segment; `base` is the evaluation of the untrained model, if there is one."""
         model = self.ladder[trial.model]
         levels = [steps_at(level, trial.prompts_per_step) for level in self.spec.fidelity.levels]
         evaluations = [step for step in levels if segment.start_step < step <= segment.stop_step]
-        if base_score is None and segment.start_step == 0:
+        if base is None and segment.start_step == 0:
             evaluations.insert(0, 0)
         checkpoints = [result.checkpoint for result in reversed(trial.segments) if result.checkpoint]
         return Job(
@@ -152,9 +162,10 @@ class Study:
             history=tuple(history),
             store=str(self.store),
             start_checkpoints=tuple(checkpoints),
-            base_score=base_score,
+            base=base,
             evaluations=tuple(evaluation for evaluation in trial.evaluations if evaluation.step > 0),
             environment=dict(environment or {}),
+            measured=trial.purpose != "search" or segment.suggestion.source == VALIDATION,
         )
 
 
@@ -209,8 +220,13 @@ def _complete_or_explain(study: Study, configuration: Configuration, where: str)
 
 def base_scores(trials: Sequence[Trial]) -> dict[str, float]:
     """Held-out score of each untrained model, from the evaluations at step 0 that trials have made."""
+    return {model: evaluation.score for model, evaluation in base_evaluations(trials).items()}
+
+
+def base_evaluations(trials: Sequence[Trial]) -> dict[str, Evaluation]:
+    """Evaluation of each untrained model, if a trial has made one."""
     return {
-        trial.model: evaluation.score
+        trial.model: evaluation
         for trial in reversed(trials)
         for evaluation in trial.evaluations[:1]
         if evaluation.step == 0

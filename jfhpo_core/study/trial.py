@@ -127,6 +127,10 @@ class Checkpoint(Record):
     size_bytes: int = Field(ge=0)
 
 
+VALIDATION = "validation"
+"""Source of the suggestions by which the best configurations are trained to full length on the target."""
+
+
 class FailureKind(StrEnum):
     """Why a trial is infeasible."""
 

@@ -60,7 +60,10 @@ class Job(Record):
     start_checkpoints: tuple[Checkpoint, ...] = Field(
         default=(), description="Checkpoints to continue from, newest first; a damaged one is passed over."
     )
-    base_score: float | None = Field(default=None, description="Held-out score of the untrained model, if known.")
+    base: Evaluation | None = Field(default=None, description="Evaluation of the untrained model, if known.")
+    measured: bool = Field(
+        default=False, description="Whether its final score is to be reported, so that no rule that guesses may end it."
+    )
     environment: dict[str, str] = Field(
         default_factory=dict,
         description="Environment variables while it is trained: what a trainer's own tracking has to know.",

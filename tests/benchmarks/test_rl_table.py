@@ -213,9 +213,9 @@ def test_thresholds_are_chosen_for_what_they_save_without_stopping_good_training
     mild, middling, strict = (RewardDrop(threshold=drop, patience=1, warmup=4) for drop in (0.9, 0.5, 0.2))
     watched = thresholds.watch([mild, middling, strict], table, ["s"])
     assert watched.good.tolist() == [False, False, False, True]
-    # A step costs a second: the strict variant stops the falling ones after step 6 and the dipping ones after step 8.
-    assert watched.stops.tolist() == [[8, 7, 6]] * 2 + [[16, 16, 8]] * 2
-    assert [watched.saved([i]) for i in range(3)] == [16 / 64, 18 / 64, 36 / 64]
+    # A step costs a second: the strict variant stops the falling ones after step 7 and the dipping ones after step 8.
+    assert watched.stops.tolist() == [[8, 7, 7]] * 2 + [[16, 16, 8]] * 2
+    assert [watched.saved([i]) for i in range(3)] == [16 / 64, 18 / 64, 34 / 64]
     assert [watched.false_kills([i]) for i in range(3)] == [0, 0, 1]
     assert thresholds.best_variant(watched, RewardDrop) == 1
     assert thresholds.best_variant(watched, ZeroReward) is None

@@ -18,7 +18,6 @@ from jfhpo_core.run.dispatch import Event, Finished, InlineDispatcher
 from jfhpo_core.run.search import (
     HOPELESS_AFTER,
     LOST_IN_A_ROW,
-    VALIDATION,
     Phase,
     Progress,
     SearchResult,
@@ -32,7 +31,7 @@ from jfhpo_core.run.search import (
 )
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import FailureKind, Outcome, Trial, TrialState, configuration_key
+from jfhpo_core.study.trial import VALIDATION, FailureKind, Outcome, Trial, TrialState, configuration_key
 from jfhpo_core.trainers import Job
 from jfhpo_core.trainers.base import Observer, TrainingResult
 from jfhpo_core.trainers.simulated import SimulatedTrainer
@@ -653,7 +652,8 @@ def test_a_study_in_which_everything_fails_ends_without_a_recommendation(tmp_pat
     assert outcome.complete
     assert outcome.recommended is None
     assert outcome.target_trial is None
-    assert outcome.rows == ()
+    assert [(row.label, row.seeds) for row in outcome.rows] == [("recipe", 0)]
+    assert "do not fit in memory" in outcome.rows[0].unfinished[0]
     tried = [trial for trial in outcome.trials if trial.purpose == "search"]
     assert HOPELESS_AFTER <= len(tried) < HOPELESS_AFTER + 2
     assert {trial.state for trial in outcome.trials} == {TrialState.INFEASIBLE}
@@ -817,7 +817,7 @@ def test_seeds_by_which_the_search_chose_are_no_part_of_the_comparison(tmp_path:
     assert (found.rows[0].score, found.rows[0].seeds) == (pytest.approx(0.55), 2)
 
 
-def test_a_stopped_baseline_counts_with_its_last_score(tmp_path: Path) -> None:
+def test_a_baseline_that_did_not_finish_has_a_row_without_a_score(tmp_path: Path) -> None:
     study = simulated_study(tmp_path)
 
     def make(study: Study) -> list[Trial]:
@@ -826,17 +826,21 @@ def test_a_stopped_baseline_counts_with_its_last_score(tmp_path: Path) -> None:
         return [trial.model_copy(update={"segments": (done,)})]
 
     (row,) = build(study, make).rows
-    assert (row.label, row.score) == ("recipe", 0.1)
+    assert (row.label, row.seeds, row.seconds) == ("recipe", 0, 10)
+    assert math.isnan(row.score)
+    assert row.unfinished == ("seed 0 ended at step 12 of 30: stopped",)
 
 
-def test_a_baseline_that_was_stopped_before_any_evaluation_has_no_row(tmp_path: Path) -> None:
-    study = simulated_study(tmp_path)
+def test_a_seed_that_did_not_finish_adds_nothing_to_the_score(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, seeds=TWO_SEEDS, baselines=[])
 
     def make(study: Study) -> list[Trial]:
-        trial = study.new_trial(0, {"learning_rate": 1e-4}, "large", 0, "baseline", "recipe")
-        return [trial.model_copy(update={"segments": (result(0, 0, 5, outcome=Outcome.STOPPED),)})]
+        trial = study.new_trial(1, {"learning_rate": 1e-3}, "large", 1, "confirmation", "recommended")
+        ended = result(0, 0, 9, outcome=Outcome.STOPPED, evaluations=(evaluation(9, 0.1),))
+        return [finished(study, 0, 0, 0.5, 1e-3), trial.model_copy(update={"segments": (ended,)})]
 
-    assert build(study, make).rows == ()
+    (row,) = build(study, make).rows
+    assert (row.score, row.seeds, len(row.unfinished)) == (0.5, 1, 1)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jfhpo_core.run.parts import Paused, cut
 from jfhpo_core.run.worker import Cancelled, run_job
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.ledger import MemoryLedger
-from jfhpo_core.study.resolved import Study, base_scores
+from jfhpo_core.study.resolved import Study, base_evaluations
 from jfhpo_core.study.trial import Evaluation, FailureKind, Outcome, SegmentResult, StepRecord, Trial
 from jfhpo_core.trainers import Job, Observer, TrainingResult, load_trainer
 from jfhpo_core.trainers.scripted import STATE
@@ -40,7 +40,7 @@ class Bench:
         trial = self.trial
         segment = trial.open_segment or self.study.next_segment(trial, prompts, BECAUSE)
         self.ledger.begin(trial, segment)
-        base = base_scores(self.ledger.trials()).get("large")
+        base = base_evaluations(self.ledger.trials()).get("large")
         return self.study.job(self.trial, segment, self.ledger.step_records(self.key), base)
 
     def train(self, prompts: int, trainer: Any = None, commit: bool = True) -> SegmentResult:

@@ -117,7 +117,7 @@ def test_the_untrained_model_is_scored_once(tmp_path: Path) -> None:
     trial = study.new_trial(0, {}, "small", 0)
     segment = study.next_segment(trial, 320, BECAUSE)
     assert study.job(trial, segment, (), None).evaluation_steps == (0, 10, 20)
-    assert study.job(trial, segment, (), 0.2).evaluation_steps == (10, 20)
+    assert study.job(trial, segment, (), evaluation(0, 0.2)).evaluation_steps == (10, 20)
 
 
 def test_base_scores_are_those_at_step_zero(tmp_path: Path) -> None:
