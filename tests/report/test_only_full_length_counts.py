@@ -42,7 +42,7 @@ AGGRESSIVE: dict[str, Any] = {
 
 
 def measured(outcome: SearchResult) -> dict[str, float]:
-    """Label to mean score of the runs at full length; rows of which there is none are left out."""
+    """Label to mean score of the runs at full length (random search: the best); rows without any are left out."""
     target, seeds = outcome.study.ladder.target.name, outcome.study.spec.seeds.training
     found = {}
     for row in outcome.rows:
@@ -53,12 +53,12 @@ def measured(outcome: SearchResult) -> dict[str, float]:
             if trial.model == target
             and configuration_key(trial.configuration) == configuration_key(row.configuration)
             and (trial.purpose == "random-search") is random
-            and trial.seed in seeds
+            and (random or trial.seed in seeds)
             and trial.evaluations
             and trial.evaluations[-1].step == trial.total_steps
         ]
         if scores:
-            found[row.label] = fmean(scores)
+            found[row.label] = max(scores) if random else fmean(scores)
     return found
 
 
