@@ -406,16 +406,29 @@ def _mean(results: Results, name: str, keys: Sequence[Key], attribute: str) -> f
 
 
 def _provenance(results: Results) -> str:
-    """Commits, machine and commands."""
-    commits = {name: sorted({result.commit for result in by_key.values()}) for name, by_key in sorted(results.items())}
-    stale = {name: sum(_is_stale(result) for result in by_key.values()) for name, by_key in results.items()}
-    rows = [[name, str(len(results[name])), ", ".join(shown), str(stale[name])] for name, shown in commits.items()]
+    """Machine, commands and commits."""
     return (
-        f"Python {platform.python_version()}, PyTorch {_version('torch')}, BoTorch {_version('botorch')}; "
-        f"{machine()}; one thread per run. CPU seconds were taken beside other work on that machine. Durations of "
-        "trainings are simulated.\n\n"
+        f"{environment()} CPU seconds were taken beside other work on that machine. Durations of trainings are "
+        "simulated.\n\n"
         "    python -m benchmarks run --strategies ... --seeds 1003:1023 --workers 2\n"
         "    python -m benchmarks report\n\n"
+    ) + commits(results)
+
+
+def environment() -> str:
+    """A sentence on versions and machine."""
+    versions = f"Python {platform.python_version()}, PyTorch {_version('torch')}, BoTorch {_version('botorch')}"
+    return f"{versions}; {machine()}; one thread per run."
+
+
+def commits(results: Results) -> str:
+    """Table of the code that made the results, with a sentence on how to read it."""
+    rows = []
+    for name, by_key in sorted(results.items()):
+        stale = sum(_is_stale(result) for result in by_key.values())
+        shown = ", ".join(sorted({result.commit for result in by_key.values()}))
+        rows.append([name, str(len(by_key)), shown, str(stale)])
+    return (
         "A commit with a plus sign had changes on top. Out of date means that strategy or landscape have changed "
         "since; `run --redo` makes these again.\n\n"
     ) + markdown_table(["strategy", "runs", "commits", "out of date"], rows)

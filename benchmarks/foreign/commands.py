@@ -11,6 +11,7 @@ from benchmarks import runner, store
 from benchmarks.foreign import report, tables
 from benchmarks.foreign.settings import BUDGETS, RECORDED, SETTINGS, TUNING, UNTOUCHED
 from benchmarks.landscapes import RECIPE_AWARE
+from benchmarks.report import EVIDENCE
 
 app = typer.Typer(no_args_is_help=True, help="Recorded runs that nobody here made: scan-bench's, and the RL tables.")
 
@@ -88,6 +89,16 @@ def table(
 ) -> None:
     """Print mean regrets so far."""
     print(report.text_table(store.load_all(results), _settings(settings), budget, own, _seeds(seeds)))
+
+
+@app.command("report")
+def write_report(
+    own: Annotated[str, typer.Option(help="Strategy that is compared with the others.")] = "jfhpo",
+    folder: Annotated[Path, typer.Option("--to", help="Where figure and page go.")] = EVIDENCE,
+    results: Folder = RESULTS,
+) -> None:
+    """Write the figure and the page of the docs, from seeds that were not used for tuning."""
+    report.write(store.load_all(results), own, folder)
 
 
 def _settings(text: str) -> list[str]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.analysis import Results
-from benchmarks.foreign.settings import BUDGETS
+from benchmarks.analysis import RESAMPLES, TIE, Interval, Results
 from benchmarks.store import Result
 
 
@@ -33,15 +33,12 @@ class Mean:
 def runs(results: Results, strategy: str, setting: str, cost: float, seeds: Sequence[int]) -> list[Result]:
     """Runs that say what a strategy delivers at a cost: those with the smallest budget that covers it."""
     found = results.get(strategy, {})
-    for budget in sorted({*BUDGETS, *(_budget(landscape) for landscape, _ in found)}):
+    budgets = sorted({int(budget) for name, _, budget in (key[0].partition("@") for key in found) if name == setting})
+    for budget in budgets:
         chosen = [found[key] for seed in seeds if (key := (f"{setting}@{budget}", seed)) in found]
         if budget >= cost and chosen:
             return chosen
     return []
-
-
-def _budget(landscape: str) -> int:
-    return int(landscape.partition("@")[2])
 
 
 def regret_at(result: Result, cost: float) -> float:
@@ -55,7 +52,25 @@ def recipe_regret(result: Result) -> float:
     return regret_at(result, 0.0)
 
 
+def regrets(results: Results, strategy: str, setting: str, cost: float, seeds: Sequence[int]) -> list[float]:
+    """Regrets at a cost of the seeds that the strategy has done."""
+    return [regret_at(result, cost) for result in runs(results, strategy, setting, cost, seeds)]
+
+
 def mean_regret(results: Results, strategy: str, setting: str, cost: float, seeds: Sequence[int]) -> Mean | None:
     """Mean regret at a cost; None without runs."""
-    found = runs(results, strategy, setting, cost, seeds)
-    return Mean.over([regret_at(result, cost) for result in found]) if found else None
+    found = regrets(results, strategy, setting, cost, seeds)
+    return Mean.over(found) if found else None
+
+
+def ratio(own: Sequence[float], peer: Sequence[float]) -> Interval:
+    """Mean regret of one strategy over that of another, with the central 95 % bootstrap interval over seeds."""
+    random = np.random.default_rng(0)
+
+    def resampled(values: Sequence[float]) -> NDArray[np.float64]:
+        picks = random.integers(len(values), size=(RESAMPLES, len(values)))
+        means: NDArray[np.float64] = np.array(values)[picks].mean(1)
+        return means
+
+    low, high = np.quantile(resampled(own) / np.maximum(resampled(peer), TIE), [0.025, 0.975])
+    return Interval(float(np.mean(own) / max(float(np.mean(peer)), TIE)), float(low), float(high))
