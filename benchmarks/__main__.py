@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from benchmarks import ablations, report, reproduction, runner, store, surrogates
+from benchmarks import ablations, prices, report, reproduction, runner, store, surrogates
 from benchmarks.foreign.commands import app as foreign
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.timing import FILE, Timing, measure
@@ -155,6 +155,14 @@ def compare_surrogates(
         print(f"{path} has no seeds from {report.FIRST_SEED} on: no page is written")
         return
     surrogates.write(fits, folder)
+
+
+@app.command("prices")
+def check_prices(
+    folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
+) -> None:
+    """Compare prices that rest on parameters, tokens and hardware with step times, and write the page of the docs."""
+    prices.write(folder)
 
 
 @app.command("faults")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from jfhpo_core.study.hardware import gpus
 from jfhpo_core.study.hyperparameters import default_spaces
 from jfhpo_core.study.space import ChoiceParameter, Space
 from jfhpo_core.study.trial import Configuration, canonical_json
@@ -280,6 +281,11 @@ class BudgetSpec(_Section):
     )
     top_k: int = Field(default=2, ge=1, le=1000, description="Configurations validated on the target at full length.")
 
+    hourly_cost: float | None = Field(
+        default=None, ge=0, le=1e6, description="Price of a device-hour; with it every bill is given in money, too."
+    )
+    currency: str = Field(default="USD", min_length=1, max_length=8, description="Currency of hourly_cost.")
+
     @model_validator(mode="after")
     def _one_unit(self) -> Self:
         if (self.trial_seconds is None) == (self.gpu_hours is None):
@@ -353,7 +359,19 @@ class ClusterSpec(_Section):
     )
     cpus_per_device: float = Field(default=1.0, gt=0, le=10**5)
     gpus_per_device: float = Field(default=0.0, ge=0, le=10**5, description="Set to 1 on a GPU cluster.")
+    gpu: str | None = Field(
+        default=None,
+        description="Kind of GPU, for prices before anything is timed: 'H100-80GB', 'A100-80GB', 'L4' and others; "
+        "None assumes an A100-80GB.",
+    )
     segment_retries: int = Field(default=2, ge=0, le=1000, description="New attempts after an infrastructure failure.")
+
+    @field_validator("gpu")
+    @classmethod
+    def _known_gpu(cls, name: str | None) -> str | None:
+        if name is not None and name not in gpus():
+            raise ValueError(f"no figures of this GPU; there are {', '.join(gpus())}; name the one most like it")
+        return name
 
 
 class TrackingSpec(_Section):

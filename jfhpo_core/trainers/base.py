@@ -121,6 +121,8 @@ class Trainer(Protocol):
     * A trainer that can write its checkpoint after any step, without knowing so when it starts, says so by a class
       attribute `pauses = True`. When `observe` answers a step with a `Pause`, it takes the evaluation that is due at
       that step, if one is, writes its resumable state into `stage` and returns. Others are never asked to.
+    * A trainer whose runs shall have a price before any is timed says by a class attribute `engine` what generates its
+      completions: "vllm" or "transformers" (`jfhpo_core.optimizer.price`).
     * When `segment.stop_step` is reached the trainer evaluates there and writes its resumable state into `stage`.
     * A configuration it cannot train is refused by `check` before any work; failures during the work that are the
       configuration's fault are raised as `TrialFailure`.

@@ -45,6 +45,7 @@ class TrlTrainer:
     """
 
     name: ClassVar[str] = "trl"
+    engine: ClassVar[str] = "transformers"
     pauses: ClassVar[bool] = True
     hyperparameters: ClassVar[type[BaseModel]] = TrlHyperparameters
 

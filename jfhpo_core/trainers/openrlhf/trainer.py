@@ -45,6 +45,7 @@ class OpenRlhfTrainer:
     """
 
     name: ClassVar[str] = "openrlhf"
+    engine: ClassVar[str] = "vllm"
     hyperparameters: ClassVar[type[BaseModel]] = OpenRlhfHyperparameters
 
     def check(self, study: StudySpec) -> None:

@@ -25,6 +25,7 @@ class VerlTrainer:
     """
 
     name: ClassVar[str] = "verl"
+    engine: ClassVar[str] = "vllm"
     hyperparameters: ClassVar[type[BaseModel]] = VerlHyperparameters
 
     def check(self, study: StudySpec) -> None:
