@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jfhpo.display import Display
     from jfhpo.session import StudyOutcome
     from jfhpo_core.run.search import Progress
+    from jfhpo_core.trainers.base import Finding
 
 REFUSED = 2
 """Exit code when a study or a command is refused, as for a wrong option."""
@@ -168,11 +169,13 @@ def plan(
         from jfhpo.session import informed, recorded
         from jfhpo_core.optimizer.forecast import forecast, forecast_quality, parse_more, with_more
         from jfhpo_core.optimizer.strategy import load_strategy
+        from jfhpo_core.run.preflight import refuse_unusable
         from jfhpo_core.run.search import rank
         from jfhpo_core.study.resolved import resolve
 
         resolved = informed(resolve(spec))
         check_places(spec)
+        findings = refuse_unusable(resolved)
         larger = with_more(resolved, parse_more(more)) if more is not None else None
         ledger = recorded(resolved)
         trials = ledger.trials() if ledger is not None else []
@@ -184,7 +187,9 @@ def plan(
             forecast_quality(resolved, ranked, trials),
             None if larger is None else (larger, forecast(larger, trials), forecast_quality(larger, ranked, trials)),
         )
-    _console().print(view)
+    console = _console()
+    console.print(view)
+    _print_findings(console, findings)
 
 
 @app.command()
@@ -277,8 +282,7 @@ def doctor(study: StudyFile, overrides: Overrides = None) -> None:
 
         for finding in diagnose(spec):
             failed |= finding.level == "failure"
-            line = f"{finding.level:8} {finding.subject:10} {finding.message}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            _print_findings(console, [finding])
     if failed:
         raise typer.Exit(REFUSED)
 
@@ -333,6 +337,12 @@ def _console(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr, highlight=False)
     # Logs and pipes have no width; 80 columns would break the tables.
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=LOG_WIDTH)
+
+
+def _print_findings(console: Console, findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        line = f"{finding.level:8} {finding.subject:10} {finding.message}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_outcome(console: Console, outcome: StudyOutcome) -> None:

@@ -17,6 +17,7 @@ from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
 from jfhpo_core.run.dispatch import Dispatcher, InlineDispatcher
+from jfhpo_core.run.preflight import refuse_unusable, trains_models
 from jfhpo_core.run.search import Phase, Progress, SearchResult, conclude, patience, plan_next, rank, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.ledger import Ledger
@@ -84,9 +85,12 @@ def run_study(
     study = informed(resolve(spec))
     check_places(spec)
     strategy = load_strategy(study)
+    # A study with a report has most likely been finished: look into its ledger before starting workers for nothing.
+    reported = (study.folder / REPORT).exists()
+    if not reported and trains_models(study):
+        on_status("trying models and reward on held-out prompts")
+        refuse_unusable(study)
     with _exclusive(study):
-        # A study with a report has most likely been finished: look into its ledger before starting workers for nothing.
-        reported = (study.folder / REPORT).exists()
         on_status("opening the ledger" if reported else "starting workers and opening the ledger")
         dispatcher = None if reported else _start_dispatcher(spec)
         try:

@@ -233,9 +233,7 @@ def test_score(study: Study, folder: Path, step: int) -> Evaluation:
     task, spec = load_task(study.spec.task), study.spec.evaluation
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     rows = task.heldout[spec.prompts :]
-    sampler = Sampler(
-        tokenizer, (tokenizer.eos_token_id,), task.max_completion_tokens, batch=len(rows), chat_template=False
-    )
+    sampler = Sampler(tokenizer, (tokenizer.eos_token_id,), task.max_completion_tokens, batch=len(rows))
     model = AutoModelForCausalLM.from_pretrained(folder)
     return evaluate(model, sampler, task, rows, TEST_SAMPLES, spec.temperature, step, step * PROMPTS_PER_STEP)
 

@@ -46,7 +46,7 @@ TRAINING = {
 }
 """Further columns of trainings.parquet; the hyperparameters stand between `KEY` and these."""
 
-UNRECORDED = {"pass_at_n", "reward_parts", "reward_timeouts"}
+UNRECORDED = {"examples", "pass_at_n", "reward_parts", "reward_timeouts"}
 """Fields of an evaluation that are no columns: the design has one completion per prompt."""
 
 

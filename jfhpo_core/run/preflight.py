@@ -1,18 +1,27 @@
-"""What is checked before a search that a study file alone cannot tell: environment, hardware, disk, reward, data.
+"""What is checked before a search that a study file alone cannot tell: data, models, reward, environment, disk.
 
-A check yields findings; none of them changes anything. A trainer adds its own with a method
-`preflight(study) -> Iterator[Finding]`.
+A check yields findings; none of them changes anything. Two methods of a trainer take part if it has them:
+`preflight(study) -> Iterator[Finding]` adds checks of its own, and `prompting(spec) -> Prompting` says how it gives
+prompts to models of transformers. Without the latter, models and lengths of prompts are not looked at.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
-from jfhpo_core.errors import JfhpoError
-from jfhpo_core.study.data import columns_of
+from jfhpo_core import embedded
+from jfhpo_core.errors import JfhpoError, SpecError
+from jfhpo_core.run.family import examine_family, load_tokenizer
+from jfhpo_core.run.untrained import sample
+from jfhpo_core.study.data import columns_of, is_conversational
+from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_overlong
 from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.scoring import PROCESSES
 from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.trainers.base import Finding, Level
 
@@ -25,6 +34,25 @@ CHECKPOINTS_PER_TRIAL = 2
 """A trial keeps the checkpoint that it started from beside the newest one."""
 
 SAMPLED_ROWS = 4
+"""Held-out rows whose completions are tried on the reward."""
+
+SAMPLED_TOKENS = 64
+"""Length of these completions at most, so that a large model on a CPU is done soon."""
+
+SAMPLED_PARAMETERS = 4 * 10**9
+"""Of a larger model no completions are sampled: it may not fit into the memory of the driver's machine."""
+
+HOSTILE = (
+    "",
+    " \n\t ",
+    "word " * 20_000,
+    "\u202e\U0001f600\u0000\ufffd\u0301" * 50,
+    r"\boxed{9^{9^{9}}}",
+    r"\boxed{" + r"\frac{1}{" * 200 + "1" + "}" * 200 + "}",
+    "(" * 5_000 + "1" + ")" * 5_000,
+    "{" * 1_000 + '"answer": ' + "[" * 1_000,
+)
+"""Completions that a model writes sooner or later, and that rewards fail for or hang on."""
 
 PORTS = {4200: "Prefect", 5000: "MLflow", 6379: "Ray", 8265: "Ray's dashboard", 10001: "Ray Client"}
 """Whoever reaches one of these can run code, or read and change results."""
@@ -35,18 +63,95 @@ ANY_ADDRESS = ("00000000", "0" * 32)
 
 def examine(study: Study) -> Iterator[Finding]:
     """Everything but dispatcher and ledger, which this package does not know."""
-    try:
-        task = load_task(study.spec.task)
-    except JfhpoError as error:
-        yield Finding(Level.FAILURE, "task", str(error))
-    else:
-        yield from _data(study, task)
-        yield _reward(task)
+    yield from rehearse(study)
     yield _disk(study)
     yield from _ports(Path("/proc/net"))
     own = getattr(study.trainer, "preflight", None)
     if own is not None:
         yield from own(study)
+
+
+def refuse_unusable(study: Study) -> list[Finding]:
+    """Rehearse a study before anything is spent on it. Returns what was found.
+
+    Raises:
+        SpecError: With everything that is wrong.
+    """
+    found = list(rehearse(study))
+    wrong = [finding.message for finding in found if finding.level is Level.FAILURE]
+    if wrong:
+        raise SpecError("\n".join(wrong))
+    return found
+
+
+def trains_models(study: Study) -> bool:
+    """Whether a study's trainer gives prompts to models; others simulate, replay, or know their task themselves."""
+    return hasattr(study.trainer, "prompting")
+
+
+def rehearse(study: Study) -> Iterator[Finding]:
+    """Try what every trial will need: data, models, and the reward on completions that a model has sampled."""
+    if study.spec.task.embedded not in (None, *embedded.NAMES) and not trains_models(study):
+        return  # a stand-in for a task that only the trainer knows
+    try:
+        task = load_task(study.spec.task)
+    except JfhpoError as error:
+        yield Finding(Level.FAILURE, "task", str(error))
+        return
+    prompting = prompting_of(study, task)
+    completions = [""] * SAMPLED_ROWS
+    who = ""
+    if prompting is not None:
+        models = list(examine_family(study.ladder.models, chat=prompting.chat_template))
+        yield from models
+        if any(finding.level is Level.FAILURE for finding in models):
+            return
+        try:
+            task = fitting(study, task, prompting)
+            completions, who = _sampled(study, task, prompting)
+        except JfhpoError as error:
+            yield Finding(Level.FAILURE, "prompts", str(error))
+            return
+    yield from _data(study, task)
+    yield from _reward(task, completions, who)
+
+
+def prompting_of(study: Study, task: Task) -> Prompting | None:
+    """How a study's trainer gives prompts to its models; None if it has no models that could be asked."""
+    if not trains_models(study):
+        return None
+    prompting: Prompting = study.trainer.prompting(study.spec)  # type: ignore[attr-defined]
+    return replace(prompting, chat_template=prompting.chat_template or is_conversational(task.train))
+
+
+def fitting(study: Study, task: Task, prompting: Prompting) -> Task:
+    """The task without prompts that are too long.
+
+    Raises:
+        SpecError: There are some, and the study does not say that they shall be dropped.
+    """
+    limit = prompt_limit(study.spec.task, study.ladder.models, prompting)
+    tokenizer = load_tokenizer(study.ladder.target)
+    if isinstance(tokenizer, Finding):  # a name on the hub that cannot be asked from here; this has been told
+        return task
+    return without_overlong(task, study.spec.task, limit, lambda prompts: encode(tokenizer, prompts, prompting))
+
+
+def _sampled(study: Study, task: Task, prompting: Prompting) -> tuple[list[str], str]:
+    """Completions of the first held-out prompts, and who has written them."""
+    rows = task.heldout[:SAMPLED_ROWS]
+    model = study.ladder.models[0]
+    if model.parameters > SAMPLED_PARAMETERS:
+        return [""] * len(rows), f"{model.name} is too large to be sampled here"
+    tokens = min(SAMPLED_TOKENS, task.max_completion_tokens)
+    try:
+        return sample(model, [row["prompt"] for row in rows], prompting, tokens), f"untrained {model.name}"
+    except Exception as error:  # noqa: BLE001  loaders and models raise what they like
+        if Path(model.path).is_dir():
+            raise SpecError(
+                f"model {model.name!r} cannot sample completions: {type(error).__name__}: {error}"
+            ) from None
+        return [""] * len(rows), f"{model.name} cannot be sampled from here"
 
 
 def _data(study: Study, task: Task) -> Iterator[Finding]:
@@ -66,14 +171,42 @@ def _data(study: Study, task: Task) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _reward(task: Task) -> Finding:
-    rows = task.heldout[:SAMPLED_ROWS]
-    try:
-        rewards = task.reward([row["prompt"] for row in rows], [""] * len(rows), **columns_of(rows)).rewards
-    except JfhpoError as error:
-        return Finding(Level.FAILURE, "reward", f"{error} (empty completions of {len(rows)} held-out prompts)")
-    shown = ", ".join(f"{value:g}" for value in rewards)
-    return Finding(Level.OK, "reward", f"it scores empty completions of {len(rows)} held-out prompts with {shown}")
+def _reward(task: Task, completions: Sequence[str], who: str) -> Iterator[Finding]:
+    """Call the reward as a training will: on sampled completions, then on hostile ones."""
+    rows = task.heldout[: len(completions)]
+    prompts = [row["prompt"] for row in rows]
+    with task.reward as reward:
+        try:
+            reward.start()
+            began = time.perf_counter()
+            scores = reward(prompts, completions[: len(rows)], **columns_of(rows))
+            seconds = time.perf_counter() - began
+            with ThreadPoolExecutor(PROCESSES) as threads:
+                answers = list(
+                    threads.map(lambda one: reward(prompts[:1], [one], **columns_of(rows[:1])).timed_out, HOSTILE)
+                )
+        except JfhpoError as error:
+            yield Finding(Level.FAILURE, "reward", str(error))
+            return
+    limit = reward.limit_seconds
+    if len(scores.timed_out) == len(rows):
+        yield Finding(
+            Level.FAILURE, "reward",
+            f"scoring took longer than {limit:g} s for each of {len(rows)} completions; mend the reward, or raise "
+            "task.reward_timeout_seconds",
+        )  # fmt: skip
+        return
+    shown = ", ".join(f"{value:g}" for value in scores.rewards)
+    what = f"completions of {len(rows)} held-out prompts by {who}" if who else f"{len(rows)} empty completions"
+    yield Finding(Level.OK, "reward", f"it scores {what} with {shown}, in {seconds:.2g} s")
+    late = sum(map(len, answers)) + len(scores.timed_out)
+    if late:
+        yield Finding(
+            Level.WARNING, "reward",
+            f"scoring took longer than {limit:g} s for {late} of {len(rows) + len(HOSTILE)} completions that were "
+            "tried (towers of powers, thousands of brackets and the like); each such one counts "
+            f"{reward.timeout_score:g} and takes {limit:g} s: lower task.reward_timeout_seconds if that is too much",
+        )  # fmt: skip
 
 
 def _disk(study: Study) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,16 @@ def build_ladder(spec: StudySpec) -> Ladder:
     return Ladder((*smaller, target))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: some publishers add the same weights in other parts."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def count_parameters(path: str) -> int:
     """Parameter count of a transformers checkpoint, from its safetensors headers or (hub names) its config.
 
@@ -113,7 +124,7 @@ def count_parameters(path: str) -> int:
         SpecError: The checkpoint cannot be read.
     """
     folder = Path(path)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = weight_files(folder) if folder.is_dir() else []
     if files:
         from safetensors import SafetensorError, safe_open
 

@@ -21,6 +21,11 @@ Configuration = dict[str, Value]
 """Hyperparameter name to value, active hyperparameters only."""
 
 
+EXAMPLES = 3
+EXAMPLE_LENGTH = 300
+"""Characters of a prompt or completion that is kept to be looked at."""
+
+
 class Record(BaseModel):
     """Base of everything that is written to a ledger."""
 
@@ -81,6 +86,23 @@ class PassAtN(Record):
         return cls(n=n, score=fmean(best), standard_error=error)
 
 
+class Example(Record):
+    """A completion with its reward, to look at."""
+
+    prompt: str
+    completion: str
+    reward: float
+
+    @classmethod
+    def first(cls, prompts: Sequence[str], completions: Sequence[str], rewards: Sequence[float]) -> tuple[Self, ...]:
+        """The first `EXAMPLES`, cut off at `EXAMPLE_LENGTH`."""
+        found = list(zip(prompts, completions, rewards, strict=True))[:EXAMPLES]
+        return tuple(
+            cls(prompt=prompt[:EXAMPLE_LENGTH], completion=completion[:EXAMPLE_LENGTH], reward=reward)
+            for prompt, completion, reward in found
+        )
+
+
 class Evaluation(Record):
     """A measurement on the held-out set."""
 
@@ -94,6 +116,7 @@ class Evaluation(Record):
         default=None, description="None with one completion per prompt, or where the trainer does not tell."
     )
     reward_timeouts: int = Field(default=0, ge=0, description="Completions whose scoring took too long.")
+    examples: tuple[Example, ...] = Field(default=(), description="Of an untrained model: the first completions.")
 
 
 class Decision(Record):

@@ -15,6 +15,7 @@ from pydantic import BaseModel, model_validator
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, model_dump_hyperparameters, read_settings
@@ -69,6 +70,11 @@ class TrlTrainer:
                     f"{where}: prompts_per_step={prompts} x n_samples={samples} = {prompts * samples} completions "
                     f"cannot be parted into mini_batches={parts} equal updates; change one of the three"
                 )
+
+    def prompting(self, study: StudySpec) -> Prompting:
+        """See `jfhpo_core.run.preflight`."""
+        chosen = settings(study)
+        return Prompting(chosen.chat_template, chosen.bos)
 
     def warm_up(self) -> None:
         """See `Trainer.warm_up`."""

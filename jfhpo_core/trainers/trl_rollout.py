@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from jfhpo_core.study.data import Message, Prompt, Row, columns_of, messages_of
+from jfhpo_core.errors import SpecError
+from jfhpo_core.study.data import Prompt, Row, columns_of, text_of
+from jfhpo_core.study.prompting import Prompting, Tokens, encode
 from jfhpo_core.study.tasks import Task
-from jfhpo_core.study.trial import Evaluation, PassAtN
+from jfhpo_core.study.trial import Evaluation, Example, PassAtN
 
 EVALUATION_SEED = 20240213
 """Every evaluation of every trial samples with these random numbers: configurations are compared on equal terms."""
-
-Tokens = list[int]
 
 
 @contextmanager
@@ -45,6 +45,10 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
+PLAIN = Prompting()
+"""Prompts as the tokenizer takes them."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """How completions are sampled.
@@ -54,29 +58,18 @@ class Sampler:
         stop_tokens: Ids that end a completion.
         max_tokens: Length limit of a completion.
         batch: At most this many completions are sampled at once.
-        chat_template: Whether text prompts are wrapped as a user's message; lists of messages always are a chat.
+        prompting: How prompts become tokens.
     """
 
     tokenizer: Any
     stop_tokens: tuple[int, ...]
     max_tokens: int
     batch: int
-    chat_template: bool
+    prompting: Prompting = PLAIN
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Tokens]:
         """Token ids of each prompt."""
-        if not self.chat_template and isinstance(prompts[0], str):
-            ids: list[Tokens] = self.tokenizer(list(prompts))["input_ids"]
-            return ids
-        return [self._chat(messages_of(prompt)) for prompt in prompts]
-
-    def _chat(self, messages: list[Message]) -> Tokens:
-        """A chat in the model's template. One that ends with the assistant is continued, any other one is answered."""
-        begun = messages[-1]["role"] == "assistant"
-        ids: Tokens = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=not begun, continue_final_message=begun, tokenize=True, return_dict=True
-        )["input_ids"]
-        return ids
+        return encode(self.tokenizer, prompts, self.prompting)
 
     def decode(self, completions: Sequence[Tokens]) -> list[str]:
         """Text of each completion, special tokens left out."""
@@ -132,6 +125,26 @@ class Sampler:
         return row[: end + 1]
 
 
+def build_sampler(model: Any, tokenizer: Any, max_tokens: int, batch: int, prompting: Prompting) -> Sampler:
+    """The sampler of a model; its tokenizer gets a token for padding if it has none.
+
+    Raises:
+        SpecError: There is no token for that.
+    """
+    declared = model.generation_config.eos_token_id
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    # Every token that the model or its tokenizer declares to be an end of text.
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stop_tokens = tuple(dict.fromkeys([*own, *declared]))
+    if tokenizer.pad_token is None:
+        if not stop_tokens:
+            raise SpecError(
+                f"{tokenizer.name_or_path}: its tokenizer has neither a padding nor an end token; add one to it"
+            )
+        tokenizer.pad_token_id = stop_tokens[0]
+    return Sampler(tokenizer, stop_tokens, max_tokens, batch, prompting)
+
+
 def evaluate(
     model: Any,
     sampler: Sampler,
@@ -163,6 +176,7 @@ def evaluate(
     rewards = scores.rewards
     groups = np.array(rewards).reshape(len(rows), samples)
     means = groups.mean(axis=1)
+    shown = [text_of(row["prompt"]) for row in rows]
     # All prompts scoring alike does not prove a noiseless score; half a completion's weight is the least to claim.
     floor = 0.5 / len(rewards)
     return Evaluation(
@@ -174,4 +188,5 @@ def evaluate(
         seconds=time.perf_counter() - began,
         pass_at_n=PassAtN.of(groups.tolist()),
         reward_timeouts=len(scores.timed_out),
+        examples=Example.first(shown, completions[::samples], rewards[::samples]) if step == 0 else (),
     )

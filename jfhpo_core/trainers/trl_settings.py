@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from jfhpo_core.study.prompting import Bos
+
 
 class LoraSettings(BaseModel):
     """Train low-rank adapters (LoRA, arXiv 2106.09685) instead of all weights."""
@@ -43,4 +45,9 @@ class TrlSettings(BaseModel):
     gradient_checkpointing: bool = Field(default=False, description="Save memory by computing activations twice.")
     chat_template: bool = Field(
         default=False, description="Give prompts to the model as a user's message, in the model's chat template."
+    )
+    bos: Bos = Field(
+        default="tokenizer",
+        description="Whether text prompts begin with the beginning-of-text token: as the tokenizer adds it or not, "
+        "'always' or 'never'. Chat templates have their own.",
     )

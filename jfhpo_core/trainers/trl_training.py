@@ -29,14 +29,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, T
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import use_adapter
 
-from jfhpo_core.errors import InfrastructureError, SpecError, TrialFailure
+from jfhpo_core.errors import InfrastructureError, TrialFailure
 from jfhpo_core.study.data import Prompt, Row, columns_of
 from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.prompting import Prompting, Tokens, prompt_limit, without_overlong
 from jfhpo_core.study.scoring import Scores
 from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import Evaluation, FailureKind, Pause, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
-from jfhpo_core.trainers.trl_rollout import Sampler, Tokens, evaluate, own_randomness
+from jfhpo_core.trainers.trl_rollout import Sampler, build_sampler, evaluate, own_randomness
 from jfhpo_core.trainers.trl_settings import TrlSettings
 
 PROGRESS = "jfhpo-progress.json"
@@ -351,6 +353,13 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
 
 def _build(job: Job, settings: TrlSettings, task: Task, start: Path | None, stage: Path) -> Any:
     chosen = Hyperparameters.model_validate(job.configuration)
+    tokenizer = AutoTokenizer.from_pretrained(job.model_path, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32)
+    prompting = Prompting(settings.chat_template, settings.bos)
+    sampler = build_sampler(model, tokenizer, task.max_completion_tokens, settings.generation_batch, prompting)
+    if job.study.task.overlong_prompts == "drop":
+        limit = prompt_limit(job.study.task, build_ladder(job.study).models, prompting)
+        task = without_overlong(task, job.study.task, limit, sampler.encode)
     part = chosen.prompts_per_step * chosen.n_samples // chosen.mini_batches
     accumulation = _accumulation(part, settings.micro_batch)
     schedule = PromptSchedule(
@@ -361,8 +370,6 @@ def _build(job: Job, settings: TrlSettings, task: Task, start: Path | None, stag
         job.total_steps,
         job.seed,
     )
-    tokenizer = AutoTokenizer.from_pretrained(job.model_path, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32)
     updates = job.total_steps * chosen.mini_batches
     common: dict[str, Any] = {
         "output_dir": str(stage),
@@ -401,18 +408,6 @@ def _build(job: Job, settings: TrlSettings, task: Task, start: Path | None, stag
         config = GRPOConfig(**common, loss_type=chosen.loss_type, scale_rewards=scale)
     # With several GPUs in sight transformers would spread a batch over them.
     config._n_gpu = min(config.n_gpu, 1)  # noqa: SLF001
-    stop_tokens = _stop_tokens(model, tokenizer)
-    if tokenizer.pad_token is None:
-        if not stop_tokens:
-            raise SpecError(f"{job.model_path}: its tokenizer has neither a padding nor an end token; add one to it")
-        tokenizer.pad_token_id = stop_tokens[0]
-    sampler = Sampler(
-        tokenizer=tokenizer,
-        stop_tokens=stop_tokens,
-        max_tokens=task.max_completion_tokens,
-        batch=settings.generation_batch,
-        chat_template=settings.chat_template,
-    )
     trainer = kind(
         model=model,
         args=config,
@@ -443,13 +438,6 @@ def _on_cpu(settings: TrlSettings) -> bool:
             "device: auto"
         )
     return settings.device == "cpu" or not torch.cuda.is_available()
-
-
-def _stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """Every token that the model or its tokenizer declares to be an end of text."""
-    declared = model.generation_config.eos_token_id
-    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    return tuple(dict.fromkeys([*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *declared]))
 
 
 def _lora(settings: TrlSettings) -> Any:

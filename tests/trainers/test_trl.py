@@ -25,6 +25,7 @@ from jfhpo_core.embedded.base import Shape, build_model, build_tokenizer
 from jfhpo_core.errors import SpecError, TrialFailure
 from jfhpo_core.run.worker import run_job
 from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import parse_study
@@ -264,7 +265,7 @@ def test_padding_does_not_change_what_a_prompt_is_answered(model_path: Path) -> 
     from jfhpo_core.trainers.trl_rollout import Sampler
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32), build_tokenizer()
-    sampler = Sampler(tokenizer, (tokenizer.eos_token_id,), MAX_TOKENS, batch=3, chat_template=False)
+    sampler = Sampler(tokenizer, (tokenizer.eos_token_id,), MAX_TOKENS, batch=3)
     prompts = sampler.encode(["1+2=", "a", "abcdefgh=", "77"])
     nearly_greedy = 1e-5
     together = sampler.sample(model, prompts, nearly_greedy)
@@ -283,7 +284,7 @@ def test_completions_end_with_their_first_stop_token(model_path: Path) -> None:
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32), build_tokenizer()
     stops = tuple(range(2, 20))
-    sampler = Sampler(tokenizer, stops, MAX_TOKENS, batch=512, chat_template=False)
+    sampler = Sampler(tokenizer, stops, MAX_TOKENS, batch=512)
     completions = sampler.sample(model, sampler.encode(["12="] * 200), 1.0)
     for completion in completions:
         assert not set(completion[:-1]) & set(stops)
@@ -298,7 +299,7 @@ def test_the_checkpoints_own_sampling_habits_do_not_leak(model_path: Path) -> No
     model, tokenizer = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32), build_tokenizer()
     model.generation_config.update(top_k=1, temperature=0.1, repetition_penalty=1.5, max_new_tokens=2)
     habits = model.generation_config.to_dict()
-    sampler = Sampler(tokenizer, (tokenizer.eos_token_id,), 1, batch=512, chat_template=False)
+    sampler = Sampler(tokenizer, (tokenizer.eos_token_id,), 1, batch=512)
     drawn = Counter(completion[0] for completion in sampler.sample(model, sampler.encode(["12="] * 4000), 1.0))
     probabilities = model(torch.tensor(sampler.encode(["12="]))).logits[0, -1].softmax(-1)
     error = 5 / math.sqrt(4000)
@@ -458,7 +459,9 @@ def test_a_chat_template_wraps_prompts_for_the_model_alone(
     tokenizer.save_pretrained(folder)
     from jfhpo_core.trainers.trl_rollout import Sampler
 
-    sampler = Sampler(tokenizer, (tokenizer.eos_token_id,), MAX_TOKENS, batch=8, chat_template=True)
+    sampler = Sampler(
+        tokenizer, (tokenizer.eos_token_id,), MAX_TOKENS, batch=8, prompting=Prompting(chat_template=True)
+    )
     assert sampler.encode(["ab="]) == tokenizer(["<ab=>:"])["input_ids"]
     case = make_case({"chat_template": True})
     case = Case(case.study, str(folder), case.configuration, case.other)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
 from jfhpo_core.trainers.base import Finding, Job, Observer, TrainingResult, read_settings
@@ -96,6 +97,11 @@ class OpenRlhfTrainer:
         from jfhpo_core.trainers.openrlhf.preflight import preflight
 
         return preflight(study, settings(study.spec), ineffective(study.spec))
+
+    def prompting(self, study: StudySpec) -> Prompting:
+        """See `jfhpo_core.run.preflight`. OpenRLHF adds no special tokens to texts."""
+        chosen = settings(study)
+        return Prompting(chosen.chat_template, "never", chosen.max_prompt_tokens)
 
     def warm_up(self) -> None:
         """See `Trainer.warm_up`."""

@@ -20,6 +20,8 @@ import numpy as np
 from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.study import scoring
 from jfhpo_core.study.data import Prompt, Row, is_conversational
+from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_overlong
 from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
@@ -76,6 +78,8 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
         settings = settings.model_copy(
             update={"chat_template": settings.chat_template or is_conversational(task.train)}
         )
+        if job.study.task.overlong_prompts == "drop":
+            task = _without_overlong(job, settings, task)
         tokens = _prepare(job, settings, task, start, files)
         argv = to_argv(build_flags(job, settings, placement, files, resume=start is not None))
         variables = environment(settings, os.environ, job.devices)
@@ -97,6 +101,16 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
         startup_seconds=loop.startup_seconds,
         evaluation_seconds=sum(evaluation.seconds for evaluation in loop.evaluations),
     )
+
+
+def _without_overlong(job: Job, settings: OpenRlhfSettings, task: Task) -> Task:
+    """The task without prompts that would end the training."""
+    from transformers import AutoTokenizer
+
+    prompting = Prompting(settings.chat_template, "never", settings.max_prompt_tokens)
+    limit = prompt_limit(job.study.task, build_ladder(job.study).models, prompting)
+    tokenizer = AutoTokenizer.from_pretrained(job.model_path)
+    return without_overlong(task, job.study.task, limit, lambda prompts: encode(tokenizer, prompts, prompting))
 
 
 def new_folder(job: Job) -> Path:

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
@@ -50,6 +51,10 @@ class VerlTrainer:
         task = load_task(study.task)
         if len(task.heldout[: study.evaluation.prompts]) < FEWEST_HELDOUT:
             raise SpecError(f"task.heldout: one row gives no standard error; give at least {FEWEST_HELDOUT}")
+
+    def prompting(self, study: StudySpec) -> Prompting:
+        """See `jfhpo_core.run.preflight`."""
+        return Prompting(chat_template=True, max_tokens=settings(study).max_prompt_tokens)
 
     def warm_up(self) -> None:
         """See `Trainer.warm_up`."""
