@@ -80,6 +80,13 @@ class _Commands(TyperGroup):
             _console(stderr=True).print(Text(f"{error}", style="red"), soft_wrap=True)
             broken = isinstance(error, InfrastructureError | LedgerUnavailable | CheckpointError)
             raise typer.Exit(INFRASTRUCTURE if broken else REFUSED) from None
+        except ModuleNotFoundError as error:
+            from jfhpo_core.plugins import missing_extra, remedy
+
+            if missing_extra(error) is None:
+                raise
+            _console(stderr=True).print(f"{error.name} is not installed: {remedy(error)}", markup=False)
+            raise typer.Exit(REFUSED) from None
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise

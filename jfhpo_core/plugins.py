@@ -11,12 +11,16 @@ from jfhpo_core.errors import SpecError
 
 EXTRAS = {
     "ConfigSpace": "peers",
+    "accelerate": "trl",
+    "datasets": "trl",
     "dehb": "peers",
     "mlflow": "mlflow",
     "optuna": "peers",
+    "peft": "trl",
     "prefect": "prefect",
     "pyarrow": "replay",
     "ray": "ray",
+    "safetensors": "trl",
     "sklearn": "replay",
     "smac": "peers",
     "transformers": "trl",
@@ -52,9 +56,14 @@ def load_plugin(group: str, name: str, field: str, own: Mapping[str, str] | None
         raise SpecError(f"{field}: {_noun(group)} {name!r} cannot be imported: {error}; {remedy(error)}") from error
 
 
+def missing_extra(error: ImportError) -> str | None:
+    """The extra that would install what does not import; None if it belongs to none."""
+    return EXTRAS.get((error.name or "").partition(".")[0])
+
+
 def remedy(error: ImportError) -> str:
     """What to do about a module that does not import."""
-    extra = EXTRAS.get((error.name or "").partition(".")[0])
+    extra = missing_extra(error)
     return f"run `pip install 'jfhpo[{extra}]'`" if extra else "mend or remove its package"
 
 
