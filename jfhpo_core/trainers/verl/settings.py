@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.operational import OPERATIONAL
 
 PYTHON_VARIABLE = "JFHPO_VERL_PYTHON"
 """Environment variable with verl's Python, for studies that do not name it."""
@@ -21,16 +22,33 @@ class VerlSettings(BaseModel):
     python: str | None = Field(
         default=None,
         description=f"Python of verl's environment, the same path on every node; None: ${PYTHON_VARIABLE}.",
+        json_schema_extra=OPERATIONAL,
     )
     max_prompt_tokens: int = Field(default=1024, ge=1, description="A longer prompt ends the trial with an error.")
-    gpus_per_node: int = Field(default=8, ge=1, description="GPUs of a node; a training stays within one.")
-    gpu_memory_gib: float = Field(default=80.0, gt=0, description="Memory of one GPU, for the placement.")
-    tensor_parallel: int | None = Field(default=None, ge=1, description="GPUs per vLLM engine; None: few.")
-    vllm_memory_share: float | None = Field(default=None, gt=0, lt=1, description="None: from the placement.")
-    gradient_checkpointing: bool = Field(default=True, description="Save memory by computing activations twice.")
-    startup_seconds: float = Field(default=1800.0, gt=0, description="Silence allowed before the second step.")
-    hang_seconds: float = Field(default=900.0, gt=0, description="Silence always allowed later.")
-    environment: dict[str, str] = Field(default_factory=dict, description="Further environment variables of verl.")
+    gpus_per_node: int = Field(
+        default=8, ge=1, description="GPUs of a node; a training stays within one.", json_schema_extra=OPERATIONAL
+    )
+    gpu_memory_gib: float = Field(
+        default=80.0, gt=0, description="Memory of one GPU, for the placement.", json_schema_extra=OPERATIONAL
+    )
+    tensor_parallel: int | None = Field(
+        default=None, ge=1, description="GPUs per vLLM engine; None: few.", json_schema_extra=OPERATIONAL
+    )
+    vllm_memory_share: float | None = Field(
+        default=None, gt=0, lt=1, description="None: from the placement.", json_schema_extra=OPERATIONAL
+    )
+    gradient_checkpointing: bool = Field(
+        default=True, description="Save memory by computing activations twice.", json_schema_extra=OPERATIONAL
+    )
+    startup_seconds: float = Field(
+        default=1800.0, gt=0, description="Silence allowed before the second step.", json_schema_extra=OPERATIONAL
+    )
+    hang_seconds: float = Field(
+        default=900.0, gt=0, description="Silence always allowed later.", json_schema_extra=OPERATIONAL
+    )
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="Further environment variables of verl.", json_schema_extra=OPERATIONAL
+    )
 
     @property
     def interpreter(self) -> str | None:
