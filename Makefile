@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage openrlhf-env test-openrlhf lint docs clean
+.PHONY: help setup demo test test-fast coverage openrlhf-env test-openrlhf verl-env test-verl lint docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -71,6 +71,29 @@ test-openrlhf: export HF_HUB_OFFLINE = 1
 test-openrlhf: $(READY) $(OPENRLHF_ENV)/.ready ## Run a real search with OpenRLHF, vLLM and DeepSpeed on CPU (about 10 minutes)
 	@JFHPO_OPENRLHF_PYTHON=$(abspath $(OPENRLHF_ENV))/bin/python $(BIN)/pytest --quiet -m openrlhf tests/trainers/openrlhf
 
+VERL_ENV ?= .verl
+ifdef GPU
+VERL_LOCK := deployments/verl-gpu.txt
+VERL_INSTALL = unset UV_TORCH_BACKEND; $(BIN)/uv pip install --require-hashes
+else
+VERL_LOCK := jfhpo_core/trainers/verl/cpu_shim/requirements.txt
+VERL_INSTALL = $(BIN)/uv pip install --no-deps
+endif
+
+verl-env: $(VERL_ENV)/.ready ## Build verl's environment for CPU tests (2.5 GB); GPU=1: for trainings on GPUs
+
+$(VERL_ENV)/.ready: $(VERL_LOCK) | $(READY)
+	@echo "Installing verl and vLLM into $(VERL_ENV) from $(VERL_LOCK)"
+	@$(PYTHON) -m venv --clear $(VERL_ENV)
+	@torch=cpu; $(HAND_ON_PIP_SETTINGS); \
+	$(VERL_INSTALL) --quiet --python $(VERL_ENV)/bin/python --requirement $(VERL_LOCK)
+	@touch $@
+
+test-verl: export DO_NOT_TRACK = true
+test-verl: export HF_HUB_OFFLINE = 1
+test-verl: $(READY) $(VERL_ENV)/.ready ## Run a real search with verl, vLLM and FSDP on CPU (about 10 minutes)
+	@JFHPO_VERL_PYTHON=$(abspath $(VERL_ENV))/bin/python $(BIN)/pytest --quiet -m verl tests/trainers/verl
+
 lint: $(READY) ## Check style, format, types and the layering of the packages
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
@@ -81,5 +104,5 @@ docs: $(READY) ## Build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean: ## Remove .venv and what tools leave behind; studies (mlflow.db, mlruns, .jfhpo) stay
-	rm -rf .venv .openrlhf site dist build htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .openrlhf .verl site dist build htmlcov .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

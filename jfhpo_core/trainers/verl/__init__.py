@@ -1,7 +1,6 @@
 """The trainer verl (the paper's own), driven by its command line like OpenRLHF, in an environment of its own.
 
-Written against the source of verl 0.9.1. Its overrides are checked with verl's own configuration; no training of it has
-been run, for want of a GPU. See docs/how-to/verl.md.
+A training is held after every step until it is judged (`inside/main.py`). What was run, and where: docs/how-to/verl.md.
 """
 
 from __future__ import annotations

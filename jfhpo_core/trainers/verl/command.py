@@ -7,13 +7,13 @@ from pathlib import Path
 
 from jfhpo_core.trainers.base import Job
 from jfhpo_core.trainers.external.placement import Placement
-from jfhpo_core.trainers.openrlhf.command import evaluation_interval
+from jfhpo_core.trainers.verl.options import ACTOR, MODEL, ROLLOUT, Option
 from jfhpo_core.trainers.verl.settings import VerlHyperparameters, VerlSettings
 
-MODULE = "verl.trainer.main_ppo"
+MAIN = Path(__file__).with_name("inside") / "main.py"
+"""verl's main program, held after every step."""
 
-Override = bool | int | float | str | list[str] | None
-Overrides = dict[str, Override]
+Overrides = dict[str, Option]
 """By dotted name."""
 
 AGGREGATION = {
@@ -27,6 +27,17 @@ AGGREGATION = {
 
 TOKENS_PER_GPU = 16_384
 """Tokens that go through the model at once."""
+
+ON_CPU: Overrides = {
+    "trainer.device": "cpu",
+    f"{ROLLOUT}.enforce_eager": True,
+    # vLLM's CPU build cannot sleep, and what it would free is not the trainer's.
+    f"{ROLLOUT}.free_cache_engine": False,
+    f"+{ROLLOUT}.enable_sleep_mode": False,
+    # In the engine's own process: one fewer to start.
+    f"+{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni",
+    f"{ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": 64,
+}
 
 DUAL_CLIP = 3.0
 """verl's default bound on the loss of bad tokens."""
@@ -45,6 +56,7 @@ class VerlFiles:
         self.heldout = folder / "heldout.parquet"
         self.reward = folder / "reward.py"
         self.plan = folder / "plan.json"
+        self.control = folder / "control.json"
         self.metrics = folder / "metrics.jsonl"
         self.log = folder / "train.log"
         self.rollouts = folder / "rollouts"
@@ -58,12 +70,13 @@ def build_overrides(
     """The overrides of a segment. The full horizon stands in every segment's command, as with OpenRLHF."""
     chosen = VerlHyperparameters.model_validate(job.configuration)
     in_reward = chosen.loss_type == "rloo" and chosen.kl_coefficient > 0
-    actor, rollout, model = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
     completion_tokens = job.study.task.max_completion_tokens
     tokens = max(TOKENS_PER_GPU, settings.max_prompt_tokens + completion_tokens)
     overrides: Overrides = {
-        f"{model}.path": job.model_path,
-        f"{model}.enable_gradient_checkpointing": settings.gradient_checkpointing,
+        f"{MODEL}.path": job.model_path,
+        f"{MODEL}.enable_gradient_checkpointing": settings.gradient_checkpointing,
+        f"{MODEL}.use_remove_padding": settings.attention.startswith("flash_attention"),
+        f"+{MODEL}.override_config.attn_implementation": settings.attention,
         "data.train_files": str(files.prompts),
         "data.val_files": str(files.heldout),
         "data.train_batch_size": chosen.prompts_per_step,
@@ -71,46 +84,51 @@ def build_overrides(
         "data.max_response_length": completion_tokens,
         "data.shuffle": False,  # the file is in the order of the seed
         "data.truncation": "error",
+        "data.dataloader_num_workers": settings.workers,
         "reward.custom_reward_function.path": str(files.reward),
         "reward.custom_reward_function.name": "compute_score",
+        "reward.num_workers": settings.workers,
         "algorithm.adv_estimator": "rloo" if chosen.loss_type == "rloo" else "grpo",
         "algorithm.norm_adv_by_std_in_grpo": chosen.loss_type != "dr_grpo",
         "algorithm.use_kl_in_reward": in_reward,
         "algorithm.kl_penalty": "kl",
         "algorithm.kl_ctrl.kl_coef": chosen.kl_coefficient,
-        f"{actor}.use_kl_loss": chosen.kl_coefficient > 0 and not in_reward,
-        f"{actor}.kl_loss_coef": chosen.kl_coefficient,
-        f"{actor}.kl_loss_type": "low_var_kl",
-        f"{actor}.loss_agg_mode": AGGREGATION[chosen.loss_type],
-        f"{actor}.clip_ratio": chosen.clip_low,
-        f"{actor}.clip_ratio_low": chosen.clip_low,
-        f"{actor}.clip_ratio_high": chosen.clip_high,
-        f"{actor}.clip_ratio_c": DUAL_CLIP,
-        f"{actor}.entropy_coeff": 0.0,
-        f"{actor}.calculate_entropy": True,
-        f"{actor}.grad_clip": chosen.max_grad_norm,
-        f"{actor}.ppo_epochs": 1,
+        f"{ACTOR}.strategy": "fsdp2",
+        f"{ACTOR}.use_kl_loss": chosen.kl_coefficient > 0 and not in_reward,
+        f"{ACTOR}.kl_loss_coef": chosen.kl_coefficient,
+        f"{ACTOR}.kl_loss_type": "low_var_kl",
+        f"{ACTOR}.loss_agg_mode": AGGREGATION[chosen.loss_type],
+        f"{ACTOR}.clip_ratio": chosen.clip_low,
+        f"{ACTOR}.clip_ratio_low": chosen.clip_low,
+        f"{ACTOR}.clip_ratio_high": chosen.clip_high,
+        f"{ACTOR}.clip_ratio_c": DUAL_CLIP,
+        f"{ACTOR}.entropy_coeff": 0.0,
+        f"{ACTOR}.calculate_entropy": True,
+        f"{ACTOR}.grad_clip": chosen.max_grad_norm,
+        f"{ACTOR}.ppo_epochs": 1,
         # In prompts.
-        f"{actor}.ppo_mini_batch_size": chosen.prompts_per_step // chosen.mini_batches,
-        f"{actor}.use_dynamic_bsz": True,
-        f"{actor}.ppo_max_token_len_per_gpu": tokens,
-        f"{actor}.optim.lr": chosen.learning_rate,
-        f"{actor}.optim.lr_scheduler_type": chosen.scheduler,
-        f"{actor}.optim.lr_warmup_steps_ratio": chosen.warmup_ratio,
-        f"{actor}.optim.weight_decay": chosen.weight_decay,
-        f"{actor}.data_loader_seed": job.seed,
-        f"{actor}.fsdp_config.param_offload": placement.offload_optimizer,
-        f"{actor}.fsdp_config.optimizer_offload": placement.offload_optimizer,
-        f"{actor}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
-        f"{rollout}.name": "vllm",
-        f"{rollout}.n": chosen.n_samples,
-        f"{rollout}.temperature": chosen.temperature,
-        f"{rollout}.tensor_model_parallel_size": placement.tensor_parallel,
-        f"{rollout}.gpu_memory_utilization": placement.vllm_memory_share,
-        f"{rollout}.val_kwargs.do_sample": True,
-        f"{rollout}.val_kwargs.temperature": job.study.evaluation.temperature,
-        f"{rollout}.val_kwargs.top_p": 1.0,
-        f"{rollout}.val_kwargs.n": job.study.evaluation.samples_per_prompt,
+        f"{ACTOR}.ppo_mini_batch_size": chosen.prompts_per_step // chosen.mini_batches,
+        f"{ACTOR}.use_dynamic_bsz": True,
+        f"{ACTOR}.ppo_max_token_len_per_gpu": tokens,
+        f"{ACTOR}.optim.lr": chosen.learning_rate,
+        f"{ACTOR}.optim.lr_scheduler_type": chosen.scheduler,
+        f"{ACTOR}.optim.lr_warmup_steps_ratio": chosen.warmup_ratio,
+        f"{ACTOR}.optim.weight_decay": chosen.weight_decay,
+        f"{ACTOR}.data_loader_seed": job.seed,
+        f"{ACTOR}.fsdp_config.param_offload": placement.offload_optimizer,
+        f"{ACTOR}.fsdp_config.optimizer_offload": placement.offload_optimizer,
+        f"{ACTOR}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+        f"{ROLLOUT}.name": "vllm",
+        f"{ROLLOUT}.agent.num_workers": settings.workers,
+        f"{ROLLOUT}.enforce_eager": settings.enforce_eager,
+        f"{ROLLOUT}.n": chosen.n_samples,
+        f"{ROLLOUT}.temperature": chosen.temperature,
+        f"{ROLLOUT}.tensor_model_parallel_size": placement.tensor_parallel,
+        f"{ROLLOUT}.gpu_memory_utilization": placement.vllm_memory_share,
+        f"{ROLLOUT}.val_kwargs.do_sample": True,
+        f"{ROLLOUT}.val_kwargs.temperature": job.study.evaluation.temperature,
+        f"{ROLLOUT}.val_kwargs.top_p": 1.0,
+        f"{ROLLOUT}.val_kwargs.n": job.study.evaluation.samples_per_prompt,
         "trainer.total_epochs": 1,
         "trainer.total_training_steps": job.total_steps,
         "trainer.nnodes": placement.nodes,
@@ -120,14 +138,17 @@ def build_overrides(
         "trainer.experiment_name": job.trial_key,
         "trainer.rollout_data_dir": str(files.rollouts),
         "trainer.validation_data_dir": str(files.validations),
-        "trainer.val_before_train": fresh and 0 in job.evaluation_steps,
-        "trainer.test_freq": evaluation_interval(job),
+        # The driver asks for evaluations, but for the one of the last step, which nothing follows.
+        "trainer.val_before_train": False,
+        "trainer.test_freq": job.total_steps,
         "trainer.save_freq": job.segment.stop_step,
         "trainer.max_actor_ckpt_to_keep": 2,
         "trainer.default_local_dir": str(files.checkpoints),
         "trainer.resume_mode": "disable" if fresh else "auto",
+        "+ray_kwargs.ray_init.include_dashboard": False,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": settings.workers,
     }
-    return overrides
+    return overrides | (ON_CPU if settings.device == "cpu" else {}) | settings.extra | chosen.extra
 
 
 def to_argv(overrides: Overrides) -> list[str]:
@@ -135,7 +156,7 @@ def to_argv(overrides: Overrides) -> list[str]:
     return [f"{name}={_text(value)}" for name, value in overrides.items()]
 
 
-def _text(value: Override) -> str:
+def _text(value: Option) -> str:
     if isinstance(value, list):
         return f"[{','.join(map(_text, value))}]"
     if value is None or isinstance(value, bool | int):

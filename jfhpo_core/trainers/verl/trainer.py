@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel
 
@@ -13,22 +14,26 @@ from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
-from jfhpo_core.trainers.base import Job, Observer, TrainingResult, read_settings
+from jfhpo_core.trainers.base import Finding, Job, Observer, TrainingResult, read_settings
 from jfhpo_core.trainers.openrlhf.trainer import FEWEST_HELDOUT
+from jfhpo_core.trainers.verl.command import to_argv
 from jfhpo_core.trainers.verl.settings import PYTHON_VARIABLE, VerlHyperparameters, VerlSettings
+
+if TYPE_CHECKING:
+    from jfhpo_core.study.resolved import Study
+    from jfhpo_core.trainers.base import Finding
 
 
 class VerlTrainer:
     """verl 0.9 on Ray with vLLM and FSDP; see `VerlHyperparameters` and `VerlSettings`.
 
-    verl goes on while a step is being judged. A rule that stops a trial therefore stops it a step late, and without an
-    evaluation at that step, unless it is a rung.
+    A training is a process group on the node of its worker. It is held after every step until that step is judged, so a
+    rule stops it exactly there, and it is stopped once the checkpoint of its rung is complete.
     """
 
     name: ClassVar[str] = "verl"
     engine: ClassVar[str] = "vllm"
     hyperparameters: ClassVar[type[BaseModel]] = VerlHyperparameters
-    settings: ClassVar[type[BaseModel]] = VerlSettings
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`."""
@@ -36,9 +41,10 @@ class VerlTrainer:
         if chosen.interpreter is None or shutil.which(chosen.interpreter) is None:
             raise SpecError(
                 f"trainer.settings.python: {chosen.interpreter!r} is no Python here; verl lives in an environment of "
-                f"its own (`pip install verl[vllm]`): name its python, or set {PYTHON_VARIABLE}"
+                f"its own: build it (`make verl-env`; for GPUs see the how-to on verl) and name its python, or set "
+                f"{PYTHON_VARIABLE}"
             )
-        if study.cluster.gpus_per_device != 1:
+        if chosen.device == "cuda" and study.cluster.gpus_per_device != 1:
             raise SpecError(
                 f"cluster.gpus_per_device: trainer 'verl' needs whole GPUs that Ray gives to its workers; set 1 "
                 f"instead of {study.cluster.gpus_per_device:g}"
@@ -52,6 +58,13 @@ class VerlTrainer:
         task = load_task(study.task)
         if len(task.heldout[: study.evaluation.prompts]) < FEWEST_HELDOUT:
             raise SpecError(f"task.heldout: one row gives no standard error; give at least {FEWEST_HELDOUT}")
+        _check_options(study, chosen)
+
+    def preflight(self, study: Study) -> Iterator[Finding]:
+        """See `jfhpo_core.run.preflight`."""
+        from jfhpo_core.trainers.verl.preflight import preflight
+
+        return preflight(study, settings(study.spec))
 
     def prompting(self, study: StudySpec) -> Prompting:
         """See `jfhpo_core.run.preflight`."""
@@ -75,3 +88,26 @@ def settings(study: StudySpec) -> VerlSettings:
         SpecError: A setting is unknown or out of bounds.
     """
     return read_settings(VerlSettings, study, "verl")
+
+
+def _check_options(study: StudySpec, chosen: VerlSettings) -> None:
+    """Whether verl's own configuration knows the options that the study sets, fixes or searches.
+
+    Raises:
+        SpecError: It does not know one of them.
+    """
+    from jfhpo_core.trainers.verl.preflight import refusal
+
+    configurations = [
+        {name: study.space[name].extremes[0] for name in study.space},
+        study.trainer.fixed,
+        *(baseline.configuration for baseline in study.baselines),
+    ]
+    named = {name: value for values in configurations for name, value in values.items() if "." in name}
+    options = chosen.extra | named
+    if not options:
+        return
+    assert chosen.interpreter is not None
+    refused = refusal(chosen.interpreter, tuple(to_argv(options)))
+    if refused is not None:
+        raise SpecError(f"verl's configuration refuses an option of {', '.join(options)}: {refused}")

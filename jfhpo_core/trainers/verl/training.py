@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ from jfhpo_core.study.trial import Evaluation, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.external.log import LogTail
 from jfhpo_core.trainers.external.placement import Placement, place
-from jfhpo_core.trainers.external.process import TrainingProcess, environment
+from jfhpo_core.trainers.external.process import TrainingProcess, environment, shim_path
 from jfhpo_core.trainers.external.watch import Watch
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from jfhpo_core.trainers.openrlhf.training import PROGRESS, link, new_folder, prompt_order, score
-from jfhpo_core.trainers.verl.command import MODULE, VerlFiles, build_overrides, to_argv
+from jfhpo_core.trainers.verl.command import MAIN, VerlFiles, build_overrides, to_argv
 from jfhpo_core.trainers.verl.settings import VerlSettings
 
 REWARD = Path(__file__).with_name("inside") / "reward.py"
+CPU_SHIM = Path(__file__).with_name("cpu_shim")
 LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -44,13 +46,9 @@ def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, obs
         tokens = prepare(job, start, files)
         overrides = build_overrides(job, settings, placement(job, settings), files, fresh=start is None)
         assert settings.interpreter is not None
-        command = [settings.interpreter, "-m", MODULE, *to_argv(overrides)]
+        command = [settings.interpreter, str(MAIN), *to_argv(overrides)]
         (folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
-        variables = environment(
-            OpenRlhfSettings(python=settings.interpreter, environment=settings.environment), os.environ, job.devices
-        )
-        variables["VERL_FILE_LOGGER_PATH"] = str(files.metrics)
-        with TrainingProcess(command, variables, files.log) as process:
+        with TrainingProcess(command, variables(settings, files, os.environ, job.devices), files.log) as process:
             loop = Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
             loop.run()
         if not loop.stopped:
@@ -64,6 +62,36 @@ def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, obs
         startup_seconds=loop.startup_seconds,
         evaluation_seconds=sum(evaluation.seconds for evaluation in loop.evaluations),
     )
+
+
+def variables(settings: VerlSettings, files: VerlFiles, base: Mapping[str, str], gpus: int) -> dict[str, str]:
+    """The environment of a training's processes.
+
+    Args:
+        settings: The study's.
+        files: Where the training reads and writes.
+        base: Environment of the worker.
+        gpus: How many GPUs a CPU training shall pretend to have.
+    """
+    own = {"JFHPO_CONTROL": str(files.control), "VERL_FILE_LOGGER_PATH": str(files.metrics)}
+    if settings.device == "cpu":
+        own |= {
+            "PYTHONPATH": shim_path(CPU_SHIM),
+            "RAY_agent_register_timeout_ms": "300000",  # CPUs that others use as well are slow
+            "RAY_raylet_start_wait_time_s": "300",
+            "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": gpus, "CPU": ray_cpus(settings, gpus)}),
+            "VERL_ENGINE_DEVICE": "cuda",  # verl registers no engine for CPUs; that of GPUs asks the platform
+            "VERL_PLATFORM": "cpu",
+        }
+    common = OpenRlhfSettings(
+        python=settings.interpreter, device=settings.device, environment={**own, **settings.environment}
+    )
+    return environment(common, base, gpus)
+
+
+def ray_cpus(settings: VerlSettings, gpus: int) -> int:
+    """CPUs that verl asks Ray for; without them it waits for ever. Three per GPU, and the transfer queue's."""
+    return 3 * gpus + settings.workers + 1
 
 
 def placement(job: Job, settings: VerlSettings) -> Placement:
@@ -93,6 +121,7 @@ def prepare(job: Job, start: Path | None, files: VerlFiles) -> int:
     files.plan.write_text(json.dumps(plan), encoding="utf-8")
     shutil.copyfile(REWARD, files.reward)
     shutil.copyfile(scoring.__file__, files.reward.with_name("scoring.py"))
+    tell(files, released=-1)
     files.checkpoints.mkdir(parents=True)
     if start is None:
         return 0
@@ -101,6 +130,13 @@ def prepare(job: Job, start: Path | None, files: VerlFiles) -> int:
     shutil.copytree(start / "checkpoints", target, copy_function=link)
     (files.checkpoints / LATEST).write_text(str(step), encoding="utf-8")
     return int(json.loads((start / PROGRESS).read_text(encoding="utf-8"))["tokens"])
+
+
+def tell(files: VerlFiles, *, released: int, evaluate: int | None = None) -> None:
+    """Tell the training how far it may go, and what to evaluate; see `inside/main.py`."""
+    part = files.control.with_suffix(".part")
+    part.write_text(json.dumps({"released": released, "evaluate": evaluate}), encoding="utf-8")
+    part.replace(files.control)
 
 
 def _write_rows(path: Path, rows: list[Row], source: str) -> None:
@@ -152,16 +188,15 @@ class Loop:
     def run(self) -> None:
         """Train up to the segment's end, or a rule's stop."""
         if self._fresh and 0 in self._job.evaluation_steps:
-            self._take(self._evaluation(self._next(0)["data"]))
+            self._take(self._evaluate_now())
         while self.step < self._job.segment.stop_step and not self.stopped:
-            data = self._next(self.step + 1)["data"]
+            tell(self._files, released=self.step)
+            data = self._next(self.step + 1)
             self.step += 1
             self.stopped = self._take(self._record(data))
-            scored = self._files.validations / f"{self.step}.jsonl"
-            wanted = self.stopped or self.step in self._job.evaluation_steps
-            if wanted and any(name.startswith("val-") for name in data):
-                self._wait_for(scored)
-                self.stopped |= self._take(self._evaluation(data))
+            if self.stopped or self.step in self._job.evaluation_steps:
+                last = self.step == self._job.total_steps
+                self.stopped |= self._take(self._evaluation(data) if last else self._evaluate_now())
 
     def _take(self, event: StepRecord | Evaluation) -> bool:
         """Report what was measured. Whether a rule stops the training."""
@@ -169,6 +204,11 @@ class Loop:
             self.evaluations.append(event)
         decision = self._observe(event)
         return decision is not None and decision.stop
+
+    def _evaluate_now(self) -> Evaluation:
+        """Have the training score the held-out prompts before it goes on."""
+        tell(self._files, released=self.step - 1, evaluate=self.step)
+        return self._evaluation(self._next(self.step))
 
     def _next(self, step: int) -> dict[str, Any]:
         """The metrics of a step, as soon as they are written.
@@ -185,8 +225,9 @@ class Loop:
                 f"verl reported step {entry['step']} where step {step} was due: its checkpoint was not loaded; nothing "
                 f"of this training counts (log: {self._files.log})"
             )
-        self._watch.silence.hear(step=step > 0)
-        return entry
+        self._watch.silence.hear(step=step > self.step)
+        data: dict[str, Any] = entry["data"]
+        return data
 
     def _poll(self) -> None:
         self._watch.poll(may_end=self.step + 1 >= self._job.total_steps)
@@ -206,7 +247,7 @@ class Loop:
         rewards = [reward for group in groups.values() for reward in group]
         length = data["response_length/mean"]
         self.tokens += round(len(rewards) * length)
-        total, generation = data["timing_s/step"], data.get("timing_s/gen", 0.0)
+        total, generation = data["timing_s/step"] - data["timing_s/held"], data.get("timing_s/gen", 0.0)
         if not self.startup_seconds:
             evaluated = sum(evaluation.seconds for evaluation in self.evaluations)
             self.startup_seconds = max(0.0, time.monotonic() - self._began - total - evaluated)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jfhpo_core.trainers.external.process import CPU_SHIM, TrainingProcess, environment
+from jfhpo_core.trainers.external.process import CPU_SHIM, SHARED_SHIM, TrainingProcess, environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 
 # Starts a daemon in a session of its own, tells its process id, and waits.
@@ -125,5 +125,5 @@ def test_the_shim_is_on_the_path_of_cpu_trainings_only() -> None:
     assert str(CPU_SHIM) not in str(environment(OpenRlhfSettings(), dict(os.environ), 1).get("PYTHONPATH"))
     on_cpu = environment(OpenRlhfSettings(device="cpu"), {"CUDA_VISIBLE_DEVICES": ""}, 2)
     assert "CUDA_VISIBLE_DEVICES" not in on_cpu
-    assert on_cpu["PYTHONPATH"] == str(CPU_SHIM)
+    assert on_cpu["PYTHONPATH"] == f"{CPU_SHIM}:{SHARED_SHIM}"
     assert on_cpu["RAY_OVERRIDE_RESOURCES"] == '{"GPU": 2, "CPU": 3}'

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 
 from jfhpo_core.trainers.external.placement import place
-from jfhpo_core.trainers.external.process import CPU_SHIM, environment
+from jfhpo_core.trainers.external.process import SHARED_SHIM, environment
 from jfhpo_core.trainers.openrlhf.command import MODULE, Files, Flags, build_flags, to_argv
 from jfhpo_core.trainers.openrlhf.hyperparameters import SCHEDULERS, Algorithm, OpenRlhfHyperparameters
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
@@ -100,7 +100,7 @@ def test_openrlhf_parses_every_flag_to_the_value_we_meant(trainer_python: str) -
 
 
 def test_the_shim_finds_every_place_that_it_replaces(trainer_python: str) -> None:
-    done = run_inside(trainer_python, (CPU_SHIM / "openrlhf_on_cpu.py").read_text())
+    done = run_inside(trainer_python, (SHARED_SHIM / "on_import.py").read_text())
     assert done.returncode == 0, done.stderr[-3000:]
     places = done.stdout.split()[-13:]
     for place_name in (
@@ -118,10 +118,10 @@ def test_the_shim_finds_every_place_that_it_replaces(trainer_python: str) -> Non
 
 def test_a_place_that_has_moved_ends_the_process(trainer_python: str) -> None:
     program = """
-import types, openrlhf_on_cpu
+import types, on_import, openrlhf_on_cpu
 try:
     openrlhf_on_cpu._receive_on_cpu(types.SimpleNamespace(WorkerWrap=type("WorkerWrap", (), {})))
-except openrlhf_on_cpu.MovedError as error:
+except on_import.MovedError as error:
     print("MOVED", error)
 """
     done = run_inside(trainer_python, program)

