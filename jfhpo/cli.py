@@ -126,6 +126,13 @@ def search(
     overrides: Overrides = None,
     plain: Annotated[bool, typer.Option("--plain", help="One line per finished segment, no live display.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option(
+            "--accept-changed-data",
+            help="Go on although data, rewards or models have changed since the study began; marks every later trial.",
+        ),
+    ] = False,
 ) -> None:
     """Run a study, or continue it where it was interrupted."""
     from jfhpo.overrides import read_study
@@ -149,7 +156,7 @@ def search(
             display.progress(progress)
 
         with display:
-            outcome = run_study(spec, on_progress, display.status)
+            outcome = run_study(spec, on_progress, display.status, accept_changes=accept_changes)
     _print_outcome(console, outcome)
     if not outcome.result.complete:
         raise typer.Exit(UNFINISHED)
@@ -185,6 +192,8 @@ def plan(
         findings = refuse_unusable(resolved)
         larger = with_more(resolved, parse_more(more)) if more is not None else None
         ledger = recorded(resolved)
+        if ledger is not None:
+            ledger.refuse_changes()
         trials = ledger.trials() if ledger is not None else []
         ranked = rank(resolved, load_strategy(resolved), trials)
         view = plan_view(

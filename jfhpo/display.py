@@ -407,6 +407,7 @@ def trial_table(trials: Sequence[Trial]) -> Table:
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for trial in trials:
         state = f"{trial.state} ({trial.decision.rule})" if trial.decision else str(trial.state)
+        state += f", changed {', '.join(trial.changed)}" if trial.changed else ""
         table.add_row(
             str(trial.number),
             f"{trial.purpose}{f' {trial.label}' if trial.label else ''}",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 from jfhpo.session import INLINE, informed, recorded
-from jfhpo_core.errors import JfhpoError
+from jfhpo_core.errors import JfhpoError, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.text import without_credentials
 from jfhpo_core.run.preflight import examine
@@ -33,6 +33,10 @@ def diagnose(spec: StudySpec) -> Iterator[Finding]:
 def _ledger(study: Study) -> Finding:
     try:
         ledger = recorded(study)
+        if ledger is not None:
+            ledger.refuse_changes()
+    except LedgerError as error:
+        return Finding(Level.FAILURE, "ledger", str(error))
     except Exception as error:  # noqa: BLE001  whatever its client raises
         return Finding(
             Level.FAILURE, "ledger", f"MLflow does not answer: {without_credentials(str(error))}; check tracking.uri"

@@ -66,6 +66,8 @@ def run_study(
     on_status: Callable[[str], None] = lambda _: None,
     on_open: Callable[[Ledger], None] = lambda _: None,
     around: Callable[[Dispatcher], Dispatcher] = lambda dispatcher: dispatcher,
+    *,
+    accept_changes: bool = False,
 ) -> StudyOutcome:
     """Run or continue a study until it is done; a study that is done gives the same outcome again without training.
 
@@ -77,6 +79,8 @@ def run_study(
         on_status: Called with a few words when something begins that takes seconds.
         on_open: Called with the ledger as soon as it is open, before anything is trained.
         around: Called after `on_open` with the dispatcher; returns the one to be used, which closes the other.
+        accept_changes: Go on although data, rewards or models have changed since the study began; marks every later
+            trial.
 
     Raises:
         SpecError: The study is not usable; nothing has been started then.
@@ -94,7 +98,8 @@ def run_study(
         on_status("opening the ledger" if reported else "starting workers and opening the ledger")
         dispatcher = None if reported else _start_dispatcher(spec)
         try:
-            ledger, outbox = _open(study)
+            ledger, outbox = _open(study, accept_changes=accept_changes)
+            study = replace(study, changed=ledger.changed)
             with _shown(ledger):
                 on_open(outbox)
                 trials = outbox.trials()
@@ -238,11 +243,11 @@ def _exclusive(study: Study) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _open(study: Study) -> tuple[MlflowLedger, Outbox]:
+def _open(study: Study, *, accept_changes: bool) -> tuple[MlflowLedger, Outbox]:
     """The ledger, and what the search writes to instead: the search shall go on while an MLflow server is away."""
     from mlflow_plugin.ledger import MlflowLedger
 
-    ledger = MlflowLedger()
+    ledger = MlflowLedger(accept_changes=accept_changes)
     outbox = Outbox(ledger, study.folder / OUTBOX)
     outbox.open(study.spec)
     return ledger, outbox

@@ -9,6 +9,9 @@ from typing import Any
 
 from jfhpo_core.errors import SpecError
 
+TRAINERS = "jfhpo.trainers"
+"""Entry-point group of trainers."""
+
 EXTRAS = {
     "ConfigSpace": "peers",
     "accelerate": "trl",

@@ -39,7 +39,8 @@ from pydantic import BaseModel, ValidationError
 from jfhpo_core.errors import LedgerError, LedgerUnavailable, SpecError
 from jfhpo_core.report.text import without_credentials
 from jfhpo_core.run.search import SearchResult
-from jfhpo_core.store.ledger import check_begin, check_commit, mismatch_message
+from jfhpo_core.store.ledger import changes_message, check_begin, check_commit, mismatch_message
+from jfhpo_core.study.contents import changed, contents
 from jfhpo_core.study.models import Ladder, build_ladder
 from jfhpo_core.study.resolved import checkpoint_store
 from jfhpo_core.study.spec import StudySpec
@@ -72,6 +73,8 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 
 STUDY = "jfhpo.study"
 IDENTITY = "jfhpo.identity"
+CONTENTS = "jfhpo.contents"
+CHANGED = "jfhpo.changed"
 DESCRIBED = "jfhpo.study_sha256"
 HEADER = "jfhpo.trial"
 OPEN = "jfhpo.open"
@@ -189,10 +192,12 @@ class MlflowLedger:
 
     Args:
         client: Talks to the tracking store; None connects `open` to the one that the study names.
+        accept_changes: Let `open` go on with data, rewards or models that have changed; see `changed`.
     """
 
-    def __init__(self, client: MlflowClient | None = None) -> None:
+    def __init__(self, client: MlflowClient | None = None, *, accept_changes: bool = False) -> None:
         self._given = client
+        self._accept_changes = accept_changes
         self._opened: MlflowClient | None = None
         self._study: StudySpec
         self._experiment_id: str
@@ -216,18 +221,25 @@ class MlflowLedger:
         client = self._given or connect(study)
         experiment = _experiment(client, study)
         parent = _study_run(client, experiment.experiment_id, study)
-        if parent is not None and parent.data.tags.get(IDENTITY) != study.identity():
-            raise LedgerError(mismatch_message(study.study))
+        if parent is not None:
+            _refuse_other_meaning(client, parent, study)
+        known = contents(study)
+        changes = _changed_contents(parent, known) if parent is not None else []
+        if changes and not self._accept_changes:
+            raise LedgerError(changes_message(study.study, changes))
         self._ladder, self._data, self._source = build_ladder(study), task_data(study.task), source_tags()
         self._defaults = _defaults(study)
         self._opened, self._study, self._experiment_id = client, study, experiment.experiment_id
         self._parent = parent if parent is not None else self._create_study()
+        self._note_contents(known, changes)
         self._facts = read_facts(self._parent)
         shown = self._parent.data.tags.get(STATE)
         self._state = next((state for state in StudyState if state.value == shown), StudyState.RUNNING)
         self._children = self._read_children()
         self._describe_study()
         for child in self._children.values():
+            if changes and child.trial.open_segment is not None:
+                self._mark_open(child, child.trial.open_segment)
             self._settle(child)
             self._index(child, child.trial)
         if any(trial.open_segment is not None for trial in self.trials()):
@@ -250,12 +262,27 @@ class MlflowLedger:
         parent = _study_run(client, experiment.experiment_id, study) if experiment is not None else None
         if parent is None:
             return False
-        if parent.data.tags.get(IDENTITY) != study.identity():
-            raise LedgerError(mismatch_message(study.study))
+        _refuse_other_meaning(client, parent, study)
         self._opened, self._study, self._experiment_id = client, study, experiment.experiment_id
         self._parent, self._facts = parent, read_facts(parent)
         self._children = self._read_children()
         return True
+
+    def refuse_changes(self) -> None:
+        """Refuse data, rewards and models that have changed since the study began.
+
+        Raises:
+            LedgerError: With what has changed, and the ways on.
+        """
+        changes = _changed_contents(self._parent, contents(self._study))
+        if changes:
+            raise LedgerError(changes_message(self._study.study, changes))
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Fields of the study whose files were changed, and the change accepted, since it began."""
+        self._client  # noqa: B018  refuses a ledger that is not open
+        return _accepted(self._parent)
 
     @_explained
     def recall(self, study: StudySpec, name: str) -> StudySpec:
@@ -461,6 +488,26 @@ class MlflowLedger:
     def _create_study(self) -> Run:
         tags = {STUDY: self._study.study, IDENTITY: self._study.identity(), STATE: StudyState.RUNNING.value}
         return self._client.create_run(self._experiment_id, tags={**self._source, **tags}, run_name=self._study.study)
+
+    def _note_contents(self, known: Mapping[str, str], changes: Sequence[str]) -> None:
+        """Keep the digests of what the study reads, and which of them changed; those of old studies begin today."""
+        tags = self._parent.data.tags
+        noted = json.loads(_unpack(tags, CONTENTS) or "{}")
+        accepted = sorted({*_accepted(self._parent), *changes})
+        fresh = {
+            IDENTITY: self._study.identity(),
+            **_pack(CONTENTS, canonical_json({**noted, **known})),
+            **(_pack(CHANGED, json.dumps(accepted)) if accepted else {}),
+        }
+        if any(tags.get(name) != value for name, value in fresh.items()):
+            self._log(self.study_run_id, tags=fresh)
+            self._parent = self._client.get_run(self.study_run_id)
+
+    def _mark_open(self, child: _Child, segment: Segment) -> None:
+        """Note that an interrupted segment will be trained with what has changed."""
+        marked = segment.model_copy(update={"changed": self.changed})
+        child.trial = child.trial.model_copy(update={"open_segment": marked})
+        self._log(child.run_id, tags={**_pack(OPEN, marked.model_dump_json()), **trial_labels(child.trial)})
 
     def _create_run(self, trial: Trial, tags: Mapping[str, str]) -> Run:
         header = trial.model_copy(update={"segments": (), "open_segment": None}).model_dump_json()
@@ -704,6 +751,36 @@ def _artifact_folder(uri: str, experiment: str) -> str | None:
 def _study_run(client: MlflowClient, experiment_id: str, study: StudySpec) -> Run | None:
     runs = _search(client, experiment_id, f"tags.`{STUDY}` = '{study.study}'")
     return runs[0] if runs else None
+
+
+def _refuse_other_meaning(client: MlflowClient, run: Run, study: StudySpec) -> None:
+    """Refuse a study file with another meaning than the one that the run was begun with.
+
+    Identities of other versions of jfhpo were made in other ways; what counts then is the study file in the run.
+
+    Raises:
+        LedgerError: With the fields that differ.
+    """
+    if run.data.tags.get(IDENTITY) == study.identity():
+        return
+    with tempfile.TemporaryDirectory(prefix="jfhpo-") as folder:
+        try:
+            path = Path(client.download_artifacts(run.info.run_id, "study.yaml", folder))
+            recorded = parse_study(path.read_text(encoding="utf-8"), f"study {study.study!r} in the ledger")
+        except (MlflowException, OSError, SpecError):
+            raise LedgerError(mismatch_message(study.study)) from None
+    if recorded.identity() != study.identity():
+        raise LedgerError(mismatch_message(study.study, recorded.changes(study)))
+
+
+def _changed_contents(run: Run, known: Mapping[str, str]) -> list[str]:
+    """Fields whose files have changed since the run noted them."""
+    return changed(json.loads(_unpack(run.data.tags, CONTENTS) or "{}"), known)
+
+
+def _accepted(run: Run) -> tuple[str, ...]:
+    """Fields whose changes have been accepted."""
+    return tuple(json.loads(_unpack(run.data.tags, CHANGED) or "[]"))
 
 
 def _study_anywhere(client: MlflowClient, study: StudySpec, name: str) -> tuple[Experiment, Run] | None:

@@ -285,6 +285,8 @@ def trial_labels(trial: Trial) -> dict[str, str]:
     }
     if trial.decision is not None:
         labels["jfhpo.stopped_by"] = trial.decision.explain()
+    if trial.changed:
+        labels["jfhpo.changed"] = ", ".join(trial.changed)
     if trial.segments and trial.segments[-1].failure is not None:
         last = trial.segments[-1]
         labels["jfhpo.failure"] = f"{last.failure}: {last.message}"

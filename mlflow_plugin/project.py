@@ -49,6 +49,7 @@ class ProjectTrainer:
 
     name: ClassVar[str] = NAME
     hyperparameters: ClassVar[type[BaseModel]] = AnyHyperparameters
+    settings: ClassVar[type[BaseModel]] = ProjectSettings
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`."""

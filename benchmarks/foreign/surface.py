@@ -133,21 +133,22 @@ class Surface:
         """The highest score of the target: of a Sobol sample, improved by shrinking random steps."""
         random = np.random.default_rng(0)
         points = qmc.Sobol(self.space.dimension, rng=random).random(SAMPLE)
-        scores = self._target_scores(points)
+        scores = self.scores(self.setting.target, points)
         chosen = np.argsort(-scores)[:STARTS]
         points, scores = points[chosen], scores[chosen]
         for scale in np.geomspace(0.2, 0.005, STEPS):
             moves = random.normal(0, scale, (8, *points.shape)) * (random.random((8, *points.shape)) < 0.5)
             trials = np.clip(points + moves, 0, 1)
-            reached = self._target_scores(trials.reshape(-1, points.shape[1])).reshape(8, -1)
+            reached = self.scores(self.setting.target, trials.reshape(-1, points.shape[1])).reshape(8, -1)
             best = reached.argmax(0)
             better = reached.max(0) > scores
             points = np.where(better[:, None], trials[best, np.arange(len(points))], points)
             scores = np.where(better, reached.max(0), scores)
         return float(scores.max())
 
-    def _target_scores(self, points: Matrix) -> Vector:
-        losses, diverges = self._predict(self.setting.target, self.space.snap(points), np.ones(1))
+    def scores(self, model: str, points: Matrix) -> Vector:
+        """See `score`; of points of the unit cube, shape (n, dimension), at once."""
+        losses, diverges = self._predict(model, self.space.snap(points), np.ones(1))
         return -np.where(diverges, self.setting.base_loss, losses[:, 0])
 
     def _predict(self, model: str, points: Matrix, shares: Vector) -> tuple[Matrix, Flags]:

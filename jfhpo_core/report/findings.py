@@ -183,6 +183,13 @@ def caveats(result: SearchResult) -> list[str]:
         notes.append("With so few seeds the spread between trainings is itself uncertain, and so are the intervals.")
     if any(row.label == "random search" for row in result.rows):
         notes.append("Random search counts with the best of its full trainings, which flatters it as well.")
+    changed = sorted({field for trial in result.trials for field in trial.changed})
+    if changed:
+        first = min(trial.number for trial in result.trials if trial.changed)
+        notes.append(
+            f"The contents of {', '.join(changed)} were changed during the study, which was accepted: scores of trials "
+            f"that are marked, the first of which is {first}, do not compare with those before."
+        )
     notes += [
         f"Not finished, so without a score: {row.label}, {reason}." for row in result.rows for reason in row.unfinished
     ]

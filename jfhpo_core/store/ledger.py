@@ -119,16 +119,16 @@ class MemoryLedger:
     """
 
     def __init__(self, trials: Sequence[Trial] = ()) -> None:
-        self._identity: str | None = None
+        self._study: StudySpec | None = None
         self._trials = {trial.key: trial for trial in trials}
         self._records: dict[str, dict[int, StepRecord]] = {}
         self._facts: dict[str, str | float] = {}
 
     def open(self, study: StudySpec) -> None:
         """See `Ledger.open`."""
-        if self._identity not in (None, study.identity()):
-            raise LedgerError(mismatch_message(study.study))
-        self._identity = study.identity()
+        if self._study is not None and self._study.identity() != study.identity():
+            raise LedgerError(mismatch_message(study.study, self._study.changes(study)))
+        self._study = study
 
     def trials(self) -> list[Trial]:
         """See `Ledger.trials`."""
@@ -174,10 +174,25 @@ class MemoryLedger:
         return None
 
 
-def mismatch_message(name: str) -> str:
-    """What to say when a study of the same name means something else."""
+def mismatch_message(name: str, changes: Sequence[str] = ()) -> str:
+    """What to say when a study of the same name means something else.
+
+    Args:
+        name: Of the study.
+        changes: Fields that differ, if it is known.
+    """
+    what = f"other values of {', '.join(changes)}" if changes else "other settings"
     return (
-        f"study {name!r} exists in the ledger with other settings (family, task, trainer, space, fidelity, evaluation "
-        "or stopping rules), so its trials cannot be continued by this file; give the study a new name, or restore "
-        "the file (budget, baselines, seeds and tracking may change freely)"
+        f"study {name!r} exists in the ledger with {what}, so its trials cannot be continued by this file; give the "
+        "study a new name, or restore the file. Budget, baselines, seeds, strategy, cluster and tracking may change, "
+        "and so may all fields that `jfhpo schema` marks as operational"
+    )
+
+
+def changes_message(name: str, changes: Sequence[str]) -> str:
+    """What to say when files that a study reads have changed since it began."""
+    return (
+        f"study {name!r} was begun with other contents of {', '.join(changes)}, so new scores would not compare with "
+        "those that it has; give the study a new name, restore the files, or run `jfhpo search --accept-changed-data`, "
+        "which marks every later trial"
     )

@@ -57,12 +57,14 @@ class Study:
         ladder: Its models, small to large.
         trainer: Its trainer.
         earlier: Studies to learn from (`warm_start`).
+        changed: Fields whose files have been changed since the study began, see `jfhpo_core.study.contents`.
     """
 
     spec: StudySpec
     ladder: Ladder
     trainer: Trainer
     earlier: tuple[EarlierStudy, ...] = ()
+    changed: tuple[str, ...] = ()
 
     @property
     def space(self) -> Space:
@@ -128,6 +130,7 @@ class Study:
             start_step=trial.checkpoint.step if trial.checkpoint else 0,
             stop_step=steps_at(stop_prompts, trial.prompts_per_step),
             suggestion=suggestion,
+            changed=self.changed,
         )
 
     def job(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator, model_validator
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.study.operational import OPERATIONAL
 from jfhpo_core.study.trial import Configuration, Value
 
 INACTIVE = 0.5
@@ -73,11 +74,13 @@ class Parameter(BaseModel, ABC):
     )
     expected: Value | None = Field(
         default=None,
+        json_schema_extra=OPERATIONAL,
         description="Where you expect the best value. The search begins there and trusts it less with every trial.",
     )
     spread: float = Field(
         default=0.2,
         gt=0,
+        json_schema_extra=OPERATIONAL,
         description="Standard deviation of that expectation, as a share of the (logarithmic) range.",
     )
     shifts_with_size: bool = Field(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from jfhpo_core.errors import SpecError
+from jfhpo_core.plugins import TRAINERS, load_plugin
 from jfhpo_core.study.hardware import gpus
 from jfhpo_core.study.hyperparameters import default_spaces
+from jfhpo_core.study.operational import OPERATIONAL, operational_fields
 from jfhpo_core.study.space import ChoiceParameter, Space
 from jfhpo_core.study.trial import Configuration, canonical_json
 from jfhpo_core.study.yaml_text import write_yaml
@@ -39,6 +43,10 @@ MOST_SECONDS = 1e12
 MOST_RUNGS = 1000
 
 
+ABSENT = object()
+"""Stands for the value of a field that is not there."""
+
+
 def _check_name(value: Any) -> str:
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise ValueError("YAML reads this as a truth value, a number or nothing; put the name in quotes")  # noqa: TRY004
@@ -63,7 +71,11 @@ class ModelSpec(_Section):
         default=None, ge=1, le=10**15, description="Parameter count; None reads it from the checkpoint's files."
     )
     devices: int = Field(
-        default=1, ge=1, le=10**5, description="Devices (GPUs, or CPU slots without a GPU) a trial holds."
+        default=1,
+        ge=1,
+        le=10**5,
+        json_schema_extra=OPERATIONAL,
+        description="Devices (GPUs, or CPU slots without a GPU) a trial holds.",
     )
 
 
@@ -430,7 +442,7 @@ class StudySpec(_Section):
     """A study: find good hyperparameters for reinforcement learning of the target model on the task."""
 
     study: Name = Field(description="Name of the study; the same name continues it.")
-    description: str = ""
+    description: str = Field(default="", json_schema_extra=OPERATIONAL)
     family: Annotated[FamilySpec, BeforeValidator(_family)]
     target: Name = Field(description="The model of the family to be tuned.")
     task: Annotated[TaskSpec, BeforeValidator(_task)]
@@ -438,20 +450,27 @@ class StudySpec(_Section):
     space: Annotated[Space, BeforeValidator(_space)]
     fidelity: FidelitySpec = FidelitySpec()
     evaluation: EvaluationSpec = EvaluationSpec()
-    budget: BudgetSpec
-    baselines: list[BaselineSpec] = Field(default_factory=list, description="Recipes to beat.")
+    budget: BudgetSpec = Field(json_schema_extra=OPERATIONAL)
+    baselines: list[BaselineSpec] = Field(
+        default_factory=list, json_schema_extra=OPERATIONAL, description="Recipes to beat."
+    )
     random_search: bool = Field(
-        default=False, description="Also run random search on the target at the search's cost, for comparison."
+        default=False,
+        json_schema_extra=OPERATIONAL,
+        description="Also run random search on the target at the search's cost, for comparison.",
     )
     stopping: StoppingSpec = StoppingSpec()
-    strategy: Annotated[StrategySpec, BeforeValidator(_strategy)] = StrategySpec()
+    strategy: Annotated[StrategySpec, BeforeValidator(_strategy)] = Field(
+        default=StrategySpec(), json_schema_extra=OPERATIONAL
+    )
     warm_start: list[Name] = Field(
         default_factory=list,
+        json_schema_extra=OPERATIONAL,
         description="Earlier studies in the same ledger that the strategy `jfhpo` learns from, as far as they agree.",
     )
-    seeds: SeedSpec = SeedSpec()
-    cluster: ClusterSpec = ClusterSpec()
-    tracking: TrackingSpec = TrackingSpec()
+    seeds: SeedSpec = Field(default=SeedSpec(), json_schema_extra=OPERATIONAL)
+    cluster: ClusterSpec = Field(default=ClusterSpec(), json_schema_extra=OPERATIONAL)
+    tracking: TrackingSpec = Field(default=TrackingSpec(), json_schema_extra=OPERATIONAL)
 
     @model_validator(mode="before")
     @classmethod
@@ -505,29 +524,37 @@ class StudySpec(_Section):
                 raise _fault("study", f"prompts_per_step must be a whole number of at least 1, got {value!r}")
         return [int(value) for value in values]
 
-    def identity(self) -> str:
-        """Hash of all fields that give a trial its meaning (16 hex digits).
+    def meaning(self) -> dict[str, Any]:
+        """The fields that give a trial its meaning, as JSON data; operational ones are left out.
 
-        Budget, seeds of the final comparison, cluster and tracking may change when a study is continued, and so may
-        the folders that its files and models lie in: of a path only the last part counts.
+        Files and models count by the last part of their path, so that a study may move to another folder.
         """
-        meaning = self.model_dump(
-            mode="json",
-            include={"study", "family", "target", "task", "trainer", "space", "fidelity", "evaluation", "stopping"},
-        )
-        for parameter in meaning["space"].values():
-            # Where the user expects good values changes what is tried, not what a trial is.
-            del parameter["expected"], parameter["spread"]
+        meaning: dict[str, Any] = _meaning(self)
         task = meaning["task"]
         for part in (*meaning["family"]["models"], task, *(task["reward"] if isinstance(task["reward"], list) else ())):
             for field in ("path", "prompts", "heldout", "reward", "function"):
                 if isinstance(part.get(field), str):
                     part[field] = Path(part[field]).name
+        settings = meaning["trainer"]["settings"]
+        for name in _operational_settings(self.trainer.name) & set(settings):
+            del settings[name]
+        return meaning
+
+    def identity(self) -> str:
+        """Hash of `meaning` (16 hex digits)."""
+        meaning = self.meaning()
+        # Studies of earlier versions keep their identity. It lacked these fields, and it had the number of devices.
         for field, default in _LATER_TASK_FIELDS.items():
-            if task[field] == default:
-                # Studies from before the field existed keep their identity.
-                del task[field]
+            if meaning["task"][field] == default:
+                del meaning["task"][field]
+        for model in meaning["family"]["models"]:
+            model["devices"] = 1
         return hashlib.sha256(canonical_json(meaning).encode()).hexdigest()[:16]
+
+    def changes(self, other: Self) -> list[str]:
+        """Dotted names of the fields that give `other` another meaning, in order."""
+        here, there = (dict(_leaves(spec.meaning())) for spec in (self, other))
+        return [name for name in {**here, **there} if here.get(name, ABSENT) != there.get(name, ABSENT)]
 
     def to_yaml(self) -> str:
         """The complete study, defaults included, as YAML that `load_study` reads back to an equal study."""
@@ -538,6 +565,40 @@ _LATER_TASK_FIELDS = {
     name: TaskSpec.model_fields[name].get_default(call_default_factory=True)
     for name in ("columns", "reward_timeout_seconds", "reward_timeout_score", "max_prompt_tokens", "overlong_prompts")
 }
+
+
+def _meaning(value: Any) -> Any:
+    """A part of a study as JSON data, without its operational fields."""
+    if isinstance(value, RootModel):
+        return _meaning(value.root)
+    if isinstance(value, BaseModel):
+        operational = operational_fields(type(value))
+        return {name: _meaning(getattr(value, name)) for name in type(value).model_fields if name not in operational}
+    if isinstance(value, dict):
+        return {name: _meaning(item) for name, item in value.items()}
+    return [_meaning(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of the values within JSON data, and the values; lists count as values unless they hold mappings."""
+    items: Iterable[tuple[str, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = ((str(item.get("name", number)), item) for number, item in enumerate(value))
+    elif name:
+        yield name, value
+    for key, item in items:
+        yield from _leaves(item, f"{name}.{key}".lstrip("."))
+
+
+def _operational_settings(trainer: str) -> frozenset[str]:
+    """Settings that the trainer declares as operational; none if it is not installed, or declares no settings."""
+    try:
+        kind = getattr(load_plugin(TRAINERS, trainer, "trainer.name"), "settings", None)
+    except SpecError:
+        kind = None
+    return operational_fields(kind) if kind is not None else frozenset()
 
 
 def study_schema() -> dict[str, Any]:

@@ -203,6 +203,10 @@ class Segment(Record):
         default=(),
         description="What was known when it was chosen, as the worker needs it; see `jfhpo_core.optimizer.floors`.",
     )
+    changed: tuple[str, ...] = Field(
+        default=(),
+        description="Fields of the study whose files had been changed, and the change accepted, since it began.",
+    )
 
 
 class SegmentResult(Record):
@@ -282,6 +286,12 @@ class Trial(Record):
         if last.outcome is Outcome.REACHED:
             return TrialState.COMPLETED if last.end_step >= self.total_steps else TrialState.PAUSED
         return TrialState(last.outcome.value)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Data, rewards or models that had been changed when a segment began; its scores are not like earlier ones."""
+        parts = [*(result.segment for result in self.segments), *([self.open_segment] if self.open_segment else [])]
+        return tuple(sorted({field for part in parts for field in part.changed}))
 
     @property
     def step(self) -> int:

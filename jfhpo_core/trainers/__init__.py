@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jfhpo_core.plugins import load_plugin
+from jfhpo_core.plugins import TRAINERS, load_plugin
 from jfhpo_core.trainers.base import Job, Observer, Trainer, TrainingResult
 
-ENTRY_POINT_GROUP = "jfhpo.trainers"
+ENTRY_POINT_GROUP = TRAINERS
 
 __all__ = ["ENTRY_POINT_GROUP", "Job", "Observer", "Trainer", "TrainingResult", "load_trainer"]
 

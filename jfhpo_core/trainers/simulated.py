@@ -24,6 +24,7 @@ from scipy.stats import qmc
 
 from jfhpo_core.errors import TrialFailure
 from jfhpo_core.study.hyperparameters import Hyperparameters
+from jfhpo_core.study.operational import OPERATIONAL
 from jfhpo_core.study.space import Space, Vector
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Evaluation, FailureKind, StepRecord, Value, canonical_json
@@ -122,7 +123,10 @@ class Landscape(BaseModel):
         default=None, description="Completions per step times size ratio above which a trial runs out of memory."
     )
     real_seconds_per_step: float = Field(
-        default=0.0, ge=0, description="Sleep this long in each step, for tests of interruption."
+        default=0.0,
+        ge=0,
+        description="Sleep this long in each step, for tests of interruption.",
+        json_schema_extra=OPERATIONAL,
     )
 
 
@@ -301,6 +305,7 @@ class SimulatedTrainer:
     name: ClassVar[str] = "simulated"
     pauses: ClassVar[bool] = True
     hyperparameters: ClassVar[type[BaseModel]] = Hyperparameters
+    settings: ClassVar[type[BaseModel]] = Landscape
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`."""

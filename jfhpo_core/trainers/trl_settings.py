@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from jfhpo_core.study.operational import OPERATIONAL
 from jfhpo_core.study.prompting import Bos
 
 
@@ -34,15 +35,19 @@ class TrlSettings(BaseModel):
         description="Precision of the computation. The trained weights stay in float32 in both cases: in bfloat16 the "
         "updates of a usual learning rate would vanish.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="'auto' takes a GPU if there is one.")
-    threads: int = Field(default=1, ge=1, description="CPU threads of a trial.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="'auto' takes a GPU if there is one.", json_schema_extra=OPERATIONAL
+    )
+    threads: int = Field(default=1, ge=1, description="CPU threads of a trial.", json_schema_extra=OPERATIONAL)
     generation_batch: int = Field(default=512, ge=1, description="At most this many completions are sampled at once.")
     micro_batch: int | None = Field(
         default=None,
         ge=1,
         description="At most this many completions go through the model at once in training; None: a whole mini-batch.",
     )
-    gradient_checkpointing: bool = Field(default=False, description="Save memory by computing activations twice.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Save memory by computing activations twice.", json_schema_extra=OPERATIONAL
+    )
     chat_template: bool = Field(
         default=False, description="Give prompts to the model as a user's message, in the model's chat template."
     )

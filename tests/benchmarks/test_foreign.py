@@ -217,6 +217,44 @@ def test_regrets_are_of_the_run_with_the_smallest_budget_that_covers_the_cost() 
     assert lines[3].split()[-2:] == ["0.500", "0.700"]
 
 
+def test_the_page_shows_losses_to_peers_and_whether_random_search_is_beaten() -> None:
+    found: dict[str, dict[tuple[str, int], Result]] = {
+        name: {
+            (setting, seed): result(name, setting, seed, (1.0, -1.0 - regret - 0.001 * (seed - 2000)))
+            for setting, regret in regrets.items()
+            for seed in range(2001, 2011)
+        }
+        for name, regrets in {
+            "random": {"llm-278m@20": 0.4, "llm-757m@20": 0.2},
+            "gp": {"llm-278m@20": 0.3, "llm-757m@20": 0.6},
+            "jfhpo": {"llm-278m@20": 0.15, "llm-757m@3": 0.3},
+        }.items()
+    }
+    evidence = report.Evidence(found, "jfhpo")
+    text = "\n".join(report.findings(evidence))
+    assert "| tuning | 3 | 0.16 | 0.41 | 0.31 |" in text  # the recipe's regret is 1, seeds add 0.001 to 0.010
+    assert "| untouched | 3 | 0.31 | 0.21 | 0.61 |" in text
+    assert "| untouched | 20 | - | 0.21 | 0.61 |" in text
+    rows = {line.split(" | ")[1]: line for line in text.splitlines() if line.startswith(("| tuning", "| untouched"))}
+    assert rows["llm-278m"].startswith("| tuning | llm-278m | 1.0000 | 0.1555 ± 0.0010 | 0.4055")
+    compared = [line for line in text.splitlines() if " gp" in line and line.startswith("| tuning | llm-278m |")]
+    assert len(compared) == 1
+    assert compared[0].count("0.51 [") == 4
+    assert "*" not in compared[0]
+    (lost,) = [line for line in text.splitlines() if line.startswith("| untouched | llm-757m | 1.49 [")]
+    assert " random * | - | - | - |" in lost
+    assert "- tuning: at most 1.05 on 4 of 4 settings and budgets, on average 0.51" in text
+    assert "- untouched: at most 1.05 on 0 of 1 settings" in text
+    assert report.findings(report.Evidence({"gp": found["gp"]}, "jfhpo"))[4].startswith("`jfhpo` has no results")
+    figure = report.draw(evidence)
+    recipe, *curves = figure.axes[0].lines
+    assert [label.get_text() for label in figure.legends[0].get_texts()] == ["recipe", "random", "gp", "jfhpo"]
+    assert recipe.get_ydata()[0] == 1
+    assert len(curves) == 3
+    assert curves[-1].get_ydata()[-1] == pytest.approx(0.1555, abs=0.001)
+    assert len(figure.axes[1].lines) == 3  # jfhpo has no run with the largest budget
+
+
 def test_another_file_than_that_of_the_benchmark_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(command: list[str], *, check: bool) -> subprocess.CompletedProcess[bytes]:
         (Path(command[-2]) / "scan_bench-0.2.3-py3-none-any.whl").write_bytes(b"other")

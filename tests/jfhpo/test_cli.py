@@ -226,7 +226,7 @@ def test_another_study_of_the_same_name_is_refused(finished: tuple[Path, str], i
     before = committed(folder, SIMULATED)
     other = invoke("search", SIMULATED, "--set", "fidelity.rungs=4")
     assert other.exit_code == REFUSED
-    assert "exists in the ledger with other settings" in other.stderr
+    assert "exists in the ledger with other values of" in other.stderr
     assert "Traceback" not in other.stderr
     assert committed(folder, SIMULATED) == before
 

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 import jfhpo.session
 from jfhpo.orchestration.flow_run import DeclinedError
 from jfhpo.session import run_study
+from jfhpo_core.errors import LedgerError
 from jfhpo_core.run.dispatch import Dispatcher
 from jfhpo_core.study.spec import StudySpec
 from tests.studies import study_data
@@ -81,3 +82,36 @@ def test_ctrl_c_while_the_report_is_written_leaves_the_study_finished(
     (study,) = client.search_runs([experiment.experiment_id], f"tags.`mlflow.runName` = '{spec.study}'")
     assert (study.info.status, study.data.tags["jfhpo.state"]) == ("FINISHED", "finished")
     assert run_study(spec).report.exists()
+
+
+def test_trials_after_an_accepted_change_are_marked(tmp_path: Path) -> None:
+    for name in ("train.jsonl", "heldout.jsonl", "reward.py"):
+        (tmp_path / name).write_text(name)
+
+    def study(seconds: float) -> StudySpec:
+        return StudySpec.model_validate(
+            study_data(
+                tmp_path,
+                task={"prompts": str(tmp_path / "train.jsonl"), "heldout": str(tmp_path / "heldout.jsonl"),
+                      "reward": str(tmp_path / "reward.py")},
+                cluster={"address": "inline"},
+                budget={"trial_seconds": seconds, "max_parallel": 1},
+                baselines=[],
+                seeds={"training": [0]},
+                tracking={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "workspace": str(tmp_path)},
+            )
+        )  # fmt: skip
+
+    first = run_study(study(60)).result
+    (tmp_path / "reward.py").write_text("another reward")
+    with pytest.raises(LedgerError, match=r"task\.reward"):
+        run_study(study(120))
+    outcome = run_study(study(120), accept_changes=True)
+    marked = {trial.number: trial.changed for trial in outcome.result.trials}
+    assert {marked[trial.number] for trial in first.trials} == {()}
+    later = [marked[trial.number] for trial in outcome.result.trials[len(first.trials) :]]
+    assert later
+    assert set(later) == {("task.reward",)}
+    assert "contents of task.reward were changed" in outcome.report.read_text(encoding="utf-8")
+    # Accepted once, it is accepted; the mark stays.
+    assert all(trial.changed for trial in run_study(study(160)).result.trials[len(first.trials) :])

@@ -652,3 +652,100 @@ class TestMlflowServer(LedgerConformance):
         ledger.open(make_study())
         run = f"{server}/#/experiments/{ledger.experiment_id}/runs/{ledger.study_run_id}"
         assert ledger.url() == f"{run}?workflowType=machine_learning"
+
+
+# --- what may change when a study is continued --------------------------------------------------------------------
+
+
+def own_study(folder: Path, **changes: Any) -> StudySpec:
+    """A study with files of its own in a folder."""
+    for name, content in (
+        ("train.jsonl", '{"prompt": "a"}\n'),
+        ("heldout.jsonl", '{"prompt": "b"}\n'),
+        ("reward.py", ""),
+    ):
+        if not (folder / name).exists():
+            (folder / name).write_text(content)
+    files = (("prompts", "train.jsonl"), ("heldout", "heldout.jsonl"), ("reward", "reward.py"))
+    task = {field: str(folder / name) for field, name in files}
+    return StudySpec.model_validate({**make_study().model_dump(mode="json"), "task": task, **changes})
+
+
+def test_changed_files_are_refused_until_the_change_is_accepted(client: MlflowClient, tmp_path: Path) -> None:
+    study = own_study(tmp_path)
+    ledger = MlflowLedger(client)
+    ledger.open(study)
+    before, interrupted = make_trial(0, "small"), make_trial(1, "small", learning_rate=2e-4)
+    ledger.begin(before, make_segment(0, 0, 4))
+    ledger.commit(before.key, make_result(make_segment(0, 0, 4)), make_records(0, 4))
+    ledger.begin(interrupted, make_segment(0, 0, 4))
+    (tmp_path / "reward.py").write_text("def reward(completions, **_): return [1.0 for _ in completions]\n")
+
+    with pytest.raises(LedgerError, match=r"other contents of task\.reward.*new name.*--accept-changed-data"):
+        MlflowLedger(client).open(study)
+    reader = MlflowLedger(client)
+    assert reader.look(study)
+    with pytest.raises(LedgerError, match=r"task\.reward"):
+        reader.refuse_changes()
+
+    accepted = MlflowLedger(client, accept_changes=True)
+    accepted.open(study)
+    assert accepted.changed == ("task.reward",)
+    assert [trial.changed for trial in accepted.trials()] == [(), ("task.reward",)]
+    assert run_of(accepted, interrupted).data.tags["jfhpo.changed"] == "task.reward"
+    again = MlflowLedger(client)
+    again.open(study)
+    again.refuse_changes()
+    assert again.changed == ("task.reward",)
+    assert again.trials() == accepted.trials()
+
+
+def test_operational_fields_may_change(client: MlflowClient) -> None:
+    study = make_study()
+    devices = [model.model_copy(update={"devices": 4}) for model in study.family.models]
+    moved = study.model_copy(
+        update={
+            "family": study.family.model_copy(update={"models": devices}),
+            "trainer": study.trainer.model_copy(update={"settings": {"real_seconds_per_step": 0.5}}),
+        }
+    )
+    MlflowLedger(client).open(study)
+    MlflowLedger(client).open(moved)
+
+
+def test_a_refusal_names_the_fields(client: MlflowClient) -> None:
+    study = make_study()
+    MlflowLedger(client).open(study)
+    other = study.model_copy(update={"evaluation": study.evaluation.model_copy(update={"temperature": 0.5})})
+    with pytest.raises(LedgerError, match=r"other values of evaluation\.temperature"):
+        MlflowLedger(client).open(other)
+
+
+def test_a_study_of_jfhpo_0_1_is_continued(client: MlflowClient, tmp_path: Path) -> None:
+    """Its identity had all fields of the trainer and the devices, and it noted no contents."""
+    study = own_study(tmp_path)
+    ledger = MlflowLedger(client)
+    ledger.open(study)
+    trial = make_trial(0, "small")
+    ledger.begin(trial, make_segment(0, 0, 4))
+    ledger.commit(trial.key, make_result(make_segment(0, 0, 4)), make_records(0, 4))
+    run_id = ledger.study_run_id
+    client.set_tag(run_id, "jfhpo.identity", "0123456789abcdef")
+    client.delete_tag(run_id, "jfhpo.contents")
+    for tag in ledger.client.get_run(ledger.run_id(trial.key)).data.tags:
+        if tag.startswith("jfhpo.segment."):
+            segment = json.loads(client.get_run(ledger.run_id(trial.key)).data.tags[tag])
+            del segment["segment"]["changed"]
+            client.set_tag(ledger.run_id(trial.key), tag, json.dumps(segment))
+
+    reader = MlflowLedger(client)
+    assert reader.look(study)
+    reader.refuse_changes()
+    old = MlflowLedger(client)
+    old.open(study)
+    assert old.trials() == ledger.trials()
+    old.begin(old.trials()[0], make_segment(1, 4, TOTAL_STEPS))
+    # From now on, changes are noticed.
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "c"}\n')
+    with pytest.raises(LedgerError, match=r"task\.heldout"):
+        MlflowLedger(client).open(study)

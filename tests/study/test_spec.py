@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.hyperparameters import default_spaces
-from jfhpo_core.study.spec import StudySpec, study_schema
+from jfhpo_core.study.spec import StudySpec, TrainerSpec, study_schema
 from jfhpo_core.study.study_file import load_study, parse_study
 
 STUDY = """\
@@ -337,10 +337,40 @@ def test_identity_stays_when_the_study_moves_to_another_folder(tmp_path: Path) -
         ("budget:", "cluster: {address: inline}\nbudget:"),
         ("budget:", "tracking: {uri: 'sqlite:///other.db'}\nbudget:"),
         ("low: 1e-6", "low: 0.000001"),
+        ("parameters: 100000", "parameters: 100000, devices: 4"),
     ],
 )
 def test_identity_stays_when_only_budget_comparison_or_place_change(old: str, new: str) -> None:
     assert parse_study(changed(old, new)).identity() == parse_study(STUDY).identity()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings"),
+    [
+        ("openrlhf", {"hang_seconds": 60, "python": "/opt/python", "jobs_address": "http://head:8265"}),
+        ("openrlhf", {"environment": {"NCCL_DEBUG": "INFO"}, "tensor_parallel": 2}),
+        ("verl", {"hang_seconds": 60, "gpus_per_node": 4}),
+        ("trl", {"threads": 4, "device": "cuda"}),
+    ],
+)
+def test_identity_stays_when_operational_settings_of_the_trainer_change(trainer: str, settings: dict[str, Any]) -> None:
+    spec = parse_study(STUDY)
+    plain, changed = (
+        spec.model_copy(update={"trainer": TrainerSpec(name=trainer, settings={"chat_template": True, **more})})
+        for more in ({}, settings)
+    )
+    assert plain.identity() == changed.identity()
+    assert plain.changes(changed) == []
+    other = changed.model_copy(update={"trainer": TrainerSpec(name=trainer, settings={"chat_template": False})})
+    assert other.identity() != plain.identity()
+    assert plain.changes(other) == ["trainer.settings.chat_template"]
+
+
+def test_every_top_level_field_says_whether_it_gives_trials_their_meaning() -> None:
+    assert set(parse_study(STUDY).meaning()) == {
+        "study", "family", "target", "task", "trainer", "space", "fidelity", "evaluation", "stopping",
+    }  # fmt: skip
+    assert study_schema()["properties"]["budget"]["operational"]
 
 
 # --- paths --------------------------------------------------------------------------------------------------------

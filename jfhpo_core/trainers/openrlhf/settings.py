@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from jfhpo_core.study.operational import OPERATIONAL
 from jfhpo_core.trainers.external.settings import ExternalSettings
 
 PYTHON_VARIABLE = "JFHPO_OPENRLHF_PYTHON"
@@ -20,6 +21,12 @@ class OpenRlhfSettings(ExternalSettings):
         default=False, description="Give prompts to the model as a user's message, in the model's chat template."
     )
     max_prompt_tokens: int = Field(default=1024, ge=1, description="A longer prompt ends the trial with an error.")
-    gradient_checkpointing: bool = Field(default=True, description="Save memory by computing activations twice.")
+    gradient_checkpointing: bool = Field(
+        default=True, description="Save memory by computing activations twice.", json_schema_extra=OPERATIONAL
+    )
     attention: str = Field(default="flash_attention_2", description="Implementation of attention in training (GPU).")
-    enforce_eager: bool = Field(default=False, description="vLLM without CUDA graphs: starts faster, samples slower.")
+    enforce_eager: bool = Field(
+        default=False,
+        description="vLLM without CUDA graphs: starts faster, samples slower.",
+        json_schema_extra=OPERATIONAL,
+    )

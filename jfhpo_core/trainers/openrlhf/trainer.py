@@ -48,6 +48,7 @@ class OpenRlhfTrainer:
     name: ClassVar[str] = "openrlhf"
     engine: ClassVar[str] = "vllm"
     hyperparameters: ClassVar[type[BaseModel]] = OpenRlhfHyperparameters
+    settings: ClassVar[type[BaseModel]] = OpenRlhfSettings
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`."""

@@ -34,6 +34,7 @@ class VerlTrainer:
     name: ClassVar[str] = "verl"
     engine: ClassVar[str] = "vllm"
     hyperparameters: ClassVar[type[BaseModel]] = VerlHyperparameters
+    settings: ClassVar[type[BaseModel]] = VerlSettings
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`."""
