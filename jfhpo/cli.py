@@ -198,7 +198,6 @@ def plan(
         ranked = rank(resolved, load_strategy(resolved), trials)
         view = plan_view(
             resolved,
-            trials,
             forecast(resolved, trials),
             forecast_quality(resolved, ranked, trials),
             None if larger is None else (larger, forecast(larger, trials), forecast_quality(larger, ranked, trials)),

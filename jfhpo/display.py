@@ -35,6 +35,7 @@ from jfhpo_core.report.findings import (
 from jfhpo_core.run.search import Progress, SearchResult, rank
 from jfhpo_core.stopping.rules import build_rules
 from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.spec import BudgetSpec
 from jfhpo_core.study.trial import Configuration, Evaluation, Outcome, SegmentResult, StepRecord, Trial, TrialState
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 REFRESH_PER_SECOND = 4
 EVENTS_SHOWN = 6
+LABEL_WIDTH = 18
+ASSUMED_SHARE = 0.1
+"""Share of a bill that counts as spent at full speed before the speed is measured."""
 TREND_LENGTH = 16
 TREND_LEVELS = "▁▂▃▄▅▆▇█"
 SHOWN_STATES = (
@@ -68,16 +72,29 @@ def duration(seconds: float) -> str:
 
 def bill(cost: CostEstimate) -> str:
     """A forecast for people: '3 min 05 s (2 min 10 s to 4 min 20 s)'; a cost that is known has no interval."""
-    if cost.high - cost.low < 0.01 * cost.seconds or cost.high == 0:
+    if _is_known(cost):
         return duration(cost.seconds)
     return f"{duration(cost.seconds)} ({duration(cost.low)} to {duration(cost.high)})"
 
 
+def _is_known(cost: CostEstimate) -> bool:
+    return cost.high - cost.low < 0.01 * cost.seconds or cost.high == 0
+
+
+def paid_bill(cost: CostEstimate, budget: BudgetSpec) -> str:
+    """A forecast of device time with its price: '2 h 10 min (1 h 40 min to 3 h 00 min), 6.50 USD (5.00 to 9.00)'."""
+    hourly = budget.hourly_cost
+    ends = ""
+    if hourly is not None and not _is_known(cost):
+        ends = f" ({cost.low / 3600 * hourly:,.2f} to {cost.high / 3600 * hourly:,.2f})"
+    return f"{bill(cost)}{budget.in_money(cost.seconds)}{ends}"
+
+
 def show_quality(quality: Quality | None) -> str:
-    """A forecast of the final score for people: '0.712 (0.671 to 0.745)'."""
+    """A forecast of the final score for people: '0.712 (80 % interval 0.671 to 0.745)'."""
     if quality is None:
         return f"cannot be forecast before {FEWEST_CONFIGURATIONS} configurations have scores, one on the target"
-    return f"{quality.score:.3f} ({quality.low:.3f} to {quality.high:.3f})"
+    return f"{quality.score:.3f} (80 % interval {quality.low:.3f} to {quality.high:.3f})"
 
 
 def show_value(value: bool | float | str) -> str:
@@ -157,6 +174,7 @@ class Watch:
         self._charged_before = 0.0
         self._charged = 0.0
         self._forecast: Forecast | None = None
+        self._timed: set[str] = set()
         self._strategy: Strategy | None = None
         self.quality: Quality | None = None
         """The score that the study should end with, as of the last segment that has ended."""
@@ -173,11 +191,13 @@ class Watch:
                 for trial in progress.trials
                 for result in trial.segments[self._committed.get(trial.key, 0) :]
             ]
+        study, trials = progress.study, progress.trials
         if ended or self._forecast is None:
-            study, trials = progress.study, progress.trials
             self._strategy = self._strategy or load_strategy(study)
-            self._forecast = forecast(study, trials)
             self.quality = forecast_quality(study, rank(study, self._strategy, trials), trials)
+        if ended or self._forecast is None or (not self._forecast.measured and self._timed != set(progress.live)):
+            self._timed = set(progress.live)
+            self._forecast = forecast(study, trials, progress.live)
         self._charged = charged
         self._committed = {trial.key: len(trial.segments) for trial in progress.trials}
         return ended
@@ -190,15 +210,18 @@ class Watch:
     def left(self, slots: int) -> CostEstimate | None:
         """Wall-clock seconds that the rest should take, with the cost law's interval; None before the first snapshot.
 
-        The forecast in device-seconds times the wall-clock seconds that each has taken in this call. Until something
-        has ended, all slots are assumed busy.
+        The forecast in device-seconds times the wall-clock seconds that each has taken in this call. The first few say
+        little about that: to them as many are added as the share `ASSUMED_SHARE` of the bill takes with all slots busy.
         """
         if self._forecast is None:
             return None
+        total, busy = self._forecast.total, self._forecast.wall(slots)
+        if total.seconds <= 0:
+            return total
         charged = self._charged - self._charged_before
-        if charged <= 0:
-            return self._forecast.wall(slots)
-        return scaled(self._forecast.total, self.elapsed_seconds / charged)
+        assumed = ASSUMED_SHARE * (charged + total.seconds)
+        rate = (self.elapsed_seconds + assumed * busy.seconds / total.seconds) / (charged + assumed)
+        return scaled(total, rate) if charged > 0 else busy
 
     def share_done(self) -> float:
         """Share of the whole bill that has been spent, in [0, 1]."""
@@ -345,13 +368,16 @@ def _facts_grid(progress: Progress, elapsed: str, left: CostEstimate | None, qua
     spec = progress.study.spec
     spent, budget = progress.spent_seconds, spec.budget.device_seconds
     states = Counter(trial.state for trial in progress.trials)
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
-    grid.add_column(no_wrap=True, overflow="ellipsis")
+    # Labels keep their width; what does not fit beside them is cut off.
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(style="bold", no_wrap=True, width=LABEL_WIDTH)
+    grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     bar = Table.grid(padding=(0, 1))
+    bar.add_column(width=12)
+    bar.add_column(no_wrap=True, overflow="ellipsis")
     bar.add_row(
-        ProgressBar(total=budget, completed=min(spent, budget), width=28),
-        f"{duration(spent)} of {duration(budget)} of trial time spent",
+        ProgressBar(total=budget, completed=min(spent, budget), width=12),
+        f"{duration(spent)} of {duration(budget)} of trial time spent{spec.budget.in_money(spent)}",
     )
     grid.add_row("budget", bar)
     grid.add_row("time", f"{elapsed} elapsed" + (f", about {bill(left)} left" if left is not None else ""))
@@ -471,9 +497,11 @@ def result_view(result: SearchResult) -> Group:
             f"{duration(ratio[0])} on average against {duration(ratio[1])} for a full target trial "
             f"({ratio[0] / ratio[1]:.0%})",
         )
+    budget = result.study.spec.budget
     facts.add_row("search trials", counts(result.study, result.trials).sentence())
     facts.add_row(
-        "search spent", f"{duration(result.spent_seconds)} of {duration(result.study.spec.budget.device_seconds)}"
+        "search spent",
+        f"{duration(result.spent_seconds)} of {duration(budget.device_seconds)}{budget.in_money(result.spent_seconds)}",
     )
     parts += [Text(), facts]
     parts += [Text(f"Note: {note}", style="dim") for note in caveats(result)]
@@ -494,7 +522,7 @@ def outlook_view(study: Study, bills: Forecast, quality: Quality | None) -> Tabl
     slots = study.spec.budget.max_parallel
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
-    grid.add_row("cost left", f"{bill(bills.total)} of device time")
+    grid.add_row("cost left", f"{paid_bill(bills.total, study.spec.budget)} of device time")
     grid.add_row(
         "time left",
         f"{bill(bills.wall(slots))} of wall-clock time with {slots} trial(s) in parallel, start-up and the optimizer's "
@@ -505,7 +533,7 @@ def outlook_view(study: Study, bills: Forecast, quality: Quality | None) -> Tabl
         grid.add_row(
             "",
             Text(
-                f"80 % interval, measurement noise not included. It rests on what strategy {study.spec.strategy.name} "
+                f"Measurement noise is not included. It rests on what strategy {study.spec.strategy.name} "
                 f"believes of {quality.configurations} configurations (the best: {quality.now:.3f}); the rest of the "
                 f"budget is taken to buy {quality.further:.0f} more like them",
                 style="dim",
@@ -516,7 +544,6 @@ def outlook_view(study: Study, bills: Forecast, quality: Quality | None) -> Tabl
 
 def plan_view(
     study: Study,
-    trials: Sequence[Trial],
     bills: Forecast,
     quality: Quality | None = None,
     more: tuple[Study, Forecast, Quality | None] | None = None,
@@ -525,20 +552,12 @@ def plan_view(
 
     Args:
         study: The study.
-        trials: What the ledger already holds of it.
         bills: Its forecast.
         quality: The forecast of its final score; None if there is none yet.
         more: The study with a larger budget, and its forecasts.
     """
     spec = study.spec
-    smallest = study.ladder.models[0]
-    models = Table(box=SIMPLE_HEAD)
-    models.add_column("model")
-    models.add_column("parameters", justify="right")
-    models.add_column("role")
-    for model in study.ladder.models:
-        role = "target" if model == study.ladder.target else "smallest proxy" if model == smallest else "intermediate"
-        models.add_row(model.name, f"{model.parameters:,}", role)
+    models = _models_table(study, bills)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_row("task", spec.task.title)
@@ -549,9 +568,8 @@ def plan_view(
     grid.add_row("rungs", ", ".join(str(level) for level in spec.fidelity.levels))
     grid.add_row("stopping", ", ".join(rule.name for rule in build_rules(spec.stopping)))
     grid.add_row("in parallel", f"{spec.budget.max_parallel} trial(s)")
-    grid.add_row("full target trial", bill(bills.full_trial))
-    parts: list[RenderableType] = [Text(f"Study {spec.study} is usable."), models, grid, _forecast_table(bills)]
-    parts.append(outlook_view(study, bills, quality))
+    parts: list[RenderableType] = [Text(f"Study {spec.study} is usable."), models, grid]
+    parts += [_forecast_table(bills, spec.budget), outlook_view(study, bills, quality)]
     if more is not None:
         larger, larger_bills, larger_quality = more
         added = larger.spec.budget.device_seconds - spec.budget.device_seconds
@@ -560,15 +578,28 @@ def plan_view(
             outlook_view(larger, larger_bills, larger_quality),
             Text(),
         ]
-    if bills.measured:
-        parts.append(Text(f"The forecast rests on {len(trials)} trial(s) of this study; what they cost is deducted."))
-    else:
-        parts.append(
-            Text("A rough guess: nothing of this study has been timed yet. The first trials make it sharp.", "yellow")
-        )
+    parts.append(Text(bills.basis, "" if bills.measured else "yellow"))
     if (warning := validation_warning(study, bills)) is not None:
         parts.append(Text(warning, style="yellow"))
     return Group(*parts)
+
+
+def _models_table(study: Study, bills: Forecast) -> Table:
+    """The models, and how many full-length runs of each the budget would buy."""
+    budget, smallest = study.spec.budget, study.ladder.models[0]
+    table = Table(box=SIMPLE_HEAD)
+    for heading, justify in (
+        ("model", "left"), ("parameters", "right"), ("role", "left"), ("full-length run (90 % interval)", "left"),
+        ("budget buys", "right"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for model in study.ladder.models:
+        role = "target" if model == study.ladder.target else "smallest proxy" if model == smallest else "intermediate"
+        cost = bills.full_runs[model.name]
+        runs = [f"{int(budget.device_seconds / seconds):,}" for seconds in (cost.seconds, cost.high, cost.low)]
+        bought = runs[0] if runs[1] == runs[2] else f"{runs[0]} ({runs[1]} to {runs[2]})"
+        table.add_row(model.name, f"{model.parameters:,}", role, paid_bill(cost, budget), bought)
+    return table
 
 
 def validation_warning(study: Study, bills: Forecast) -> str | None:
@@ -583,14 +614,14 @@ def validation_warning(study: Study, bills: Forecast) -> str | None:
     )
 
 
-def _forecast_table(bills: Forecast) -> Table:
+def _forecast_table(bills: Forecast, budget: BudgetSpec) -> Table:
     """The bill, item by item."""
     table = Table(box=SIMPLE_HEAD, title="Still to be spent, in device time (90 % interval)", title_justify="left")
     table.add_column("")
     table.add_column("cost", justify="right")
     table.add_column("what for")
     for item in bills.items:
-        table.add_row(item.name, bill(item.cost), item.detail)
+        table.add_row(item.name, paid_bill(item.cost, budget), item.detail)
     table.add_section()
-    table.add_row("total", bill(bills.total), "")
+    table.add_row("total", paid_bill(bills.total, budget), "")
     return table

@@ -360,7 +360,8 @@ def study_note(study: StudySpec, trials: Sequence[Trial], result: SearchResult |
         spent, budget = spent_seconds(trials), study.budget.device_seconds
         lines += [
             (
-                f"{len(trials)} trials so far, {duration(spent)} of {duration(budget)} device-time spent. "
+                f"{len(trials)} trials so far, {duration(spent)} of {duration(budget)} device-time spent"
+                f"{study.budget.in_money(spent)}. "
                 "`jfhpo search` continues the study if nothing is running."
             ),
             "",
@@ -370,7 +371,8 @@ def study_note(study: StudySpec, trials: Sequence[Trial], result: SearchResult |
         "",
         (
             f"Hyperparameter search by jfhpo for **{study.target}** on **{task}** ({study.trainer.name}, "
-            f"{study.fidelity.horizon_prompts} prompts a full trial, {duration(study.budget.device_seconds)} to spend)."
+            f"{study.fidelity.horizon_prompts} prompts a full trial, {duration(study.budget.device_seconds)}"
+            f"{study.budget.in_money(study.budget.device_seconds)} to spend)."
         ),
         "",
         (

@@ -166,9 +166,10 @@ def result_rows(result: SearchResult) -> list[dict[str, Any]]:
 def _progress_page(progress: Progress, watch: Watch) -> str:
     spec = progress.study.spec
     left = watch.left(spec.budget.max_parallel)
+    spent, budget = progress.spent_seconds, spec.budget
     lines = [
         f"# {spec.study}: {progress.phase}",
-        f"- {duration(progress.spent_seconds)} of {duration(spec.budget.device_seconds)} of trial time spent",
+        f"- {duration(spent)} of {duration(budget.device_seconds)} of trial time spent{budget.in_money(spent)}",
         f"- {bill(left)} left" if left is not None else "",
         f"- final score: {show_quality(watch.quality)}",
         *[f"- {name}: {item.sentence()}" for name, item in standings(progress.study, progress.trials)],

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.cost import CostEstimate, CostModel
 from jfhpo_core.optimizer.strategy import Recommendation, fresh_configurations
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import Configuration, Trial, TrialState, configuration_key, spent_seconds
+from jfhpo_core.study.trial import Configuration, StepRecord, Trial, TrialState, configuration_key, spent_seconds
 
 TYPICAL_CONFIGURATIONS = 16
 """Configurations of the space that stand in for the recommendation while it is unknown (batch sizes move its cost)."""
@@ -69,13 +69,20 @@ class Forecast:
 
     Attributes:
         items: Baselines, search, confirmation and, if asked for, random search.
-        full_trial: A full-length training on the target of a typical configuration.
+        full_runs: A full-length run of a typical configuration, by model, small to large.
         measured: Whether any segment of this study has been timed; else the figures are a prior's.
+        basis: What the figures rest on, a sentence.
     """
 
     items: tuple[Item, ...]
-    full_trial: CostEstimate
+    full_runs: dict[str, CostEstimate]
     measured: bool
+    basis: str
+
+    @property
+    def full_trial(self) -> CostEstimate:
+        """A full-length run on the target."""
+        return list(self.full_runs.values())[-1]
 
     @property
     def total(self) -> CostEstimate:
@@ -109,11 +116,22 @@ class Quality:
     further: float
 
 
-def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
-    """Forecast the rest of a study from its trials so far (none before it begins)."""
-    spec, costs = study.spec, CostModel.fit(study, trials)
+def forecast(study: Study, trials: Sequence[Trial], live: Mapping[str, StepRecord] | None = None) -> Forecast:
+    """Forecast the rest of a study.
+
+    Args:
+        study: The study.
+        trials: Its trials so far; none before it begins.
+        live: The latest steps of running trials, by key.
+    """
+    spec, costs = study.spec, CostModel.fit(study, trials, live)
     typical = fresh_configurations(study, [], spec.seeds.search, TYPICAL_CONFIGURATIONS)
-    full = _mean([_left(study, costs, configuration, None) for configuration in typical])
+    horizon = spec.fidelity.horizon_prompts
+    runs = {
+        model.name: _mean([costs.estimate(configuration, model.name, 0, horizon) for configuration in typical])
+        for model in study.ladder.models
+    }
+    full = runs[study.ladder.target.name]
     first, *further = spec.seeds.training
 
     def baselines(seed: int) -> list[CostEstimate]:
@@ -121,9 +139,9 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
             _left(study, costs, b.configuration, _find(study, trials, b.configuration, seed)) for b in spec.baselines
         ]
 
-    search = max(0.0, spec.budget.device_seconds - spent_seconds(trials))
     confirmations = [cost for seed in further for cost in baselines(seed)]
     confirmed = sum(trial.purpose == "confirmation" and trial.label == "recommended" for trial in trials)
+    search = _spendable(spec.budget.device_seconds - spent_seconds(trials), full, over=confirmed > 0)
     confirmations += [full] * max(0, len(further) - confirmed)
     devices = study.ladder.target.devices
     items = [
@@ -148,11 +166,33 @@ def forecast(study: Study, trials: Sequence[Trial]) -> Forecast:
         ),
     ]
     if spec.random_search:
-        left = max(0.0, spec.budget.device_seconds - spent_seconds(trials, "random-search"))
+        begun = any(trial.purpose == "random-search" for trial in trials)
+        left = _spendable(spec.budget.device_seconds - spent_seconds(trials, "random-search"), full, over=begun)
         items.append(
             Item("random search", "for comparison, at the search's cost", CostEstimate(left, left, left), devices)
         )
-    return Forecast(tuple(items), full, any(trial.segments for trial in trials))
+    return Forecast(tuple(items), runs, any(trial.segments for trial in trials), _basis(study, trials, costs))
+
+
+def _spendable(seconds: float, full: CostEstimate, *, over: bool) -> float:
+    """What of a budget will be spent; the rest of one that is used up, too little for another full run, will not."""
+    return 0.0 if seconds <= 0 or (over and seconds < full.high) else seconds
+
+
+def _basis(study: Study, trials: Sequence[Trial], costs: CostModel) -> str:
+    measured = sum(bool(trial.segments) for trial in trials)
+    if measured:
+        return f"The forecast rests on {measured} trial(s) of this study; what they cost is deducted."
+    if any(earlier.trials for earlier in study.earlier):
+        return "The forecast rests on earlier studies: nothing of this study has been timed yet."
+    if costs.prices is None:
+        return "A rough guess: nothing of this study has been timed yet. The first trials make it sharp."
+    cluster, device = study.spec.cluster, costs.prices.device.name
+    assumed = ", which is assumed (set cluster.gpu)" if cluster.gpus_per_device and cluster.gpu is None else ""
+    return (
+        f"Nothing of this study has been timed yet: the figures come from parameters, tokens and hardware ({device}"
+        f"{assumed}), with completions of half the allowed length. The first measured step corrects them."
+    )
 
 
 def _search_devices(study: Study, trials: Sequence[Trial]) -> float:

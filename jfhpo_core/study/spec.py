@@ -309,6 +309,12 @@ class BudgetSpec(_Section):
         """The search budget in device-seconds."""
         return self.trial_seconds if self.trial_seconds is not None else 3600.0 * (self.gpu_hours or 0.0)
 
+    def in_money(self, device_seconds: float) -> str:
+        """What device time costs: ', 6.50 USD'; empty without `hourly_cost`."""
+        if self.hourly_cost is None:
+            return ""
+        return f", {device_seconds / 3600 * self.hourly_cost:,.2f} {self.currency}"
+
 
 class BaselineSpec(_Section):
     """A configuration to beat, trained on the target at full length."""

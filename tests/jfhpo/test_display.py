@@ -103,7 +103,7 @@ def test_the_live_view_shows_budget_standings_running_trials_and_events(study: S
     assert re.search(rf"#{running.number} +large +7/30 +0\.250 +0\.125", view)
     assert re.search(r"best on the target +0\.\d+ ± 0\.\d+", view)
     assert "trained to step 30 of 30" in view
-    assert re.search(r"final score +0\.\d+ \(0\.\d+ to \d\.\d+\)", view)
+    assert re.search(r"final score +0\.\d+ \(80 % interval 0\.\d+ to \d\.\d+\)", view)
 
 
 def test_the_live_view_draws_a_step_once_however_long_it_takes(study: Study) -> None:
@@ -154,6 +154,63 @@ def test_a_value_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> Non
 def test_a_plan_warns_if_the_budget_cannot_validate(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, budget={"trial_seconds": 20})
     result, _ = follow(simulated_study(tmp_path))
-    assert "less than one full target trial" in text_of(plan_view(study, [], forecast(study, result.trials)))
+    assert "less than one full target trial" in text_of(plan_view(study, forecast(study, result.trials)))
     rich = simulated_study(tmp_path, budget={"trial_seconds": 20000})
-    assert "less than one full" not in text_of(plan_view(rich, [], forecast(rich, result.trials)))
+    assert "less than one full" not in text_of(plan_view(rich, forecast(rich, result.trials)))
+
+
+def test_at_80_columns_every_label_keeps_its_width(study: Study) -> None:
+    display = LiveDisplay(Console(width=80, record=True, force_terminal=False), "test")
+    _, snapshots = follow(study, display)
+    running = next(item for item in reversed(snapshots) if any(trial.open_segment for trial in item.trials))
+    trial = next(trial for trial in running.trials if trial.open_segment)
+    display.progress(replace(running, live={trial.key: step_record(7)}))
+    lines = text_of(display.render(), width=80).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    labels = ("budget", "time", "final score", "trials", "best on the target")
+    for label in labels:
+        assert any(re.match(rf"│ {label} +\S", line) for line in lines), label
+    assert any(re.match(r"│ running +model +step +reward +KL +trend", line) for line in lines)
+
+
+def test_time_left_at_the_start_is_that_of_the_whole_bill(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("jfhpo.display.time.monotonic", lambda: clock[0])
+    _, snapshots = follow(study)
+    watch = Watch()
+    watch.news(snapshots[0])
+    before = watch.left(2)
+    bills = forecast(study, [])
+    assert before is not None
+    assert before.seconds == pytest.approx(bills.wall(2).seconds)
+    # The first segment took no time at all by the clock: that says little about the rest.
+    first = next(item for item in snapshots if any(trial.segments for trial in item.trials))
+    clock[0] = 0.1
+    watch.news(first)
+    after = watch.left(2)
+    assert after is not None
+    assert after.seconds > 0.5 * forecast(study, first.trials).wall(2).seconds
+
+
+def test_with_an_hourly_cost_every_bill_is_in_money_too(tmp_path: Path) -> None:
+    budget = {"trial_seconds": 300, "max_parallel": 2, "hourly_cost": 36.0, "currency": "EUR"}
+    study = simulated_study(tmp_path, budget=budget)
+    display = LiveDisplay(Console(width=200, record=True, force_terminal=False), "test")
+    result, _ = follow(study, display)
+    plan = text_of(plan_view(study, forecast(study, [])))
+    assert re.search(r"search +5 min 00 s, 3\.00 EUR ", plan)
+    assert re.search(r"total .* EUR \([\d.]+ to [\d.]+\)", plan)
+    assert re.search(r"cost left .* EUR", plan)
+    assert re.search(r"of trial time spent, [\d.]+ EUR", text_of(display.render()))
+    assert f"{result.spent_seconds / 100:.2f} EUR" in text_of(result_view(result))
+
+
+def test_a_plan_says_how_many_runs_of_each_size_the_budget_buys(study: Study) -> None:
+    result, _ = follow(study)
+    bills = forecast(study, result.trials)
+    plan = text_of(plan_view(study, bills))
+    for model in study.ladder.models:
+        cost = bills.full_runs[model.name]
+        bought = int(study.spec.budget.device_seconds / cost.seconds)
+        assert re.search(rf"{model.name} +{model.parameters:,} .* {bought} \(\d+ to \d+\)", plan)
+    assert bills.full_trial == bills.full_runs["large"]
