@@ -1,8 +1,8 @@
 """One flow run of a study at a time, on whatever machine it is: a second one queues.
 
 A global concurrency limit of Prefect does so as long as the server lives. But Prefect keeps the slots of a limit in its
-database and their leases in the memory of its server: what is held while the server dies would be held for ever. So who
-holds a study also shows signs of life, and what nobody shows them for is freed by the run that waits for it.
+database and their leases in the memory of its server: a slot that is held while the server dies would stay taken for
+ever. The holder therefore also sends heartbeats; a waiting run releases a lock whose heartbeats have stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from typing import Self
 from uuid import UUID
 
 import httpx
@@ -23,24 +24,38 @@ from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 LEASE_SECONDS = 60.0
-"""So long after a flow run was killed is its study held for it. Prefect takes no less."""
+"""How long a study stays locked after its flow run is killed (Prefect's minimum)."""
 
-QUEUE_SECONDS = 5.0
-"""Between two attempts of a queued flow run to take its study."""
 
-SIGN_SECONDS = 15.0
-"""Between two signs of life of the flow run that holds a study."""
+class LockSettings(BaseSettings):
+    """Times of the lock. Environment variables change them, for instance `JFHPO_LOCK_EXPIRY_SECONDS=300`."""
 
-FREED_SECONDS = 90.0
-"""A study is freed when whoever held it has shown no sign of life for so long."""
+    model_config = SettingsConfigDict(env_prefix="JFHPO_LOCK_", frozen=True)
+
+    retry_seconds: float = Field(default=5.0, gt=0, description="Time between two attempts of a waiting flow run.")
+    heartbeat_seconds: float = Field(default=15.0, gt=0, description="Time between two heartbeats of the holder.")
+    expiry_seconds: float = Field(
+        default=90.0, gt=0, description="A lock without heartbeats for this time is released; several heartbeats long."
+    )
+
+    @model_validator(mode="after")
+    def _patient(self) -> Self:
+        if self.expiry_seconds < 2 * self.heartbeat_seconds:
+            raise ValueError(
+                f"JFHPO_LOCK_EXPIRY_SECONDS={self.expiry_seconds:g} is less than two heartbeats of "
+                f"{self.heartbeat_seconds:g} s: one that is late would cost the holder its lock"
+            )
+        return self
 
 
 @contextmanager
 def hold(study: str) -> Iterator[None]:
     """Queue behind another flow run of the study, then hold it."""
-    name = f"jfhpo-study-{study}"
+    name, settings = f"jfhpo-study-{study}", LockSettings()
     with get_client(sync_client=True) as client, ExitStack() as held:
         client.upsert_global_concurrency_limit_by_name(name, 1)
         run = client.read_flow_run(UUID(flow_run.id))
@@ -48,44 +63,49 @@ def hold(study: str) -> Iterator[None]:
         if name in run.tags:  # it has held the study before it was suspended
             client.update_flow_run(run.id, tags=others)
         get_run_logger().info("waiting until no other flow run holds study %s", study)
-        _wait(client, name, held)
+        _wait(client, name, held, settings)
         ended = threading.Event()
-        signs = threading.Thread(target=_live, args=(run.id, {*others, name}, ended), name="signs-of-life", daemon=True)
-        signs.start()
+        heartbeats = threading.Thread(
+            target=_send_heartbeats,
+            args=(run.id, {*others, name}, ended, settings.heartbeat_seconds),
+            name="heartbeats",
+            daemon=True,
+        )
+        heartbeats.start()
         try:
             yield
         finally:
             ended.set()
-            signs.join(SIGN_SECONDS)
+            heartbeats.join(settings.heartbeat_seconds)
             give_back(held)
 
 
 def give_back(held: ExitStack) -> None:
-    """Give slots back. If no server answers, the end of their leases does it, or who waits for them."""
+    """Give slots back. If no server answers, they become free when their leases end, or by a waiting run."""
     try:
         held.close()
     except httpx.TransportError as error:
         get_run_logger().warning("what this flow run held could not be given back: %s", error)
 
 
-def _wait(client: SyncPrefectClient, name: str, held: ExitStack) -> None:
-    """Take the slot of a limit as soon as it is free, or deserted."""
-    seen, since = _signs(client, name), time.monotonic()
+def _wait(client: SyncPrefectClient, name: str, held: ExitStack, settings: LockSettings) -> None:
+    """Take the slot of a limit as soon as it is free, or its heartbeats have stopped."""
+    seen, since = _heartbeats(client, name), time.monotonic()
     while True:
         try:
             if _take(name, held):
                 return
         except httpx.TransportError:
-            since = time.monotonic()  # without a server, nobody can show that he lives
+            since = time.monotonic()  # without a server, heartbeats cannot arrive
         else:
-            now = _signs(client, name)
+            now = _heartbeats(client, name)
             if now != seen:
                 seen, since = now, time.monotonic()
-            elif time.monotonic() - since > FREED_SECONDS:
-                get_run_logger().warning("%s is held by no flow run that shows signs of life, and is freed", name)
+            elif time.monotonic() - since > settings.expiry_seconds:
+                get_run_logger().warning("%s is held without heartbeats; its lock is released", name)
                 client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(active_slots=0))
                 since = time.monotonic()
-        time.sleep(QUEUE_SECONDS)
+        time.sleep(settings.retry_seconds)
 
 
 def _take(name: str, held: ExitStack) -> bool:
@@ -109,17 +129,17 @@ def _take(name: str, held: ExitStack) -> bool:
     return True
 
 
-def _live(run: UUID, tags: set[str], ended: threading.Event) -> None:
-    """Show signs of life: writing a flow run's tags, the same ones too, changes the time of its last update."""
+def _send_heartbeats(run: UUID, tags: set[str], ended: threading.Event, seconds: float) -> None:
+    """Send heartbeats: writing a flow run's tags, the same ones too, changes the time of its last update."""
     with get_client(sync_client=True) as client:
         while True:
-            with suppress(httpx.HTTPError):  # while the server is away; the next sign may reach it
+            with suppress(httpx.HTTPError):  # while the server is away; the next one may reach it
                 client.update_flow_run(run, tags=tags)
-            if ended.wait(SIGN_SECONDS):
+            if ended.wait(seconds):
                 return
 
 
-def _signs(client: SyncPrefectClient, tag: str) -> dict[UUID, datetime | None]:
+def _heartbeats(client: SyncPrefectClient, tag: str) -> dict[UUID, datetime | None]:
     """When each running flow run with a tag was last updated."""
     working = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
     runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=[tag]), state=working))
