@@ -172,6 +172,10 @@ def plan(
         str | None,
         typer.Option("--more", metavar="BUDGET", help="Also forecast with a larger budget: 2.5 GPU-hours, or 600s."),
     ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also score the untrained models, and show completions. Takes minutes."),
+    ] = False,
 ) -> None:
     """Check a study and forecast its bill and its final score. Spends and writes nothing."""
     from jfhpo.overrides import read_study
@@ -183,7 +187,7 @@ def plan(
         from jfhpo.session import informed, recorded
         from jfhpo_core.optimizer.forecast import forecast, forecast_quality, parse_more, with_more
         from jfhpo_core.optimizer.strategy import load_strategy
-        from jfhpo_core.run.preflight import refuse_unusable
+        from jfhpo_core.run.preflight import measured, refuse_unusable
         from jfhpo_core.run.search import rank
         from jfhpo_core.study.resolved import resolve
 
@@ -205,6 +209,9 @@ def plan(
     console = _console()
     console.print(view)
     _print_findings(console, findings)
+    if measure:
+        with _quiet_libraries(study):
+            _print_findings(console, measured(resolved))
 
 
 @app.command()

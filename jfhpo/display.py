@@ -130,6 +130,14 @@ def describe_end(trial: Trial, result: SegmentResult) -> str:
     return f"#{trial.number} {trial.model} ({trial.label or segment.suggestion.source}): {text}{score}{reason}"
 
 
+def describe_untrained(trial: Trial, result: SegmentResult) -> list[str]:
+    """What the untrained model scored, with completions, if the segment has measured it."""
+    base = next((one for one in result.evaluations if one.step == 0 and one.examples), None)
+    if base is None:
+        return []
+    return [f"untrained {trial.model}: score {show_score(base)}", *map(str, base.examples)]
+
+
 def _first_line(message: str | None) -> str:
     return (message or "no message").strip().splitlines()[0]
 
@@ -187,9 +195,10 @@ class Watch:
             self._began, self._charged_before = time.monotonic(), charged
         else:
             ended = [
-                describe_end(trial, result)
+                line
                 for trial in progress.trials
                 for result in trial.segments[self._committed.get(trial.key, 0) :]
+                for line in (*describe_untrained(trial, result), describe_end(trial, result))
             ]
         study, trials = progress.study, progress.trials
         if ended or self._forecast is None:

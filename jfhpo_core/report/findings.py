@@ -11,6 +11,7 @@ from statistics import fmean
 from jfhpo_core.report.text import number, signed
 from jfhpo_core.run.search import Comparison, SearchResult
 from jfhpo_core.study.trial import (
+    Evaluation,
     Purpose,
     SegmentResult,
     StepRecord,
@@ -194,6 +195,23 @@ def caveats(result: SearchResult) -> list[str]:
         f"Not finished, so without a score: {row.label}, {reason}." for row in result.rows for reason in row.unfinished
     ]
     return notes
+
+
+def untrained(result: SearchResult) -> dict[str, Evaluation]:
+    """What the untrained models scored, small to large, as far as a trial has measured it."""
+    found = {
+        trial.model: evaluation
+        for trial in reversed(result.trials)
+        for evaluation in trial.evaluations[:1]
+        if evaluation.step == 0
+    }
+    return {model.name: found[model.name] for model in result.study.ladder.models if model.name in found}
+
+
+def timeouts(result: SearchResult, step_records: Mapping[str, Sequence[StepRecord]]) -> tuple[int, int]:
+    """Completions whose scoring took too long: in training and in evaluations."""
+    steps = sum(record.reward_timeouts for records in step_records.values() for record in records)
+    return steps, sum(evaluation.reward_timeouts for trial in result.trials for evaluation in trial.evaluations)
 
 
 def fresh_seed_score(result: SearchResult) -> tuple[float, int] | None:

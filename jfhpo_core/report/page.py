@@ -156,6 +156,8 @@ def _context(
         "verdict": summary.verdict(result),
         "contrasts": summary.contrasts(result),
         "caveats": summary.caveats(result),
+        "untrained": summary.untrained(result),
+        "timeouts": summary.timeouts(result, step_records),
         "interval": summary.interval,
         "score_text": summary.score_text,
         "interval_text": summary.interval_text,

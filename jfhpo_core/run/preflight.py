@@ -17,7 +17,7 @@ from pathlib import Path
 from jfhpo_core import embedded
 from jfhpo_core.errors import JfhpoError, SpecError
 from jfhpo_core.run.family import examine_family, load_tokenizer
-from jfhpo_core.run.untrained import sample
+from jfhpo_core.run.untrained import measure, sample
 from jfhpo_core.study.data import columns_of, is_conversational
 from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_overlong
 from jfhpo_core.study.resolved import Study
@@ -42,6 +42,9 @@ SAMPLED_TOKENS = 64
 SAMPLED_PARAMETERS = 4 * 10**9
 """Of a larger model no completions are sampled: it may not fit into the memory of the driver's machine."""
 
+DOCTOR_PARAMETERS = 10**8
+"""`doctor` leaves the measurement of larger models, which takes minutes on a CPU, to `plan --measure`."""
+
 HOSTILE = (
     "",
     " \n\t ",
@@ -63,7 +66,10 @@ ANY_ADDRESS = ("00000000", "0" * 32)
 
 def examine(study: Study) -> Iterator[Finding]:
     """Everything but dispatcher and ledger, which this package does not know."""
-    yield from rehearse(study)
+    rehearsed = list(rehearse(study))
+    yield from rehearsed
+    if all(finding.level is not Level.FAILURE for finding in rehearsed):
+        yield from measured(study, DOCTOR_PARAMETERS)
     yield _disk(study)
     yield from _ports(Path("/proc/net"))
     own = getattr(study.trainer, "preflight", None)
@@ -114,6 +120,40 @@ def rehearse(study: Study) -> Iterator[Finding]:
             return
     yield from _data(study, task)
     yield from _reward(task, completions, who)
+
+
+def measured(study: Study, largest: int | None = None) -> Iterator[Finding]:
+    """What the models score before any training, with completions to look at. For a study that is not refused.
+
+    Args:
+        study: The study.
+        largest: Models of more parameters are left out; None: none are.
+    """
+    task = load_task(study.spec.task)
+    prompting = prompting_of(study, task)
+    if prompting is None:
+        return
+    task = fitting(study, task, prompting)
+    with task.reward:
+        for model in study.ladder.models:
+            if largest is not None and model.parameters > largest:
+                message = f"{model.name} is not measured here; `jfhpo plan --measure` does it, best with a GPU"
+                yield Finding(Level.OK, "untrained", message)
+                continue
+            try:
+                found = measure(study, task, model, prompting)
+            except Exception as error:  # noqa: BLE001  rewards, loaders and models raise what they like
+                message = f"{model.name} cannot be measured: {type(error).__name__}: {error}"
+                yield Finding(Level.WARNING, "untrained", message)
+                continue
+            base = found.evaluation
+            shown = "".join(f"\n    {example}" for example in base.examples)
+            yield Finding(
+                Level.OK, "untrained",
+                f"{model.name} scores {base.score:.3f} ± {base.standard_error:.3f} on {base.samples}{shown}",
+            )  # fmt: skip
+            if found.warning is not None:
+                yield Finding(Level.WARNING, "untrained", found.warning)
 
 
 def prompting_of(study: Study, task: Task) -> Prompting | None:

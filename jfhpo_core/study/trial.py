@@ -93,6 +93,9 @@ class Example(Record):
     completion: str
     reward: float
 
+    def __str__(self) -> str:
+        return f"{self.prompt!r} -> {self.completion!r}, reward {self.reward:g}"
+
     @classmethod
     def first(cls, prompts: Sequence[str], completions: Sequence[str], rewards: Sequence[float]) -> tuple[Self, ...]:
         """The first `EXAMPLES`, cut off at `EXAMPLE_LENGTH`."""

@@ -16,9 +16,10 @@ import pytest
 
 from jfhpo_core.embedded import family_folder, task_folder
 from jfhpo_core.errors import SpecError
-from jfhpo_core.run.preflight import refuse_unusable
+from jfhpo_core.run.preflight import measured, refuse_unusable
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.study_file import parse_study
+from jfhpo_core.study.trial import EXAMPLES
 from jfhpo_core.trainers.base import Finding, Level
 
 ROWS = {
@@ -331,3 +332,15 @@ def test_case_26_prompts_that_are_too_long(own: Own) -> None:
         own.found()
     own.task["overlong_prompts"] = "drop"
     assert "63 training prompts" in "\n".join(one.message for one in own.found())
+
+
+@pytest.mark.slow
+def test_case_21_a_beginning_of_text_that_models_were_not_pretrained_with() -> None:
+    data = {**STUDY, "family": "arithmetic", "task": "arithmetic", "fidelity": {**STUDY["fidelity"], "proxies": []}}
+    trainer = {**STUDY["trainer"], "settings": {"bos": "always"}}
+    study = resolve(parse_study(json.dumps({**data, "trainer": trainer, "evaluation": {"prompts": 128}})))
+    told, warned = measured(study)
+    assert (told.level, told.message.count(", reward ")) == (Level.OK, EXAMPLES)
+    assert warned.level is Level.WARNING
+    assert "untrained sm scores" in warned.message
+    assert "set trainer.settings.bos: never" in warned.message
