@@ -297,7 +297,7 @@ def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(
 def test_exit_codes_tell_what_ended_a_search(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, expected: str
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("jfhpo.session.run_study", fail)

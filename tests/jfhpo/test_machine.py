@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jfhpo.machine import check_devices
+from jfhpo_core.errors import SpecError
+from jfhpo_core.study.resolved import Study
+from tests.studies import simulated_study
+
+FAMILY = [
+    {"name": "small", "path": "simulated", "parameters": 100_000, "devices": 2},
+    {"name": "large", "path": "simulated", "parameters": 1_000_000, "devices": 8},
+]
+
+
+def study(tmp_path: Path, parallel: int, address: str = "local", gpus: float = 1.0) -> Study:
+    return simulated_study(
+        tmp_path,
+        family=FAMILY,
+        budget={"gpu_hours": 10, "max_parallel": parallel},
+        cluster={"address": address, "gpus_per_device": gpus},
+    )
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of this machine and of a cluster."""
+    count = [8]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count[0])
+    monkeypatch.setattr("jfhpo_core.run.ray_dispatch.cluster_resources", lambda _: {"GPU": float(count[0])})
+    return count
+
+
+@pytest.mark.parametrize("address", ["local", "head:6379"])
+def test_more_devices_than_there_are_are_refused(tmp_path: Path, gpus: list[int], address: str) -> None:
+    assert check_devices(study(tmp_path, 4, address)) == 8
+    with pytest.raises(SpecError, match=r"^budget\.max_parallel: 5 trials .* need 10 GPUs, and there are 8; at most 4"):
+        check_devices(study(tmp_path, 5, address))
+    gpus[0] = 4
+    with pytest.raises(SpecError, match=r"^family: 'large' holds 8 devices of 1 GPUs, and there are 4 GPUs"):
+        check_devices(study(tmp_path, 1, address))
+
+
+def test_shares_of_gpus_are_counted(tmp_path: Path, gpus: list[int]) -> None:
+    gpus[0] = 2
+    assert check_devices(study(tmp_path, 4, gpus=0.25)) == 8
+
+
+def test_where_devices_cannot_be_counted_nothing_is_refused(
+    tmp_path: Path, gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert check_devices(study(tmp_path, 500, gpus=0.0)) is None
+
+    def away(_: str) -> dict[str, float]:
+        raise SpecError("cluster.address: no cluster answers")
+
+    monkeypatch.setattr("jfhpo_core.run.ray_dispatch.cluster_resources", away)
+    assert check_devices(study(tmp_path, 500, "head:6379")) is None
+    gpus[0] = 0
+    assert check_devices(study(tmp_path, 500)) is None
