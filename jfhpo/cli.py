@@ -294,6 +294,19 @@ def gc(
 
 
 @app.command()
+def promote(study: StudyFile, overrides: Overrides = None) -> None:
+    """Serve the model that a study has registered as the champion, whatever its score."""
+    from jfhpo.overrides import read_study
+
+    spec = read_study(study, overrides or ())
+    with _quiet_libraries(study):
+        from jfhpo.session import promote_model
+
+        said = promote_model(spec)
+    _console().print(said, markup=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(study: StudyFile, overrides: Overrides = None) -> None:
     """Check everything that a search will need: environment, hardware, cluster, data, reward, disk. Writes nothing."""
     from jfhpo.overrides import read_study

@@ -173,6 +173,30 @@ def rebuild_report(spec: StudySpec) -> StudyOutcome:
     )
 
 
+def promote_model(spec: StudySpec) -> str:
+    """Serve the model version that the study has registered as the champion, and say so.
+
+    Raises:
+        LedgerError: The ledger holds no such study, or it has registered nothing.
+    """
+    from mlflow_plugin.registry import promote
+
+    study = resolve(spec)
+    with _exclusive(study):
+        ledger = recorded(study)
+        known = ledger.facts() if ledger is not None else {}
+        uri = str(known.get(MODEL_URI, ""))
+        if ledger is None or not uri:
+            raise LedgerError(
+                f"study {spec.study!r} has registered no model, so there is none to promote: "
+                f"{known.get(MODEL_NOTE, UNFINISHED)}"
+            )
+        name, _, version = uri.removeprefix("models:/").rpartition("/")
+        registration = promote(ledger.client, name, version, spec.study)
+        ledger.summarize({MODEL_NOTE: registration.note})
+    return f"{uri}, {registration.note}"
+
+
 def judge_checkpoints(spec: StudySpec, limit_bytes: int | None = None, *, delete: bool = False) -> list[Judgement]:
     """Which checkpoints of a study are worth their space; deletes the others only if asked to.
 

@@ -1,7 +1,11 @@
 """The model registry: the tuned target model, ready to be loaded, with the figures that speak for it.
 
+Of the runs of the recommended configuration at full length, the one that scored best is registered, and the version
+says which seed that was. Its own score flatters it, and so does any on the seed by which the configuration was chosen.
+So a version is judged by the mean over the seeds that had no part in the choice (`jfhpo.score`), where there are any.
+
 A version gets the alias `champion` if there is none yet or if it beats the present one beyond noise, else
-`challenger`; so `models:/NAME@champion` never becomes worse by chance.
+`challenger`; so `models:/NAME@champion` never becomes worse by chance. `promote` gives it to a version by hand.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from jfhpo_core.study.data import text_of
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import TaskSpec
 from jfhpo_core.study.tasks import load_reward, load_task
-from jfhpo_core.study.trial import Checkpoint, Evaluation, Trial, canonical_json
+from jfhpo_core.study.trial import Checkpoint, Evaluation, Trial, canonical_json, configuration_key
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.presentation import configuration_text, score_metrics
 from mlflow_plugin.provenance import task_data
@@ -53,6 +57,9 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 SCORE = "jfhpo.score"
 ERROR = "jfhpo.standard_error"
 MEASURE = "jfhpo.measure"
+SEEDS = "jfhpo.score_seeds"
+"""Seeds that the score is the mean of. Early versions lack it, and have the score of the seed of the choice."""
+CHOSEN_BY = "the seed by which the configuration was chosen"
 DIGEST = "jfhpo.checkpoint_digest"
 DECIDED = "jfhpo.alias"
 REASON = "jfhpo.alias_reason"
@@ -83,6 +90,38 @@ class Registration:
     def note(self) -> str:
         """Alias and reason in a sentence."""
         return self.reason if self.alias is None else f"{self.alias}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a version is judged by.
+
+    Attributes:
+        score: Mean held-out score.
+        standard_error: Of the score.
+        seeds: Training seeds that it is the mean of, for people.
+        clean: Whether none of these seeds had a part in choosing the configuration.
+    """
+
+    score: float
+    standard_error: float
+    seeds: str
+    clean: bool
+
+
+def headline(result: SearchResult, trial: Trial) -> Headline:
+    """The score on seeds that had no part in choosing the configuration; without one, that of the trial itself."""
+    if result.confirmed is not None:
+        row = result.confirmed
+        key = configuration_key(row.configuration)
+        seeds = sorted(
+            one.seed
+            for one in result.trials
+            if one.purpose == "confirmation" and one.final is not None and configuration_key(one.configuration) == key
+        )
+        return Headline(row.score, row.standard_error, ", ".join(map(str, seeds)), clean=True)
+    assert trial.final is not None
+    return Headline(trial.final.score, trial.final.standard_error, str(trial.seed), clean=False)
 
 
 def register_target(study: Study, result: SearchResult, ledger: MlflowLedger) -> Registration:
@@ -184,12 +223,23 @@ def _metrics(study: Study, trial: Trial, final: Evaluation, model_id: str) -> li
 
 def _description(study: Study, result: SearchResult, trial: Trial, final: Evaluation) -> str:
     """What a reader of the registry wants to know about a version, in Markdown."""
-    low, high = interval(final.score, final.standard_error)
+    judged = headline(result, trial)
+    low, high = interval(judged.score, judged.standard_error)
+    basis = (
+        f"the mean of the runs with training seed {judged.seeds}, which had no part in choosing the configuration"
+        if judged.clean
+        else f"measured on {CHOSEN_BY}, which flatters it"
+    )
     return "\n\n".join(
         [
             (
-                f"**Held-out score {number(final.score)}**, 95 % interval {number(low)} to {number(high)} from "
-                f"{final.samples} completions: study `{study.spec.study}`, trial {trial.number:03d}, seed {trial.seed}."
+                f"**Held-out score {number(judged.score)}**, 95 % interval {number(low)} to {number(high)}: {basis}. "
+                f"Study `{study.spec.study}`."
+            ),
+            (
+                f"These weights are of trial {trial.number:03d}, seed {trial.seed}: of the recommended configuration's "
+                f"runs at full length the one that scored best, {number(final.score)} ± {number(final.standard_error)} "
+                f"over {final.samples} completions."
             ),
             *([verdict(result)] if result.recommended is not None else []),
             f"Configuration: {configuration_text(trial.configuration)}",
@@ -204,14 +254,18 @@ def _description(study: Study, result: SearchResult, trial: Trial, final: Evalua
 
 def _tags(study: Study, result: SearchResult, trial: Trial, final: Evaluation) -> dict[str, str]:
     assert trial.checkpoint is not None
+    judged = headline(result, trial)
     return {
         "jfhpo.study": study.spec.study,
         "jfhpo.trial_key": trial.key,
         "jfhpo.target": study.ladder.target.name,
         "jfhpo.configuration": canonical_json(trial.configuration),
-        SCORE: repr(final.score),
-        ERROR: repr(final.standard_error),
-        "jfhpo.interval_95": "{:.4f} to {:.4f}".format(*interval(final.score, final.standard_error)),
+        "jfhpo.seed": str(trial.seed),
+        "jfhpo.seed_score": repr(final.score),
+        SCORE: repr(judged.score),
+        ERROR: repr(judged.standard_error),
+        SEEDS: judged.seeds if judged.clean else f"{judged.seeds} ({CHOSEN_BY})",
+        "jfhpo.interval_95": "{:.4f} to {:.4f}".format(*interval(judged.score, judged.standard_error)),
         MEASURE: _measure(study),
         DIGEST: trial.checkpoint.digest,
         "jfhpo.training_seconds": repr(trial.charge_seconds),
@@ -310,33 +364,77 @@ def _card(study: Study) -> str:
     )
 
 
+def promote(client: MlflowClient, name: str, version: str, study: str) -> Registration:
+    """Serve a version as the champion, whatever its score.
+
+    Args:
+        client: Talks to the registry.
+        name: Name of the registered model.
+        version: Which version.
+        study: The study that registered it, for the reason.
+
+    Raises:
+        LedgerError: The registry does not have it.
+    """
+    try:
+        chosen = client.get_model_version(name, version)
+        holder = _holder(client, name, CHAMPION)
+        if holder == version:
+            return Registration(name, version, CHAMPION, f"version {version} is served already")
+        client.set_registered_model_alias(name, CHAMPION, version)
+        if _holder(client, name, CHALLENGER) == version:
+            client.delete_registered_model_alias(name, CHALLENGER)
+        before = f", in place of version {holder}" if holder is not None else ""
+        reason = f"version {version} is served: study {study!r} was promoted by hand{before}"
+        _note_decision(client, chosen, CHAMPION, reason)
+    except MlflowException as error:
+        raise LedgerError(f"the model registry did not promote {name!r}, version {version}: {error.message}") from error
+    return Registration(name, version, CHAMPION, reason)
+
+
 def _award(client: MlflowClient, name: str, version: ModelVersion) -> Registration:
     """Give a version its alias. The decision is kept with the version, so that a rerun does not take it again."""
+    number = str(version.version)
     if DECIDED in version.tags:
-        return Registration(name, str(version.version), version.tags[DECIDED], version.tags[REASON])
-    holder = client.get_registered_model(name).aliases.get(CHAMPION)
-    champion = client.get_model_version(name, holder) if holder is not None else None
-    alias, reason = _compare(version, champion)
-    client.set_registered_model_alias(name, alias, version.version)
-    client.set_model_version_tag(name, version.version, REASON, reason)
-    client.set_model_version_tag(name, version.version, DECIDED, alias)
-    return Registration(name, str(version.version), alias, reason)
+        alias, reason = version.tags[DECIDED], version.tags[REASON]
+        holder = _holder(client, name, CHAMPION)
+        if alias == CHAMPION and holder != number:
+            return Registration(name, number, None, f"it was the champion; version {holder} is served now")
+        return Registration(name, number, alias, reason)
+    holder = _holder(client, name, CHAMPION)
+    alias, reason = _compare(version, client.get_model_version(name, holder) if holder is not None else None)
+    client.set_registered_model_alias(name, alias, number)
+    _note_decision(client, version, alias, reason)
+    return Registration(name, number, alias, reason)
+
+
+def _holder(client: MlflowClient, name: str, alias: str) -> str | None:
+    """The version that has an alias."""
+    version = client.get_registered_model(name).aliases.get(alias)
+    return None if version is None else str(version)
+
+
+def _note_decision(client: MlflowClient, version: ModelVersion, alias: str, reason: str) -> None:
+    client.set_model_version_tag(version.name, version.version, REASON, reason)
+    client.set_model_version_tag(version.name, version.version, DECIDED, alias)
 
 
 def _compare(version: ModelVersion, champion: ModelVersion | None) -> tuple[str, str]:
+    """Alias and reason, which says what is served."""
     if champion is None:
         return CHAMPION, "it is the first one"
-    if champion.version == version.version:
+    if str(champion.version) == str(version.version):
         return CHAMPION, "it is the champion already"
+    stays = f"version {champion.version} stays the one that is served, `jfhpo promote STUDY.yaml` would serve this one"
     if champion.tags.get(MEASURE) != version.tags[MEASURE]:
-        return (
-            CHALLENGER,
-            f"version {champion.version}, the champion, was scored on other held-out rows or in another way",
-        )
+        return CHALLENGER, f"version {champion.version} was scored on other held-out rows or in another way; {stays}"
     score, error = float(version.tags[SCORE]), float(version.tags[ERROR])
     held, held_error = float(champion.tags[SCORE]), float(champion.tags[ERROR])
     noise = BEYOND_NOISE * (error**2 + held_error**2) ** 0.5
     figures = f"{score:.3f} against {held:.3f} of version {champion.version}; noise is {noise:.3f}"
+    for one in (version, champion):
+        if CHOSEN_BY in one.tags.get(SEEDS, CHOSEN_BY):
+            figures += f"; that of version {one.version} is of {CHOSEN_BY}, which flatters it"
     if score - held > noise:
         return CHAMPION, f"it beats the champion before it: {figures}"
-    return CHALLENGER, f"it does not beat the champion beyond noise: {figures}"
+    return CHALLENGER, f"it does not beat the champion beyond noise: {figures}; {stays}"

@@ -165,12 +165,12 @@ def caveats(result: SearchResult) -> list[str]:
     if not result.rows:
         return []
     notes = []
-    fresh = fresh_seed_score(result)
+    fresh = result.confirmed
     if fresh is not None:
-        score, seeds = fresh
+        others = "seed" if fresh.seeds == 1 else f"{fresh.seeds} seeds"
         notes.append(
-            f"The first seed also served to choose the configuration, so it flatters it. "
-            f"On the other {'seed' if seeds == 1 else f'{seeds} seeds'} alone it scores {number(score)}."
+            "The first seed also served to choose the configuration, so it flatters it. "
+            f"On the other {others} alone it scores {number(fresh.score)}."
         )
     elif result.recommended is not None:
         notes.append("It was chosen and measured on the same seed, which flatters it. More training seeds would tell.")
@@ -212,21 +212,6 @@ def timeouts(result: SearchResult, step_records: Mapping[str, Sequence[StepRecor
     """Completions whose scoring took too long: in training and in evaluations."""
     steps = sum(record.reward_timeouts for records in step_records.values() for record in records)
     return steps, sum(evaluation.reward_timeouts for trial in result.trials for evaluation in trial.evaluations)
-
-
-def fresh_seed_score(result: SearchResult) -> tuple[float, int] | None:
-    """Mean final score of the recommended configuration on seeds that the search did not see, and their number."""
-    if result.recommended is None:
-        return None
-    wanted = configuration_key(result.recommended.configuration)
-    finals = [
-        trial.final.score
-        for trial in result.trials
-        if trial.purpose == "confirmation"
-        and configuration_key(trial.configuration) == wanted
-        and trial.final is not None
-    ]
-    return (fmean(finals), len(finals)) if finals else None
 
 
 def history(trials: Sequence[Trial]) -> list[tuple[Trial, SegmentResult]]:

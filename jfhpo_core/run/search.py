@@ -126,7 +126,9 @@ class SearchResult:
 
     Attributes:
         recommended: The recommended configuration, with the model's belief about it.
-        target_trial: The best finished training of it on the target; None if every one failed.
+        target_trial: Of its runs on the target at full length the one that scored best, whatever its seed; its weights
+            are the ones to use, and its score flatters it. None if no run reached full length.
+        confirmed: Its runs on seeds that had no part in choosing it, as a row of the table; None without one.
         rows: Final table: the recommendation first, then the baselines, then random search.
         complete: False if a wall-clock limit or an interruption ended the call before the study was done.
         note: Why the call ended before the study was done, what is lost by it, and what to do; empty if it is complete.
@@ -140,6 +142,7 @@ class SearchResult:
     spent_seconds: float
     complete: bool
     note: str = ""
+    confirmed: Comparison | None = None
 
 
 def call_seed(study: Study, trials: Sequence[Trial]) -> int:
@@ -637,9 +640,16 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
     recommended = recommend(study, strategy, trials)
     rows: list[Comparison] = []
     target_trial: Trial | None = None
+    confirmed: Comparison | None = None
     if recommended is not None:
         mine = _runs(study, trials, recommended.configuration)
-        target_trial = next((trial for trial in mine if trial.purpose == "search"), None)
+        target_trial = max(
+            (trial for trial in mine if trial.final is not None),
+            key=lambda trial: (trial.final.score if trial.final else 0.0, -trial.number),
+            default=None,
+        )
+        clean = [trial for trial in mine if trial.purpose == "confirmation" and trial.final is not None]
+        confirmed = _compare("confirmed", recommended.configuration, clean) if clean else None
         rows.append(_compare("recommended", recommended.configuration, mine))
     for baseline in study.spec.baselines:
         mine = _runs(study, trials, baseline.configuration)
@@ -654,6 +664,7 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
         trials=tuple(trials),
         recommended=recommended,
         target_trial=target_trial,
+        confirmed=confirmed,
         rows=tuple(rows),
         spent_seconds=spent_seconds(trials),
         complete=complete,

@@ -8,10 +8,11 @@ from mlflow import MlflowClient
 
 import jfhpo.session
 from jfhpo.orchestration.flow_run import DeclinedError
-from jfhpo.session import run_study
+from jfhpo.session import promote_model, run_study
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.run.dispatch import Dispatcher
 from jfhpo_core.study.spec import StudySpec
+from mlflow_plugin.ledger import MlflowLedger
 from tests.studies import study_data
 
 
@@ -65,6 +66,24 @@ def test_a_model_that_is_named_later_is_registered_then(spec: StudySpec) -> None
     assert "registered_model is empty" in run_study(nameless).model_note
     # The simulated trainer has no weights, which is noticed only where a name is given.
     assert "holds no weights" in run_study(named).model_note
+    with pytest.raises(LedgerError, match="registered no model, so there is none to promote: the checkpoint"):
+        promote_model(named)
+
+
+def test_the_version_of_a_study_is_promoted(spec: StudySpec) -> None:
+    client = MlflowClient(spec.tracking.uri)
+    client.create_registered_model("test")
+    for _ in range(2):
+        client.create_model_version("test", source="/nowhere")
+    client.set_registered_model_alias("test", "champion", "1")
+    ledger = MlflowLedger(client)
+    ledger.open(spec)
+    ledger.summarize({"model_uri": "models:/test/2", "model_note": "challenger: it does not beat the champion"})
+    assert "models:/test/2, champion: version 2 is served: study 'test' was promoted by hand" in promote_model(spec)
+    assert int(client.get_registered_model("test").aliases["champion"]) == 2
+    reader = MlflowLedger(client)
+    assert reader.look(spec)
+    assert "in place of version 1" in str(reader.facts()["model_note"])
 
 
 def test_ctrl_c_while_the_report_is_written_leaves_the_study_finished(

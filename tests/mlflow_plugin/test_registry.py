@@ -14,16 +14,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jfhpo_core.embedded import family_members
-from jfhpo_core.errors import CheckpointError
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.errors import CheckpointError, LedgerError
+from jfhpo_core.optimizer.strategy import RandomSearch
+from jfhpo_core.run.search import SearchResult, conclude
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
 from jfhpo_core.study.trial import Checkpoint, Evaluation, Outcome, Segment, SegmentResult, Suggestion
 from mlflow_plugin.ledger import MlflowLedger
-from mlflow_plugin.registry import _card, _measure, register_target
-from tests.studies import simulated_study
+from mlflow_plugin.registry import _award, _card, _description, _measure, _tags, promote, register_target
+from tests.studies import evaluation, result, simulated_study
 
 TARGET = "s"
 
@@ -230,7 +231,7 @@ def test_the_champion_falls_only_to_a_clear_winner(client: MlflowClient, tmp_pat
     assert client.get_registered_model("tuned").aliases == {"champion": 3, "challenger": 2}
     # A rerun of an old study takes nothing away from the new champion.
     old = studies[0]
-    assert register_target(old.study, old.result, old.ledger) == outcomes[0]
+    assert "version 3 is served now" in register_target(old.study, old.result, old.ledger).note
     assert client.get_registered_model("tuned").aliases == {"champion": 3, "challenger": 2}
 
 
@@ -268,3 +269,88 @@ def test_a_damaged_checkpoint_is_not_registered(client: MlflowClient, tmp_path: 
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         register_target(done.study, done.result, done.ledger)
     assert client.search_registered_models() == []
+
+
+# --- which run, which score, which version is served --------------------------------------------------------------
+
+
+def concluded(workspace: Path, scores: dict[int, float]) -> SearchResult:
+    """A study that has trained its recommendation on the target with some seeds, the first of which it searched on."""
+    study = simulated_study(workspace, baselines=[], seeds={"search": 0, "training": [0, 1, 2]})
+    trials = []
+    for seed, score in scores.items():
+        trial = study.new_trial(seed, {"learning_rate": 1e-3}, "large", seed, "confirmation" if seed else "search")
+        kept = Checkpoint(step=30, prompts=480, path=f"{trial.key}/step-00000030", digest=f"{seed}", size_bytes=1)
+        done = result(0, 0, 30, evaluations=(evaluation(30, score),), checkpoint=kept)
+        trials.append(trial.model_copy(update={"segments": (done,)}))
+    return conclude(study, trials, RandomSearch(), complete=True)
+
+
+def test_the_best_run_is_registered_and_judged_by_seeds_that_had_no_part_in_the_choice(tmp_path: Path) -> None:
+    outcome = concluded(tmp_path, {0: 0.812, 1: 0.77, 2: 0.784})
+    trial = outcome.target_trial
+    assert trial is not None
+    assert trial.final is not None
+    assert (trial.seed, trial.final.score) == (0, 0.812)
+    tags = _tags(outcome.study, outcome, trial, trial.final)
+    assert (tags["jfhpo.seed"], tags["jfhpo.seed_score"]) == ("0", "0.812")
+    assert (float(tags["jfhpo.score"]), tags["jfhpo.score_seeds"]) == (pytest.approx(0.777), "1, 2")
+    text = _description(outcome.study, outcome, trial, trial.final)
+    assert "Held-out score 0.777" in text
+    assert "training seed 1, 2, which had no part in choosing the configuration" in text
+    assert "trial 000, seed 0" in text
+    assert "0.812 ± 0.020" in text
+
+
+def test_a_confirmation_that_is_better_is_registered(tmp_path: Path) -> None:
+    outcome = concluded(tmp_path, {0: 0.848, 1: 0.867})
+    assert outcome.target_trial is not None
+    assert (outcome.target_trial.seed, outcome.target_trial.purpose) == (1, "confirmation")
+
+
+def test_a_score_of_the_seed_of_the_choice_says_so(tmp_path: Path) -> None:
+    outcome = concluded(tmp_path, {0: 0.8})
+    trial = outcome.target_trial
+    assert outcome.confirmed is None
+    assert trial is not None
+    assert trial.final is not None
+    assert "flatters" in _description(outcome.study, outcome, trial, trial.final)
+    assert _tags(outcome.study, outcome, trial, trial.final)["jfhpo.score_seeds"].startswith("0 (the seed by which")
+
+
+def versions(client: MlflowClient, *scores: float) -> list[Any]:
+    """Versions of a registered model with these scores; their weights do not matter here."""
+    client.create_registered_model("tuned")
+    tags = {"jfhpo.standard_error": "0.02", "jfhpo.measure": "same", "jfhpo.score_seeds": "1"}
+    return [
+        client.create_model_version("tuned", source="/nowhere", tags={**tags, "jfhpo.score": str(score)})
+        for score in scores
+    ]
+
+
+def test_a_challenger_says_what_is_served_and_is_promoted_by_hand(client: MlflowClient) -> None:
+    first, second = versions(client, 0.70, 0.71)
+    assert _award(client, "tuned", first).alias == "champion"
+    told = _award(client, "tuned", second)
+    assert told.alias == "challenger"
+    assert "version 1 stays the one that is served, `jfhpo promote STUDY.yaml` would serve this one" in told.note
+
+    promoted = promote(client, "tuned", "2", "demo")
+    assert promoted.alias == "champion"
+    assert "in place of version 1" in promoted.reason
+    assert {name: int(number) for name, number in client.get_registered_model("tuned").aliases.items()} == {
+        "champion": 2
+    }
+    fresh = [client.get_model_version("tuned", number) for number in ("1", "2")]
+    assert "version 2 is served now" in _award(client, "tuned", fresh[0]).note
+    assert _award(client, "tuned", fresh[1]) == promoted
+    assert "already" in promote(client, "tuned", "2", "demo").reason
+    with pytest.raises(LedgerError, match="did not promote"):
+        promote(client, "tuned", "3", "demo")
+
+
+def test_a_flattered_score_in_a_comparison_is_named(client: MlflowClient) -> None:
+    old, new = versions(client, 0.70, 0.71)
+    client.delete_model_version_tag("tuned", old.version, "jfhpo.score_seeds")
+    _award(client, "tuned", client.get_model_version("tuned", old.version))
+    assert "that of version 1 is of the seed by which" in _award(client, "tuned", new).reason
