@@ -26,9 +26,7 @@ class VerlSettings(BaseModel):
         json_schema_extra=OPERATIONAL,
     )
     device: Literal["cuda", "cpu"] = Field(
-        default="cuda",
-        description="'cpu' runs the same trainer on CPUs by a shim: for tests, with tiny models.",
-        json_schema_extra=OPERATIONAL,
+        default="cuda", description="'cpu' runs the same trainer on CPUs by a shim: for tests, with tiny models."
     )
     extra: dict[str, Option] = Field(
         default_factory=dict,
@@ -51,7 +49,6 @@ class VerlSettings(BaseModel):
         default="sdpa",
         description="Implementation of attention in training. flash_attention_2 needs package flash-attn, and packs "
         "completions without padding: faster.",
-        json_schema_extra=OPERATIONAL,
     )
     enforce_eager: bool = Field(
         default=False,
