@@ -72,7 +72,7 @@ CAUSES = (
         FailureKind.REJECTED, "report it: the adapter should have refused it before",
     ),
     Cause(
-        "verl refused the configuration", r"hydra\.errors\.\w+:", FailureKind.REJECTED,
+        "verl refused the configuration", r"^hydra\.errors\.(?:Config|Override)\w+:", FailureKind.REJECTED,
         "report it: the adapter should have refused it before",
     ),
     Cause(

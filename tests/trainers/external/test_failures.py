@@ -39,6 +39,7 @@ ray.exceptions.ActorDiedError: The actor died because of an error raised in its 
             FailureKind.OUT_OF_MEMORY,
         ),
         ("train_ppo_ray.py: error: unrecognized arguments: --actor.lr", FailureKind.REJECTED),
+        ("hydra.errors.ConfigCompositionException: Could not override 'data.nix'.", FailureKind.REJECTED),
     ],
 )
 def test_what_the_configuration_is_guilty_of(line: str, kind: FailureKind) -> None:
@@ -87,6 +88,25 @@ def test_a_reward_outweighs_the_death_of_the_actor_that_it_caused() -> None:
         "jfhpo: the reward failed: it returned [nan]",
     ]
     assert isinstance(explain(lines, 1, "train.log"), TrialFailure)
+
+
+def test_verl_may_not_train_on_what_is_left() -> None:
+    # Made: verl 0.9.1 with a tokenizer that lacks the end of a line.
+    lines = [
+        "(AgentLoopWorkerTQ pid=1) ERROR:2026-11-29 11:45:26,445:Error in _run_prompt for uid=39eb1d97",
+        "(AgentLoopWorkerTQ pid=1) hydra.errors.InstantiationException: Error in call to target 'SingleTurnAgentLoop':",
+    ]
+    assert FATAL.search(lines[0])
+    failure = explain(lines, None, "train.log")
+    assert isinstance(failure, InfrastructureError)
+    assert "verl lost completions" in str(failure)
+
+
+def test_an_engine_that_cannot_take_weights_is_dead() -> None:
+    # Made: vLLM 0.29 below verl, which waits for it for ever.
+    line = "(EngineCore pid=1) ERROR 11-29 11:35:04 [core.py:1617] Invocation of collective_rpc method failed"
+    assert FATAL.search(line)
+    assert "vLLM died" in str(explain([line], None, "train.log"))
 
 
 def test_silence_is_reported_as_such() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +17,14 @@ from typing import ClassVar
 import pytest
 
 from jfhpo_core import embedded
+from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.optimizer.strategy import Proposal, Recommendation
-from jfhpo_core.run.ray_dispatch import RayDispatcher
-from jfhpo_core.run.search import Progress, SearchResult, run_search
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import SearchResult, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.trial import Configuration, FailureKind, Outcome, Suggestion, Trial, TrialState
+from jfhpo_core.trainers.base import Job
 from jfhpo_core.trainers.verl.command import MAIN
 from mlflow_plugin.ledger import MlflowLedger
 from tests.trainers.verl.conftest import cpu_study
@@ -72,20 +77,36 @@ class Script:
         return [Recommendation(GOOD, 0.5, 0.1)]
 
 
-@dataclass
-class Watcher:
-    """Kills the training of the good configuration in the middle of its second part."""
+class Retrying(InlineDispatcher):
+    """Tries again what was lost, as the dispatcher on Ray does, but without a second Ray; and sees to a loss.
 
-    folder: Path
-    killed: list[int] = field(default_factory=list)
+    The training of the second part of the good configuration is killed after its first step.
+    """
 
-    def __call__(self, progress: Progress) -> None:
-        for key, record in progress.live.items():
-            trial = next(trial for trial in progress.trials if trial.key == key)
-            if (trial.configuration, trial.model) == (GOOD, "m") and 3 <= record.step < 6 and not self.killed:
-                for pid in trainings(self.folder):
-                    os.kill(pid, signal.SIGKILL)
-                    self.killed.append(pid)
+    def __init__(self, folder: Path) -> None:
+        super().__init__(on_submit=self._watch)
+        self.losses: list[tuple[int, str]] = []
+        self._folder = folder
+        self._killer: threading.Thread | None = None
+
+    def submit(self, job: Job) -> None:
+        for _ in range(4):
+            try:
+                return super().submit(job)
+            except InfrastructureError as error:
+                self.losses.append((job.segment.start_step, str(error)))
+        raise AssertionError(self.losses)
+
+    def _watch(self, job: Job) -> None:
+        if job.segment.start_step == 2 and self._killer is None:
+            self._killer = threading.Thread(target=self._kill, daemon=True)
+            self._killer.start()
+
+    def _kill(self) -> None:
+        while not any('"step":3,' in path.read_text() for path in self._folder.glob("**/01-*/metrics.jsonl")):
+            time.sleep(0.1)
+        for pid in trainings(self._folder):
+            os.kill(pid, signal.SIGKILL)
 
 
 def trainings(workspace: Path) -> list[int]:
@@ -104,7 +125,7 @@ class Searched:
     study: Study
     result: SearchResult
     ledger: MlflowLedger
-    watcher: Watcher
+    losses: list[tuple[int, str]]
     folder: Path
 
     def trial(self, configuration: Configuration, model: str) -> Trial:
@@ -134,17 +155,13 @@ def searched(trainer_python: str, tmp_path_factory: pytest.TempPathFactory) -> I
         tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}", "workspace": str(folder / "workspace")},
         # Stops what has left the reference by half a nat, from its third step on.
         stopping={"rules": "none", "override": {"absolute_kl": {"threshold": 0.5, "window": 3}}},
-        cluster={"address": "local"},
+        cluster={"address": "inline"},
     )
     resolved = resolve(spec)
-    ledger, watcher = MlflowLedger(), Watcher(folder)
+    ledger, dispatcher = MlflowLedger(), Retrying(folder)
     ledger.open(spec)
-    dispatcher = RayDispatcher(spec.cluster, slots=1, trainer="verl")
-    try:
-        result = run_search(resolved, ledger, dispatcher, watcher, Script(folder / "broken"))
-    finally:
-        dispatcher.close()
-    yield Searched(resolved, result, ledger, watcher, folder)
+    result = run_search(resolved, ledger, dispatcher, lambda _: None, Script(folder / "broken"))
+    yield Searched(resolved, result, ledger, dispatcher.losses, folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -180,19 +197,18 @@ def test_a_rule_stopped_a_trial_at_that_step_and_it_was_scored(searched: Searche
 
 def test_a_killed_training_went_on_from_its_checkpoint(searched: Searched) -> None:
     trial = searched.trial(GOOD, "m")
-    assert searched.watcher.killed
+    assert any(start == 2 and "killed by signal 9" in message for start, message in searched.losses)
     assert trial.state is TrialState.COMPLETED
     first, second = trial.segments
-    assert (first.end_step, first.attempts) == (2, 1)
-    assert (second.segment.start_step, second.end_step, second.attempts) == (2, 6, 2)
-    # Both attempts of the second part began at the third step: nothing before it was trained again.
-    logs = sorted((searched.study.folder / "trainings" / trial.key).glob("01-*/train.log"))
-    assert len(logs) == 2
-    for log in logs:
-        text = log.read_text(errors="replace")
-        assert "setting global step to 2" in text
-        assert "step:3 - " in text
-        assert "step:2 - " not in text
+    assert first.end_step == 2
+    assert (second.segment.start_step, second.end_step) == (2, 6)
+    # Every attempt of the second part began at the third step: nothing before it was trained again.
+    steps = [
+        [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        for path in (searched.study.folder / "trainings" / trial.key).glob("01-*/metrics.jsonl")
+    ]
+    assert [first for first, *_ in steps] == [3, 3]
+    assert max(steps, key=len) == [3, 4, 4, 5, 6]  # the second 4 is the evaluation there
 
 
 def test_evaluations_come_with_their_standard_error(searched: Searched) -> None:
@@ -209,7 +225,7 @@ def test_a_failing_reward_is_the_configurations_verdict(searched: Searched) -> N
     trial = searched.trial(UNLUCKY, "m")
     assert trial.state is TrialState.INFEASIBLE
     result = trial.segments[-1]
-    assert (result.outcome, result.failure, result.attempts) == (Outcome.INFEASIBLE, FailureKind.REWARD, 1)
+    assert (result.outcome, result.failure) == (Outcome.INFEASIBLE, FailureKind.REWARD)
     assert "ValueError: the verifier is broken" in str(result.message)
 
 
