@@ -1,4 +1,4 @@
-"""How long a training may stay silent before it is taken for hung: learned from its own speed."""
+"""How long a run may stay silent before it is taken for hung: learned from its own speed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HANG_FACTOR = 20.0
 
 
 class Silence:
-    """The silence since a training was last heard of.
+    """The silence since a run was last heard of.
 
     Args:
         startup_seconds: Silence allowed until two steps have shown its speed.

@@ -108,7 +108,7 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def _explained(method: Call) -> Call:
-    """Let a method of the ledger say in our words if the tracking server is away or refuses us."""
+    """Translate MLflow and HTTP errors into LedgerError or LedgerUnavailable."""
 
     @functools.wraps(method)
     def wrapped(self: MlflowLedger, *arguments: Any, **keywords: Any) -> Any:
@@ -135,7 +135,7 @@ def _explained(method: Call) -> Call:
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM count on leaving: an exception within a call of the database leaves it locked."""
+    """Defer SIGINT and SIGTERM until the call returns; raising inside a database call would leave it locked."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

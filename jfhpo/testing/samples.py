@@ -24,7 +24,7 @@ BECAUSE = Suggestion(source="test", explanation="the test asks for it")
 def study_data(workspace: Path, **changes: Any) -> dict[str, Any]:
     """A study file as data: three simulated models, horizon 480 prompts (30 steps of 16), rungs at 160, 320 and 480.
 
-    A full training of the target lasts about 35 simulated seconds.
+    A full run of the target lasts about 35 simulated seconds.
     """
     return {
         "study": "test",

@@ -37,10 +37,10 @@ from jfhpo_core.study.trial import (
 from jfhpo_core.trainers import Job, Trainer, TrainingResult, load_trainer
 
 TOTAL_STEPS = 6
-"""Full horizon of the suite's trainings."""
+"""Full horizon of the suite's runs."""
 
 BREAK = 3
-"""Where a training is broken off and continued."""
+"""Where a run is broken off and continued."""
 
 KEY = "0123456789abcdef"
 

@@ -46,7 +46,7 @@ class Curve:
 
         Args:
             evaluations: At least one, after training.
-            horizon_prompts: Length of a full training.
+            horizon_prompts: Length of a full run.
             start: Score of the untrained model.
         """
         share = np.array([item.prompts / horizon_prompts for item in evaluations])

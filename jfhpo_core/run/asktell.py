@@ -202,7 +202,7 @@ class Optimizer:
                 needed = "score and standard_error" + (" and prompts" if outcome is Outcome.STOPPED else "")
                 raise LedgerError(
                     f"trial {trial.key} is told as {outcome.value!r}, which needs {needed}; "
-                    "a training that ended without a score is outcome='infeasible'"
+                    "a run that ended without a score is outcome='infeasible'"
                 )
             measured.append((end, score, standard_error))
         if base_score is not None:
@@ -345,7 +345,7 @@ def _own_model(model: Any) -> Any:
 
 
 def _decision(segment: Segment, outcome: Outcome, last: Evaluation | None) -> Decision | None:
-    """That of the rule `unpromising`, if the caller stopped a training below its floor; others are not known."""
+    """That of the rule `unpromising`, if the caller stopped a run below its floor; others are not known."""
     floor = next((floor.score for floor in segment.floors if last is not None and floor.step == last.step), None)
     if outcome is not Outcome.STOPPED or last is None or floor is None or last.score >= floor:
         return None
@@ -378,7 +378,7 @@ def _finite(name: str, value: float, minimum: float = -math.inf) -> float:
     if not math.isfinite(number) or number < minimum:
         bound = "" if minimum == -math.inf else f" of at least {minimum:g}"
         raise LedgerError(
-            f"{name}={value!r} is not a finite number{bound}; a training that went wrong is outcome='infeasible', "
+            f"{name}={value!r} is not a finite number{bound}; a run that went wrong is outcome='infeasible', "
             "without a score"
         )
     return number

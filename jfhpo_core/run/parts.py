@@ -17,7 +17,7 @@ from jfhpo_core.trainers.base import Job
 
 FILE = "jfhpo-part.json"
 RECENT_STEPS = 20
-"""Steps from which the speed of a training is judged."""
+"""Steps from which the speed of a run is judged."""
 
 CUT_MARGIN = 1.3
 """A trainer that cannot be paused is cut at a rung that it reaches in time even if it is slower by this factor."""

@@ -78,7 +78,7 @@ class _Loss:
     """An attempt that gave no result.
 
     Attributes:
-        kind: What the configuration is guilty of if every attempt ends this way; None if it never is.
+        kind: Failure kind to record if every attempt fails this way; None if it is never the configuration's fault.
         details: The worker's traceback, if there is one.
     """
 
@@ -485,7 +485,9 @@ def cluster_resources(address: str) -> dict[str, float]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:
-        raise SpecError(f"cluster.address: the Ray cluster at {address!r} refuses us: {_last_line(error)}") from error
+        raise SpecError(
+            f"cluster.address: the Ray cluster at {address!r} rejected the connection: {_last_line(error)}"
+        ) from error
     try:
         resources: dict[str, float] = ray.cluster_resources()
     finally:
@@ -555,7 +557,7 @@ def _start(ray: Any, address: str) -> None:
 
 
 def _hear_of_children() -> None:
-    """Let this process learn again how its children end.
+    """Restore the default SIGCHLD handler so that child exit codes can be read.
 
     Where Ray is to end the children of killed workers, it ignores SIGCHLD in driver and workers, and the kernel then
     forgets exit codes: a reward function that runs a program would see every failure as a success. Python's own

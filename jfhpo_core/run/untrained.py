@@ -68,7 +68,7 @@ def sample(model: Model, prompts: Sequence[Prompt], prompting: Prompting, max_to
 
 
 def measure(study: Study, task: Task, model: Model, prompting: Prompting) -> Untrained:
-    """Score an untrained model as its trainings' evaluations will, with and without a beginning-of-text token.
+    """Score an untrained model as its runs' evaluations will, with and without a beginning-of-text token.
 
     Raises:
         TrialFailure: The reward failed.

@@ -1,13 +1,13 @@
 """Early stopping on training dynamics: one rule, one class, one formula.
 
-A rule reads the course of a training, its step records and held-out evaluations, and may decide that it is not worth
+A rule reads the course of a run, its step records and held-out evaluations, and may decide that it is not worth
 continuing. The decision names rule, signal, value, threshold and step. The optimizer takes the score at which a
 training was stopped for its last one (see `jfhpo_core.optimizer.observations.observe`).
 
 The paper's rules (JF-HPO, section on early stopping) fire on noise when taken literally: growth of the KL from 0.005 to
 0.010 is "15 % five times". The default set therefore adds a floor, a window and a warm-up, and lets the KL grow while
 the reward rises; the set `paper` keeps the literal rules, for comparison. How often each rule is right, on recorded
-trainings, and what it saves is measured in docs/evidence/rules.md.
+runs, and what it saves is measured in docs/evidence/rules.md.
 
 Rules on a mean or a share decide only on differences of at least `deviations` standard errors. The literal rules of the
 paper are the exception: `paper_reward_drop`, and `kl_growth` with `reward_growth` infinite.
@@ -37,7 +37,7 @@ HOPELESS_SHARE = 0.5
 
 @dataclass
 class Course:
-    """What is known of a training so far, earlier segments included.
+    """What is known of a run so far, earlier segments included.
 
     Attributes:
         total_steps: Of the full horizon, whatever the segment's end is.
@@ -179,7 +179,7 @@ class KlGrowth(StoppingRule):
     With m_t the mean KL of the last `window` steps, growth is m_t / m_(t-1) - 1. It counts only where m_t is above
     `floor` and after `warmup` steps: near zero a ratio measures noise. And it counts only if the mean reward of the
     last `window` steps, plus `deviations` standard errors, is above that of the first ones by at most the share
-    `reward_growth`: a policy that learns fast moves away from the reference, too (of recorded trainings,
+    `reward_growth`: a policy that learns fast moves away from the reference, too (of recorded runs,
     docs/evidence/rules.md, the rule without this stopped some of the best). The paper's literal rule has window 1,
     floor 0, warm-up 0 and any reward (threshold 15 %, patience 5).
     """
@@ -515,7 +515,7 @@ class NoProgress(StoppingRule):
 
     The mean reward of the last `window` steps, plus `deviations` standard errors, is above that of the first ones, m_0,
     by less than `threshold` of the smaller of m_0 and 1 - m_0, for rewards in [0, 1], after `warmup` of the horizon.
-    Neither the paper nor practice has it: learning rates that are far too low cost full trainings.
+    Neither the paper nor practice has it: learning rates that are far too low cost full runs.
     """
 
     name: ClassVar[str] = "no_progress"
@@ -691,7 +691,7 @@ def _typed(name: str, value: float, default: float) -> float:
 
 @dataclass
 class Monitor:
-    """Follows a training's course and asks its rules.
+    """Follows a run's course and asks its rules.
 
     Args:
         rules: Rules in order of precedence.

@@ -141,7 +141,7 @@ class MemoryLedger:
         self._trials[trial.key] = known.model_copy(update={"open_segment": segment})
 
     def stream(self, key: str, records: Sequence[StepRecord]) -> None:
-        """See `Ledger.stream`; nobody watches memory."""
+        """See `Ledger.stream`; no-op: in-memory ledgers have no viewer."""
 
     def commit(self, key: str, result: SegmentResult, records: Sequence[StepRecord]) -> None:
         """See `Ledger.commit`."""

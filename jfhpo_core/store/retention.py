@@ -1,6 +1,6 @@
 """Which checkpoints are worth their space: those that the search may still continue, and the one it recommends.
 
-A checkpoint's value is what it may save or give: a paused trial is continued from it, the recommended training is
+A checkpoint's value is what it may save or give: a paused trial is continued from it, the recommended run is
 registered from it. Everything else only costs space. `jfhpo gc` shows the judgement and, when asked to, carries it out.
 """
 
@@ -94,7 +94,7 @@ def _value(study: Study, trial: Trial | None, step: int, recommended: Trial | No
         return True, "its trial is being trained"
     if recommended is not None and trial.key == recommended.key:
         newest = trial.checkpoint is not None and trial.checkpoint.step == step
-        return newest, "the recommended training" if newest else "an earlier one of the recommended training"
+        return newest, "the recommended run" if newest else "an earlier one of the recommended run"
     if _may_go_on(study, trial):
         if complete:
             return False, "the study is complete: only a larger budget would continue its trial"

@@ -1,6 +1,6 @@
 """Scores completions by the user's reward functions, in processes of their own that can be killed.
 
-This file stands alone: jfhpo imports it, it is copied beside the plan of a training that runs in another environment
+This file stands alone: jfhpo imports it, it is copied beside the plan of a run that runs in another environment
 (`openrlhf`, `verl`), and it is the program of the scoring processes. So it imports nothing but the standard library.
 
 A batch is one call of every function, in one warm process. If the call takes too long, the process is killed and the
@@ -286,7 +286,7 @@ def serve() -> None:
     functions: list[_Function] = []
     for line in iter(requests.readline, b""):
         request = json.loads(line)
-        # Random numbers of rewards depend on what is scored: a training that is continued sees the same ones.
+        # Random numbers of rewards depend on what is scored: a run that is continued sees the same ones.
         _seed(zlib.crc32(line))
         faulthandler.dump_traceback_later(request["seconds"], exit=True)
         try:

@@ -117,7 +117,7 @@ class Trainer(Protocol):
     * Training up to b in one segment or in two gives the same records, evaluations and checkpoint (exactly on CPU).
     * `observe` is called once per step, in order, with consecutive steps, and with every evaluation, after the step's
       record. When it returns a stopping decision the trainer evaluates at that step, if it has not, and returns; no
-      checkpoint needs to be written then, and the evaluation of a training that stops needs not be shown.
+      checkpoint needs to be written then, and the evaluation of a run that stops needs not be shown.
     * A trainer that can write its checkpoint after any step, without knowing so when it starts, says so by a class
       attribute `pauses = True`. When `observe` answers a step with a `Pause`, it takes the evaluation that is due at
       that step, if one is, writes its resumable state into `stage` and returns. Others are never asked to.

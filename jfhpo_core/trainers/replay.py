@@ -1,4 +1,4 @@
-"""A trainer that trains nothing: it answers from a table of recorded trainings, on the clock of their cost.
+"""A trainer that trains nothing: it answers from a table of recorded runs, on the clock of their cost.
 
 A search over real learning curves takes seconds this way. See `replay_table` for what a table is.
 """
@@ -34,7 +34,7 @@ class RecordedHyperparameters(Hyperparameters):
         if name in set(SPACE):
             SPACE[name].encode(value)
         elif value != cls.model_fields[name].default:
-            raise ValueError(f"all recorded trainings have {cls.model_fields[name].default!r}")
+            raise ValueError(f"all recorded runs have {cls.model_fields[name].default!r}")
         return value
 
 
@@ -76,7 +76,7 @@ class ReplayTrainer:
         horizon = table.total_steps * table.prompts_per_step
         if study.fidelity.horizon_prompts != horizon:
             raise SpecError(
-                f"fidelity.horizon_prompts is {study.fidelity.horizon_prompts}, but the recorded trainings (and their "
+                f"fidelity.horizon_prompts is {study.fidelity.horizon_prompts}, but the recorded runs (and their "
                 f"learning-rate schedules) have {horizon} prompts; set it to {horizon}"
             )
         for model in build_ladder(study).models:

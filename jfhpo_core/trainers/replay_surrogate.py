@@ -1,7 +1,7 @@
 """A smooth stand-in for a table: scores of any configuration, not only of the recorded ones.
 
 One Gaussian process maps (unit-cube coordinates, log model size) to the whole learning curve: the gain over the base
-score at each rung, with one Matern kernel and one noise for all rungs. Trainings cut short count with their last score
+score at each rung, with one Matern kernel and one noise for all rungs. Runs cut short count with their last score
 from there on. What it is off by is measured by leaving configurations out: `cross_validate`.
 """
 
@@ -71,7 +71,7 @@ def fitted(folder: str, task: str) -> Surrogate:
 
 
 def fit(recordings: tuple[Recording, ...]) -> Surrogate:
-    """Fit recorded trainings of one task (all seeds)."""
+    """Fit recorded runs of one task (all seeds)."""
     parameters = {recording.size: recording.parameters for recording in recordings}
     longest = max(recordings, key=lambda recording: len(recording.evaluations))
     rungs = tuple(evaluation.step for evaluation in longest.evaluations[1:])

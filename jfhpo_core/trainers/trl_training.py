@@ -176,7 +176,7 @@ class _Measured(transformers.Trainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)
 
     def _send_telemetry(self) -> None:
-        """Nobody is told."""
+        """Disable TRL's telemetry."""
 
     def get_train_dataloader(self) -> DataLoader[list[dict[str, Any]]]:
         return DataLoader(self._schedule, batch_size=1, collate_fn=lambda items: items[0])
@@ -279,7 +279,7 @@ class _Measured(transformers.Trainer):  # type: ignore[misc]
         (stage / "training_args.bin").unlink()
         self._save_optimizer_and_scheduler(str(stage))
         self._save_rng_state(str(stage))
-        # TRL's summary of the segment, durations and all: equal trainings shall give equal checkpoints.
+        # TRL's summary of the segment, durations and all: equal runs shall give equal checkpoints.
         self.state.log_history = []
         self.state.save_to_json(str(stage / "trainer_state.json"))
         (stage / PROGRESS).write_text(json.dumps({"step": step, "tokens": self.tokens}), encoding="utf-8")

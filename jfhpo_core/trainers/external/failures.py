@@ -1,6 +1,6 @@
-"""Why a training ended: the decisive line of its log, and what follows from it.
+"""Why a run ended: the decisive line of its log, and what follows from it.
 
-What the configuration is guilty of makes the trial infeasible; everything else says nothing about it, and the segment
+A failure that is the configuration's fault makes the trial infeasible; any other says nothing about it, and the segment
 is trained again from its last checkpoint, elsewhere if the cluster has another place.
 """
 
@@ -26,7 +26,7 @@ class Cause:
     Attributes:
         name: For people.
         pattern: Regular expression of its line in the log.
-        kind: What the configuration is guilty of; None: nothing.
+        kind: Failure kind to record; None if the failure is not the configuration's fault.
         remedy: What to do about it.
     """
 
@@ -101,7 +101,7 @@ FATAL = re.compile(
     r"Exception raised in creation task|jfhpo: the reward failed:|jfhpo: the driver is gone:|"
     r"Error in _run_prompt|Invocation of \w+ method failed"
 )
-"""After such a line a training never recovers, though it may wait for the dead part for ever, or train on the rest."""
+"""After such a line a run never recovers, though it may wait for the dead part for ever, or train on the rest."""
 
 REMOTE = re.compile(r"RayTaskError|\bray::")
 """In a traceback that comes from an actor."""
@@ -110,7 +110,7 @@ ERROR_LINE = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b: ?")
 
 
 def explain(lines: Sequence[str], exit_code: int | None, log: str) -> TrialFailure | InfrastructureError:
-    """The verdict on a training that ended by itself without reaching its goal.
+    """The verdict on a run that ended by itself without reaching its goal.
 
     Args:
         lines: Of its log.

@@ -1,4 +1,4 @@
-"""Reading a training's log as it grows: OpenRLHF prints every step's metrics, and every evaluation, in one line each.
+"""Reading a run's log as it grows: OpenRLHF prints every step's metrics, and every evaluation, in one line each.
 
 TensorBoard gets the same numbers, but its writer keeps them back for up to two minutes; the log comes at once.
 """

@@ -1,4 +1,4 @@
-"""Where the parts of a training go: estimates of memory, and the smallest measures that make it fit.
+"""Where the parts of a run go: estimates of memory, and the smallest measures that make it fit.
 
 Bytes per parameter: bfloat16 weights 2, gradients 2, Adam in float32 (weights and two moments) 12, reference 2. ZeRO
 stage 2 (arXiv 1910.02054) shares gradients and optimizer among the GPUs, stage 3 the weights as well. While vLLM
@@ -35,7 +35,7 @@ TOKENS_PER_GPU = 16_384
 
 @dataclass(frozen=True)
 class Placement:
-    """How a training is laid out.
+    """How a run is laid out.
 
     Attributes:
         nodes, gpus_per_node: Shape of the GPUs that train.

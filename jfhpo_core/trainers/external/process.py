@@ -1,4 +1,4 @@
-"""A training as a group of processes: started, watched through its log, and gone when it is over."""
+"""A run as a group of processes: started, watched through its log, and gone when it is over."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARED_SHIM = Path(__file__).with_name("cpu_shim")
 CPU_SHIM = Path(__file__).parents[1] / "openrlhf" / "cpu_shim"
 
 STOP_SECONDS = 60.0
-"""For the processes of a training to be gone after they were killed."""
+"""For the processes of a run to be gone after they were killed."""
 
 JOB_STOP_SECONDS = 120.0
 """For a Ray job to be stopped."""
@@ -51,7 +51,7 @@ def shim_path(shim: Path) -> str:
 
 
 def environment(settings: ExternalSettings, base: Mapping[str, str], gpus: int) -> dict[str, str]:
-    """The environment of a training's processes.
+    """The environment of a run's processes.
 
     Args:
         settings: The study's.
@@ -144,6 +144,6 @@ class TrainingProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             raise InfrastructureError(
-                f"processes of a training did not end within {STOP_SECONDS:.0f} s (log: {self._log}); a driver that "
+                f"processes of a run did not end within {STOP_SECONDS:.0f} s (log: {self._log}); a driver that "
                 "hangs holds them, and their GPUs"
             ) from None

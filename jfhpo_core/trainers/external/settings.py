@@ -29,8 +29,8 @@ class ExternalSettings(BaseModel):
     )
     jobs_address: str | None = Field(
         default=None,
-        description="Submit every training to this Ray cluster as a job (http://HEAD:8265): for trainings over several "
-        "nodes. None: a training is a group of processes on the node of its worker, with the GPUs that Ray gave it.",
+        description="Submit every run to this Ray cluster as a job (http://HEAD:8265): for runs over several "
+        "nodes. None: a run is a group of processes on the node of its worker, with the GPUs that Ray gave it.",
         json_schema_extra=OPERATIONAL,
     )
     asynchronous: bool = Field(
@@ -39,7 +39,7 @@ class ExternalSettings(BaseModel):
         "trial that a rule stops is then not evaluated at that very step.",
     )
     gpus_per_node: int = Field(
-        default=8, ge=1, description="Largest part of a training that stays on one node.", json_schema_extra=OPERATIONAL
+        default=8, ge=1, description="Largest part of a run that stays on one node.", json_schema_extra=OPERATIONAL
     )
     gpu_memory_gib: float = Field(
         default=80.0, gt=0, description="Memory of one GPU, for the placement.", json_schema_extra=OPERATIONAL
@@ -71,7 +71,7 @@ class ExternalSettings(BaseModel):
     startup_seconds: float = Field(
         default=1800.0,
         gt=0,
-        description="A training counts as hung if it is silent for this time before its second step.",
+        description="A run counts as hung if it is silent for this time before its second step.",
         json_schema_extra=OPERATIONAL,
     )
     hang_seconds: float = Field(

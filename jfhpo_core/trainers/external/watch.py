@@ -1,4 +1,4 @@
-"""Watching a training from outside: its log as it grows, its end, and its silence."""
+"""Watching a run from outside: its log as it grows, its end, and its silence."""
 
 from __future__ import annotations
 

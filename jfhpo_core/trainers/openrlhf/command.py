@@ -26,7 +26,7 @@ REWARD_BOUND = 1e6
 
 @dataclass(frozen=True)
 class Files:
-    """Where a training reads and writes.
+    """Where a run reads and writes.
 
     Attributes:
         folder: What stays: plan, prompts, log, events.

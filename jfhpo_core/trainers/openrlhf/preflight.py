@@ -101,7 +101,7 @@ def _gpus(study: Study, settings: OpenRlhfSettings, found: list[int]) -> Finding
 
 
 def _fit(study: Study, settings: OpenRlhfSettings, model: Model) -> Finding:
-    """What a training of a model takes."""
+    """What a run of a model takes."""
     defaults = study.complete({})
     subject = f"model {model.name}"
     try:

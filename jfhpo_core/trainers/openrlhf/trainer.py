@@ -37,7 +37,7 @@ BATCHING = ("prompts_per_step", "n_samples", "mini_batches", "loss_type")
 class OpenRlhfTrainer:
     """OpenRLHF 0.11 on Ray with vLLM and DeepSpeed; see `OpenRlhfHyperparameters` and `OpenRlhfSettings`.
 
-    A step is one rollout of `prompts_per_step` x `n_samples` completions and the updates made on it. A training is a
+    A step is one rollout of `prompts_per_step` x `n_samples` completions and the updates made on it. A run is a
     process group on the node of its worker, or a Ray job; it is stopped once the checkpoint of its rung is complete and
     continued by the same command. Held-out prompts are scored by the training's own engines.
 
@@ -135,7 +135,7 @@ def _check_gpus(study: StudySpec, chosen: OpenRlhfSettings) -> None:
     if chosen.jobs_address is None and chosen.device == "cuda" and counted == 0:
         raise SpecError(
             "cluster.gpus_per_device: with 0 trials would share GPUs uncounted; set 1, or a fraction to pack several "
-            "small trials on a GPU (or trainer.settings.jobs_address to submit trainings as Ray jobs)"
+            "small trials on a GPU (or trainer.settings.jobs_address to submit runs as Ray jobs)"
         )
     for model in build_ladder(study).models:
         if chosen.jobs_address is None and model.devices > chosen.gpus_per_node:

@@ -44,7 +44,7 @@ BEAT_SECONDS = 5.0
 """The agent hears from us this often."""
 
 ORPHAN_SECONDS = 900.0
-"""A training that has not heard from its driver for so long ends itself. Longer than any pause of a shared disk."""
+"""A run that has not heard from its driver for so long ends itself. Longer than any pause of a shared disk."""
 
 UNBOUNDED = 10**9
 """More steps than any training has."""
@@ -114,7 +114,7 @@ def _without_overlong(job: Job, settings: OpenRlhfSettings, task: Task) -> Task:
 
 
 def new_folder(job: Job) -> Path:
-    """A folder for what a training leaves behind for people, beside the checkpoint store."""
+    """A folder for what a run leaves behind for people, beside the checkpoint store."""
     root = Path(job.store).absolute().parent
     folder = root / "trainings" / job.trial_key / f"{job.segment.index:02d}-{uuid.uuid4().hex[:6]}"
     folder.mkdir(parents=True)
@@ -216,7 +216,7 @@ def _launch(
 
 @dataclass
 class _Loop:
-    """Follows a training from its first to its last step of a segment."""
+    """Follows a run from its first to its last step of a segment."""
 
     job: Job
     settings: OpenRlhfSettings

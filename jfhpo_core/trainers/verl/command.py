@@ -44,7 +44,7 @@ DUAL_CLIP = 3.0
 
 
 class VerlFiles:
-    """Where a training reads and writes.
+    """Where a run reads and writes.
 
     Args:
         folder: What stays.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class VerlTrainer:
     """verl 0.9 on Ray with vLLM and FSDP; see `VerlHyperparameters` and `VerlSettings`.
 
-    A training is a process group on the node of its worker. It is held after every step until that step is judged, so a
+    A run is a process group on the node of its worker. It is held after every step until that step is judged, so a
     rule stops it exactly there, and it is stopped once the checkpoint of its rung is complete.
     """
 
@@ -53,7 +53,7 @@ class VerlTrainer:
         for model in build_ladder(study).models:
             if model.devices > chosen.gpus_per_node:
                 raise SpecError(
-                    f"family: model {model.name!r} asks for {model.devices} devices, and a training of trainer 'verl' "
+                    f"family: model {model.name!r} asks for {model.devices} devices, and a run of trainer 'verl' "
                     f"stays within a node of {chosen.gpus_per_node} (trainer.settings.gpus_per_node)"
                 )
         task = load_task(study.task)

@@ -65,7 +65,7 @@ def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, obs
 
 
 def variables(settings: VerlSettings, files: VerlFiles, base: Mapping[str, str], gpus: int) -> dict[str, str]:
-    """The environment of a training's processes.
+    """The environment of a run's processes.
 
     Args:
         settings: The study's.
@@ -157,7 +157,7 @@ def _write_rows(path: Path, rows: list[Row], source: str) -> None:
 
 
 class Loop:
-    """Follows a training from its first to its last step of a segment."""
+    """Follows a run from its first to its last step of a segment."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 
 REWARD_FAILED = "jfhpo: the reward failed:"
-"""Begins the message of a training that its reward function ended. The driver looks for it in the log."""
+"""Begins the message of a run that its reward function ended. The driver looks for it in the log."""
 
 
 @cache
