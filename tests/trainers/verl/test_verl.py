@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from jfhpo.overrides import read_study
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.study import scoring
+from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Decision, Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers import Job, load_trainer
@@ -36,6 +38,8 @@ from jfhpo_core.trainers.verl.training import (
     variables,
 )
 from tests.trainers.openrlhf import conftest as common
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "verl" / "qwen2.5-gsm8k.yaml"
 
 # Writes what verl 0.9.1 writes below `inside/main.py`: a step once it is released, and evaluations when they are asked
 # for, but for the one of the last step, which verl makes itself.
@@ -311,6 +315,20 @@ def test_options_are_shown_to_verls_configuration(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SpecError, match=r"actor_rollout_ref\.model\.nix, data\.seed: Key 'nix'"):
         VerlTrainer().check(spec)
     assert asked == [("actor_rollout_ref.model.nix=1", "data.seed=3")]
+
+
+def test_the_example_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jfhpo_core.trainers.verl.preflight.refusal", lambda python, overrides: None)
+    changes = [f"trainer.settings.python={sys.executable}"]
+    for part, numbers in (("prompts", range(4)), ("heldout", range(4, 8))):
+        rows = [f'{{"prompt": "{number}+1=", "answer": "{number + 1}"}}\n' for number in numbers]
+        (tmp_path / f"{part}.jsonl").write_text("".join(rows))
+        changes.append(f"task.{part}={tmp_path / part}.jsonl")
+    spec = read_study(EXAMPLE, changes)
+    study = resolve(spec)
+    for baseline in spec.baselines:
+        full = study.complete(baseline.configuration)
+        assert full["actor_rollout_ref.actor.entropy_coeff"] == 0.0
 
 
 def test_steps_are_parted_by_prompts() -> None:
