@@ -140,9 +140,9 @@ The {len(own)} recorded runs of tiny models on a CPU core (`benchmarks/rl_table`
 overheads of the CPU are set on the same machine. Price over measured time of a step: median {median(own):.2f}, 90 %
 between {own[len(own) // 20]:.2f} and {own[-len(own) // 20]:.2f}, typical factor {deviation(own):.2f}.
 
-A forecast that rests on prices alone therefore has a 90 % interval of about a factor of 2.5 either way. Lengths are the
-largest unknown: completions are taken to be half as long as the limit on average, prompts twice the limit and at most
-256 tokens. The first measured step corrects all of it, as do earlier studies named in `warm_start` that had the same
+A forecast that rests on prices alone therefore has a 90 % interval of about a factor of three either way. Lengths are
+the largest unknown: completions are taken to be half as long as the limit on average, prompts twice the limit and at
+most 256 tokens. The first measured step corrects all of it, as do earlier studies named in `warm_start` with the same
 trainer and GPU.
 """,
         encoding="utf-8",

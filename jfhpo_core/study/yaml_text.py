@@ -19,13 +19,13 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from jfhpo_core.errors import SpecError
 
 LARGEST_TEXT = 1_000_000
-"""Characters of a study file; the parser reads about 100,000 in a second."""
+"""Characters of a study file."""
 
 DEEPEST = 20
 """Levels of nested lists and mappings; a study has up to seven."""
 
-MOST_VALUES = 20_000
-"""Values of a study after its aliases are expanded."""
+MOST_VALUES = 10_000
+"""Values of a study, aliases expanded; as many are read in a quarter of a second."""
 
 LINE_WIDTH = 110
 
@@ -84,7 +84,7 @@ def read_yaml(text: str, source: str) -> Document:
     if len(text) > LARGEST_TEXT:
         raise SpecError(f"{source}: {len(text):,} characters are too many for a study file (limit {LARGEST_TEXT:,})")
     try:
-        _check_depth(text, source)
+        _check_size(text, source)
         yaml = _yaml()
         root = yaml.compose(text)
         _check_nodes(root, source)
@@ -117,14 +117,16 @@ def _line(node: Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def _check_depth(text: str, source: str) -> None:
-    """Reject deep nesting before the composer, which is recursive, meets it."""
+def _check_size(text: str, source: str) -> None:
+    """Reject deep nesting and masses of values before the composer, which is recursive and slow, meets them."""
     depth = 0
-    for event in _yaml().parse(text):
+    for count, event in enumerate(_yaml().parse(text)):
         depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        place = f"{source}, line {event.start_mark.line + 1}"
         if depth > DEEPEST:
-            line = event.start_mark.line + 1
-            raise SpecError(f"{source}, line {line}: more than {DEEPEST} levels of nested lists and mappings")
+            raise SpecError(f"{place}: more than {DEEPEST} levels of nested lists and mappings")
+        if count > 2 * MOST_VALUES:
+            raise SpecError(f"{place}: more than {MOST_VALUES:,} values; a study has a few dozen")
 
 
 def _check_nodes(root: Node | None, source: str) -> None:

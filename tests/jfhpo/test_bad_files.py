@@ -68,6 +68,9 @@ BAD = {
         GOOD + f"description: {'[' * 1000}{']' * 1000}\n", LAST, "", "", f"more than {DEEPEST} levels of nested",
     ),
     "alias bomb": (GOOD + bomb(9), LAST, "", f"{MOST_VALUES:,}", "remove aliases of aliases"),
+    "too many values": (
+        GOOD + f"description: [{'1, ' * 30_000}]\n", LAST, "", f"{MOST_VALUES:,}", "a study has a few dozen",
+    ),
     "lone surrogate": (GOOD + 'description: "\\ud800"\n', LAST, "description", r"\ud800", "remove it"),
     "thirty million rungs": (
         changed("horizon_prompts: 960, rungs: 5", "horizon_prompts: 960000000, rungs: 30000000"),
