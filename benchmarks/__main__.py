@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import typer
 
@@ -182,6 +182,23 @@ def inject_faults(
     injection.write(injection.load(), folder)
     if violations:
         raise typer.Exit(1)
+
+
+@app.command("cluster")
+def use_of_clusters(
+    seeds: Annotated[str, typer.Option(help="1000:1003 or 3,5.")] = "1000:1003",
+    folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
+) -> None:
+    """GPU use and waiting on pretended clusters of 8, 16 and 64 GPUs, by the scheduler and by the policy before it."""
+    from benchmarks import cluster
+
+    outcomes = []
+    for nodes in cluster.NODES:
+        for policy in get_args(cluster.Policy):
+            for seed in _seeds(seeds):
+                outcomes.append(cluster.simulate(nodes, policy, seed))
+                print(f"{outcomes[-1].gpus} GPUs, {policy}, seed {seed}: {outcomes[-1].busy:.0%} busy")
+    cluster.write(outcomes, folder)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from benchmarks.tracking_server import TrackingServer
 from jfhpo.session import OUTBOX
 from jfhpo_core.errors import JfhpoError
 from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, InlineDispatcher
+from jfhpo_core.run.scheduler import Load, Opening
 from jfhpo_core.run.search import Progress, run_search
 from jfhpo_core.store.ledger import Ledger, MemoryLedger
 from jfhpo_core.store.outbox import Outbox, waiting
@@ -154,8 +155,15 @@ class Unreliable:
     """A dispatcher that delivers twice, or again what was delivered before. See `Dispatcher`."""
 
     def __init__(self, inner: Dispatcher, ledger: Ledger, how: Disturbance) -> None:
-        self.slots = inner.slots
         self._inner, self._ledger, self._how = inner, ledger, how
+
+    def opening(self) -> Opening | None:
+        """See `Dispatcher.opening`."""
+        return self._inner.opening()
+
+    def load(self) -> Load:
+        """See `Dispatcher.load`."""
+        return self._inner.load()
 
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from jfhpo.session import StudyOutcome
 
 REFRESH_PER_SECOND = 4
+SHORTEST_WAIT_SECONDS = 1.0
 EVENTS_SHOWN = 6
 LABEL_WIDTH = 18
 ASSUMED_SHARE = 0.1
@@ -181,6 +182,7 @@ class Watch:
         self._began = time.monotonic()
         self._charged_before = 0.0
         self._charged = 0.0
+        self._devices: int | None = None
         self._forecast: Forecast | None = None
         self._timed: set[str] = set()
         self._strategy: Strategy | None = None
@@ -204,6 +206,7 @@ class Watch:
         if ended or self._forecast is None:
             self._strategy = self._strategy or load_strategy(study)
             self.quality = forecast_quality(study, rank(study, self._strategy, trials), trials)
+        self._devices = progress.load.devices
         if ended or self._forecast is None or (not self._forecast.measured and self._timed != set(progress.live)):
             self._timed = set(progress.live)
             self._forecast = forecast(study, trials, progress.live)
@@ -216,15 +219,16 @@ class Watch:
         """Wall-clock seconds since the first snapshot."""
         return time.monotonic() - self._began
 
-    def left(self, slots: int) -> CostEstimate | None:
+    def left(self) -> CostEstimate | None:
         """Wall-clock seconds that the rest should take, with the cost law's interval; None before the first snapshot.
 
-        The forecast in device-seconds times the wall-clock seconds that each has taken in this call. The first few say
-        little about that: to them as many are added as the share `ASSUMED_SHARE` of the bill takes with all slots busy.
+        The forecast in device-seconds times the wall-clock seconds that each has taken in this call, waiting for devices
+        included. The first few say little about that: to them as many are added as the share `ASSUMED_SHARE` of the
+        bill takes with all devices busy.
         """
         if self._forecast is None:
             return None
-        total, busy = self._forecast.total, self._forecast.wall(slots)
+        total, busy = self._forecast.total, self._forecast.wall(self._devices)
         if total.seconds <= 0:
             return total
         charged = self._charged - self._charged_before
@@ -283,7 +287,7 @@ class PlainDisplay:
         """See `Display.progress`."""
         news = self.watch.news(progress)
         budget = progress.study.spec.budget
-        left = self.watch.left(budget.max_parallel)
+        left = self.watch.left()
         assert left is not None
         quality = f", final score {show_quality(self.watch.quality)}" if self.watch.quality is not None else ""
         for line in news:
@@ -363,9 +367,8 @@ class LiveDisplay:
         if progress is None or self._status:
             self._spinner.update(text=Text(f" {self._status} ... {elapsed}"))
             return self._spinner
-        spec = progress.study.spec
         parts: list[RenderableType] = [
-            _facts_grid(progress, elapsed, self.watch.left(spec.budget.max_parallel), self.watch.quality),
+            _facts_grid(progress, elapsed, self.watch.left(), self.watch.quality),
             Text(),
             *_running(progress, self._trends),
             *[Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in self._events],
@@ -393,9 +396,23 @@ def _facts_grid(progress: Progress, elapsed: str, left: CostEstimate | None, qua
     grid.add_row("final score", show_quality(quality))
     tally = ", ".join(f"{states[state]} {state}" for state in SHOWN_STATES if states[state])
     grid.add_row("trials", f"{len(progress.trials)}: {tally}")
+    if progress.load.devices is not None:
+        grid.add_row("devices", _devices(progress))
     for name, item in standings(progress.study, progress.trials):
         grid.add_row(name, item.sentence())
     return grid
+
+
+def _devices(progress: Progress) -> str:
+    """How many are busy, and who waits for some: '5 of 8 busy; #12 waits for 8 (large), about 4 min to go'."""
+    load, study = progress.load, progress.study
+    parts = [f"{load.busy} of {load.devices} busy"]
+    for trial in progress.trials:
+        if trial.key in load.waiting:
+            seconds = load.waiting[trial.key]
+            soon = f", about {duration(seconds)} to go" if math.isfinite(seconds) else ""
+            parts.append(f"#{trial.number} waits for {study.ladder[trial.model].devices} ({trial.model}){soon}")
+    return "; ".join(parts)
 
 
 def _running(progress: Progress, trends: dict[str, deque[StepRecord]]) -> list[RenderableType]:
@@ -414,7 +431,7 @@ def _running(progress: Progress, trends: dict[str, deque[StepRecord]]) -> list[R
             f"#{trial.number}",
             trial.model,
             f"{step}/{trial.open_segment.stop_step}",
-            f"{record.reward:.3f}" if record else "starting",
+            f"{record.reward:.3f}" if record else "waiting" if trial.key in progress.load.waiting else "starting",
             f"{record.kl:.3f}" if record and record.kl is not None else "",
             trend(seen.reward for seen in trends.get(trial.key, ())),
             trial.label or trial.open_segment.suggestion.source,
@@ -512,6 +529,11 @@ def result_view(result: SearchResult) -> Group:
         "search spent",
         f"{duration(result.spent_seconds)} of {duration(budget.device_seconds)}{budget.in_money(result.spent_seconds)}",
     )
+    waits = [(part.waiting_seconds, trial.number) for trial in result.trials for part in trial.segments]
+    if waits and max(waits)[0] >= SHORTEST_WAIT_SECONDS:
+        longest, number = max(waits)
+        total = duration(sum(seconds for seconds, _ in waits))
+        facts.add_row("waited for devices", f"{total} in all, the longest {duration(longest)} (#{number})")
     parts += [Text(), facts]
     parts += [Text(f"Note: {note}", style="dim") for note in caveats(result)]
     return Group(*parts)
@@ -528,14 +550,13 @@ def next_steps(outcome: StudyOutcome) -> dict[str, str]:
 
 def outlook_view(study: Study, bills: Forecast, quality: Quality | None) -> Table:
     """What is left to spend, how long it takes, and what score it should end with."""
-    slots = study.spec.budget.max_parallel
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_row("cost left", f"{paid_bill(bills.total, study.spec.budget)} of device time")
     grid.add_row(
         "time left",
-        f"{bill(bills.wall(slots))} of wall-clock time with {slots} trial(s) in parallel, start-up and the optimizer's "
-        "own time not included",
+        f"{bill(bills.wall())} of wall-clock time with {in_parallel(bills)}, start-up and the optimizer's own time not "
+        "included",
     )
     grid.add_row("final score", show_quality(quality))
     if quality is not None:
@@ -549,6 +570,13 @@ def outlook_view(study: Study, bills: Forecast, quality: Quality | None) -> Tabl
             ),
         )
     return grid
+
+
+def in_parallel(bills: Forecast) -> str:
+    """How much of a study is trained at the same time: '8 devices', 'at most 2 trial(s) on 8 devices'."""
+    if bills.slots is None:
+        return f"{bills.devices} devices"
+    return f"at most {bills.slots} trial(s)" + (f" on {bills.devices} devices" if bills.devices is not None else "")
 
 
 def plan_view(
@@ -576,7 +604,7 @@ def plan_view(
     grid.add_row("full length", f"{spec.fidelity.horizon_prompts} prompts")
     grid.add_row("rungs", ", ".join(str(level) for level in spec.fidelity.levels))
     grid.add_row("stopping", ", ".join(rule.name for rule in build_rules(spec.stopping)))
-    grid.add_row("in parallel", f"{spec.budget.max_parallel} trial(s)")
+    grid.add_row("in parallel", in_parallel(bills))
     parts: list[RenderableType] = [Text(f"Study {spec.study} is usable."), models, grid]
     parts += [_forecast_table(bills, spec.budget), outlook_view(study, bills, quality)]
     if more is not None:

@@ -18,6 +18,7 @@ from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
 from jfhpo_core.run.dispatch import Dispatcher, InlineDispatcher
 from jfhpo_core.run.preflight import refuse_unusable, trains_models
+from jfhpo_core.run.scheduler import POOL
 from jfhpo_core.run.search import Phase, Progress, SearchResult, conclude, patience, plan_next, rank, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.ledger import Ledger
@@ -293,12 +294,11 @@ def _shown(ledger: MlflowLedger, *, complete: bool = False) -> Iterator[None]:
 
 def _start_dispatcher(spec: StudySpec) -> Dispatcher:
     """The study's dispatcher. Ray comes up in the background, while this process imports what it needs itself."""
-    slots = spec.budget.max_parallel
     if spec.cluster.address == INLINE:
-        return InlineDispatcher(slots)
+        return InlineDispatcher(spec.slots, nodes={POOL: spec.cluster.devices} if spec.cluster.devices else None)
     from jfhpo_core.run.ray_dispatch import RayDispatcher
 
-    return RayDispatcher(spec.cluster, slots, trainer=spec.trainer.name)
+    return RayDispatcher(spec.cluster, spec.slots, trainer=spec.trainer.name)
 
 
 def _write_report(study: Study, ledger: MlflowLedger, result: SearchResult) -> Path:

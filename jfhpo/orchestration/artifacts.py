@@ -165,7 +165,7 @@ def result_rows(result: SearchResult) -> list[dict[str, Any]]:
 
 def _progress_page(progress: Progress, watch: Watch) -> str:
     spec = progress.study.spec
-    left = watch.left(spec.budget.max_parallel)
+    left = watch.left()
     spent, budget = progress.spent_seconds, spec.budget
     lines = [
         f"# {spec.study}: {progress.phase}",

@@ -150,11 +150,15 @@ def _final_state(outcome: StudyOutcome) -> State[None]:
 @contextmanager
 def _devices(spec: StudySpec) -> Iterator[None]:
     """Hold as many slots of the limit `DEVICES` as the study uses devices at the same time."""
-    largest = max(model.devices for model in resolve(spec).ladder.models)
-    count = 1 if spec.cluster.address == INLINE else spec.budget.max_parallel * largest
-    if not _limit_exists(DEVICES):
+    limit = _limit(DEVICES)
+    if limit is None:
         yield
         return
+    largest = max(model.devices for model in resolve(spec).ladder.models)
+    if spec.cluster.address == INLINE:
+        count = 1
+    else:
+        count = spec.cluster.devices or (limit if spec.slots is None else spec.slots * largest)
     get_run_logger().info("waiting for %d slots of the concurrency limit %s", count, DEVICES)
     slots = concurrency(DEVICES, occupy=count, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
     with ExitStack() as held:
@@ -165,13 +169,13 @@ def _devices(spec: StudySpec) -> Iterator[None]:
             give_back(held)
 
 
-def _limit_exists(name: str) -> bool:
+def _limit(name: str) -> int | None:
+    """Slots of a concurrency limit; None if there is none of that name."""
     with get_client(sync_client=True) as client:
         try:
-            client.read_global_concurrency_limit_by_name(name)
+            return client.read_global_concurrency_limit_by_name(name).limit
         except ObjectNotFound:
-            return False
-    return True
+            return None
 
 
 class Gate:

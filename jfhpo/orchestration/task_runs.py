@@ -16,6 +16,7 @@ from prefect.logging import get_run_logger
 
 from jfhpo.display import describe_end
 from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, Suspended
+from jfhpo_core.run.scheduler import Load, Opening
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.trial import Outcome, StepRecord, Trial
 from jfhpo_core.trainers import Job
@@ -54,11 +55,18 @@ class TaskRuns:
     """
 
     def __init__(self, inner: Dispatcher, ledger: Ledger, gate: Callable[[Job, Trial], None] = lambda *_: None) -> None:
-        self.slots = inner.slots
         self._inner = inner
         self._ledger = ledger
         self._gate = gate
         self._runs: dict[str, _TaskRun] = {}
+
+    def opening(self) -> Opening | None:
+        """See `Dispatcher.opening`."""
+        return self._inner.opening()
+
+    def load(self) -> Load:
+        """See `Dispatcher.load`."""
+        return self._inner.load()
 
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`."""

@@ -72,12 +72,16 @@ class Forecast:
         full_runs: A full-length run of a typical configuration, by model, small to large.
         measured: Whether any segment of this study has been timed; else the figures are a prior's.
         basis: What the figures rest on, a sentence.
+        slots: Trials that may run at the same time; None: as many as there are devices for.
+        devices: Devices that the study may use at a time; None: they are not counted.
     """
 
     items: tuple[Item, ...]
     full_runs: dict[str, CostEstimate]
     measured: bool
     basis: str
+    slots: int | None
+    devices: int | None
 
     @property
     def full_trial(self) -> CostEstimate:
@@ -89,9 +93,20 @@ class Forecast:
         """The whole bill."""
         return _sum(item.cost for item in self.items)
 
-    def wall(self, slots: int) -> CostEstimate:
-        """Wall-clock seconds of the whole bill if all slots are busy; start-up and suggestions not included."""
-        return _sum(scaled(item.cost, 1 / (slots * item.devices)) for item in self.items)
+    def wall(self, devices: int | None = None) -> CostEstimate:
+        """Wall-clock seconds of the whole bill; start-up and suggestions not included.
+
+        Args:
+            devices: That there really are; None: `devices` of the forecast.
+        """
+        return _sum(scaled(item.cost, 1 / self._busy(item, devices or self.devices)) for item in self.items)
+
+    def _busy(self, item: Item, devices: int | None) -> float:
+        """Devices that are busy with an item, on average."""
+        limits = [] if self.slots is None else [self.slots]
+        if devices is not None:
+            limits.append(max(1, int(devices / item.devices)))
+        return min(limits) * item.devices
 
 
 @dataclass(frozen=True)
@@ -171,7 +186,10 @@ def forecast(study: Study, trials: Sequence[Trial], live: Mapping[str, StepRecor
         items.append(
             Item("random search", "for comparison, at the search's cost", CostEstimate(left, left, left), devices)
         )
-    return Forecast(tuple(items), runs, any(trial.segments for trial in trials), _basis(study, trials, costs))
+    # Where only the cluster will tell how many devices there are, at least the largest model has to fit.
+    counted = spec.cluster.devices or (max(m.devices for m in study.ladder.models) if spec.slots is None else None)
+    timed = any(trial.segments for trial in trials)
+    return Forecast(tuple(items), runs, timed, _basis(study, trials, costs), spec.slots, counted)
 
 
 def _spendable(seconds: float, full: CostEstimate, *, over: bool) -> float:

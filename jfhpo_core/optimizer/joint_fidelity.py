@@ -39,6 +39,7 @@ from jfhpo_core.optimizer.observations import (
     verdicts,
 )
 from jfhpo_core.optimizer.strategy import (
+    Admits,
     Count,
     Positive,
     Proposal,
@@ -197,14 +198,21 @@ class JointFidelity:
     target_share: Share = 0.5
     patience_seconds: float = 60.0
 
-    @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]  # on small matrices threads wait for each other
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
+        proposal: Proposal | None = self.suggest_among(study, trials, remaining_seconds, seed, lambda *_: True)
+        return proposal
+
+    @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]  # on small matrices threads wait for each other
+    def suggest_among(
+        self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int, admits: Admits
+    ) -> Proposal | None:
+        """See `Selective.suggest_among`."""
         began = time.monotonic()
         costs = CostModel.fit(study, trials)
         initial = self._initial(study, trials, costs)
         if initial is not None:
-            return initial
+            return initial if admits(initial.model, initial.suggestion.expected_cost_seconds or 0.0) else None
         try:
             beliefs = Beliefs.form(study, trials)
         except NUMERICAL_ERRORS as error:
@@ -217,6 +225,7 @@ class JointFidelity:
         # What might not fit is not begun: it would be paid with what is held back to finish the best.
         estimates = [(item, self._estimate(costs, item)) for item in candidates]
         priced = [(item, estimate.seconds) for item, estimate in estimates if estimate.high <= remaining_seconds]
+        priced = [(item, cost) for item, cost in priced if admits(item.model, cost)]
         if not priced:
             return None
         share = self._wanted_share(beliefs)

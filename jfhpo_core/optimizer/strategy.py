@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, ClassVar, Protocol, runtime_checkable
 
@@ -90,6 +90,21 @@ class Checked(Protocol):
         Raises:
             SpecError: The strategy cannot work on this study.
         """
+        ...
+
+
+Admits = Callable[[str, float], bool]
+"""Whether a segment may be trained now: name of its model, expected device-seconds."""
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A strategy that can choose among what fits on the free devices; others are asked again until theirs fits."""
+
+    def suggest_among(
+        self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int, admits: Admits
+    ) -> Proposal | None:
+        """As `Strategy.suggest`, among the segments that `admits` lets pass; None if it wants none of them."""
         ...
 
 

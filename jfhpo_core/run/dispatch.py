@@ -6,12 +6,15 @@ The Ray dispatcher lives in `jfhpo_core.run.ray_dispatch`, the only module that 
 from __future__ import annotations
 
 import heapq
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from jfhpo_core.errors import SpecError
 from jfhpo_core.run.parts import Paused
+from jfhpo_core.run.scheduler import Load, Opening, Request, Scheduler
 from jfhpo_core.run.worker import run_job
 from jfhpo_core.study.trial import SegmentResult, StepRecord
 from jfhpo_core.trainers import Job, Trainer, load_trainer
@@ -27,11 +30,17 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Finished:
-    """A job is over; `records` holds all step records of its segment."""
+    """A job is over.
+
+    Attributes:
+        records: All step records of its segment.
+        waiting_seconds: Time from its submission until it had its devices.
+    """
 
     key: str
     result: SegmentResult
     records: tuple[StepRecord, ...]
+    waiting_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -46,16 +55,21 @@ Event = Streamed | Finished | Suspended
 
 
 class Dispatcher(Protocol):
-    """Runs jobs, several at a time.
+    """Runs jobs, several at a time, each as soon as its devices are free; see `jfhpo_core.run.scheduler`.
 
     Infrastructure failures are retried by the dispatcher; a job that fails too often finishes with outcome 'lost'.
     """
 
-    slots: int
-    """How many jobs run at the same time."""
+    def opening(self) -> Opening | None:
+        """What one more job may be; None if there is no room for any."""
+        ...
+
+    def load(self) -> Load:
+        """How busy the devices are, and which trials wait for some."""
+        ...
 
     def submit(self, job: Job) -> None:
-        """Start a job; its trial must not have another one running."""
+        """Start a job, or let it wait for its devices; its trial must not have another one running."""
         ...
 
     def wait(self, timeout_seconds: float) -> list[Event]:
@@ -75,12 +89,35 @@ class Dispatcher(Protocol):
         ...
 
 
+def request(job: Job) -> Request[str]:
+    """What a job asks of the scheduler, by its trial's key."""
+    expected = job.segment.suggestion.expected_cost_seconds
+    return Request(job.trial_key, job.devices, math.inf if expected is None else expected / job.devices)
+
+
+def too_large(job: Job, largest: int) -> SpecError:
+    """What to say of a job that no node can hold."""
+    return SpecError(
+        f"family: a trial of model {job.model!r} needs {job.devices} devices, and the largest node has {largest}; "
+        "lower the model's `devices`, or, where the cluster grows on demand or the trainer spreads a trial over nodes, "
+        "give `cluster.devices` (how many the study may use at a time)"
+    )
+
+
 @dataclass(order=True)
 class _Completed:
     at: float
     order: int
     event: Finished | Suspended = field(compare=False)
     records: tuple[StepRecord, ...] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    at: float
+    seconds: float
+    event: Finished | Suspended
+    records: tuple[StepRecord, ...]
 
 
 class InlineDispatcher:
@@ -90,23 +127,43 @@ class InlineDispatcher:
     order of events is that of a real one.
 
     Args:
-        slots: Simulated parallel workers.
+        slots: Simulated jobs that run at the same time; None: as many as the nodes have devices for.
         on_submit: For tests: called with every job before it runs.
         trainer: Runs the jobs; None: the one that their study names.
+        nodes: Devices of each simulated node; None: devices are not counted.
     """
 
     def __init__(
-        self, slots: int = 1, on_submit: Callable[[Job], None] | None = None, trainer: Trainer | None = None
+        self,
+        slots: int | None = 1,
+        on_submit: Callable[[Job], None] | None = None,
+        trainer: Trainer | None = None,
+        nodes: Mapping[str, int] | None = None,
     ) -> None:
-        self.slots = slots
+        self._scheduler: Scheduler[str] = Scheduler(nodes, slots)
         self._trainer = trainer
         self._clock = 0.0
         self._order = 0
+        self._submitted: dict[str, _Submitted] = {}
         self._running: list[_Completed] = []
         self._on_submit = on_submit
 
+    def opening(self) -> Opening | None:
+        """See `Dispatcher.opening`."""
+        return self._scheduler.opening(self._clock)
+
+    def load(self) -> Load:
+        """See `Dispatcher.load`."""
+        return Load(self._scheduler.busy, self._scheduler.devices, self._scheduler.waiting(self._clock))
+
     def submit(self, job: Job) -> None:
-        """See `Dispatcher.submit`."""
+        """See `Dispatcher.submit`.
+
+        Raises:
+            SpecError: No node has as many devices.
+        """
+        if job.devices > self._scheduler.largest:
+            raise too_large(job, self._scheduler.largest)
         if self._on_submit is not None:
             self._on_submit(job)
         records: list[StepRecord] = []
@@ -119,8 +176,9 @@ class InlineDispatcher:
         else:
             seconds, event = result.seconds, Finished(job.trial_key, result, tuple(records))
         seconds = max(seconds, 0.0) or time.perf_counter() - began
-        self._order += 1
-        heapq.heappush(self._running, _Completed(self._clock + seconds, self._order, event, tuple(records)))
+        self._submitted[job.trial_key] = _Submitted(self._clock, seconds, event, tuple(records))
+        self._scheduler.submit(request(job))
+        self._start()
 
     def wait(self, timeout_seconds: float) -> list[Event]:
         """See `Dispatcher.wait`; moves the clock to the next completion."""
@@ -128,6 +186,8 @@ class InlineDispatcher:
             return []
         completed = heapq.heappop(self._running)
         self._clock = max(self._clock, completed.at)
+        self._scheduler.finish(completed.event.key)
+        self._start()
         return [Streamed(completed.event.key, completed.records), completed.event]
 
     def now(self) -> float:
@@ -138,7 +198,21 @@ class InlineDispatcher:
         """See `Dispatcher.cancel`."""
         self._running = [completed for completed in self._running if completed.event.key != key]
         heapq.heapify(self._running)
+        self._submitted.pop(key, None)
+        self._scheduler.finish(key)
+        self._start()
 
     def close(self) -> None:
         """See `Dispatcher.close`."""
         self._running.clear()
+        self._submitted.clear()
+
+    def _start(self) -> None:
+        """Let run what the scheduler lets start."""
+        for key, _ in self._scheduler.start(self._clock):
+            job = self._submitted.pop(key)
+            self._order += 1
+            event = job.event
+            if isinstance(event, Finished):
+                event = replace(event, waiting_seconds=self._clock - job.at)
+            heapq.heappush(self._running, _Completed(self._clock + job.seconds, self._order, event, job.records))

@@ -255,7 +255,9 @@ def _disk(study: Study) -> Finding:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     one = CHECKPOINT_BYTES * study.ladder.target.parameters
-    needed = CHECKPOINTS_PER_TRIAL * (study.spec.budget.max_parallel + study.spec.budget.top_k) * one
+    target = study.ladder.target.devices
+    at_once = study.spec.slots or max(1, (study.spec.cluster.devices or target) // target)
+    needed = CHECKPOINTS_PER_TRIAL * (at_once + study.spec.budget.top_k) * one
     text = (
         f"about {one / GIB:.3g} GiB for a checkpoint of the target, {needed / GIB:.3g} GiB for those in use at a time "
         f"(paused trials come on top); {free / GIB:.3g} GiB are free at {folder}"

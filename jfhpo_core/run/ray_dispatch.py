@@ -1,9 +1,11 @@
 """Running jobs on Ray: a private instance on this machine, or a cluster. The only module that imports ray.
 
-Workers are Ray actors that stay warm from job to job, so that imports are paid once. One thread per running job follows
-it from the driver: it takes a worker, passes the step records on as they stream in, watches for silence, and starts
-again on a fresh worker after an infrastructure failure. No worker outlives the driver: a private instance dies with the
-process that started it (also by SIGKILL), and a cluster ends the actors of a driver that is gone.
+Workers are Ray actors that stay warm from job to job, so that imports are paid once. When a job gets its devices, and
+on which node, is decided here (`jfhpo_core.run.scheduler`): Ray would let small jobs overtake a large one without end.
+One thread per job follows it from the driver: it waits for its turn, takes a worker, passes the step records on as they
+stream in, watches for silence, and starts again on a fresh worker after an infrastructure failure. No worker outlives
+the driver: a private instance dies with the process that started it (also by SIGKILL), and a cluster ends the actors of
+a driver that is gone.
 
 On a cluster every node needs jfhpo of the same version, and the study's workspace, prompts and reward file under the
 same paths (a shared file system). `ray://` addresses (Ray Client) cannot stream and are refused.
@@ -28,14 +30,15 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jfhpo_core.errors import InfrastructureError, SpecError
-from jfhpo_core.run.dispatch import Event, Finished, Streamed, Suspended
+from jfhpo_core.run.dispatch import Event, Finished, Streamed, Suspended, request, too_large
 from jfhpo_core.run.parts import Paused
+from jfhpo_core.run.scheduler import POOL, Load, Opening, Request, Scheduler
 from jfhpo_core.run.worker import Cancelled, run_job
-from jfhpo_core.study.spec import ClusterSpec
+from jfhpo_core.study.spec import DEFAULT_PARALLEL, ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome, SegmentResult, StepRecord
 from jfhpo_core.trainers import Job, load_trainer
 from jfhpo_core.watchdog import Silence
@@ -67,6 +70,9 @@ MESSAGE_CHARACTERS = 400
 """Of an error are kept; Ray's can fill pages."""
 
 POLL_SECONDS = 0.2
+
+NODES_SECONDS = 10.0
+"""How often Ray is asked whether nodes have come or gone."""
 
 logger = logging.getLogger(__name__)
 
@@ -131,11 +137,32 @@ class _WorkerProcess:
 
 @dataclass(eq=False)
 class _Worker:
-    """An actor; `ready` once it has had its resources and its imports."""
+    """An actor on a node; `ready` once it has had its resources and its imports."""
 
     actor: Any
     devices: int
+    node: str
     ready: bool = False
+
+
+@dataclass(eq=False)
+class _Ticket:
+    """A submitted job.
+
+    Attributes:
+        thread: Follows it.
+        cancelled: Set once the driver has withdrawn it.
+        granted: Set once its devices are free, on `node`.
+        submitted: When it was submitted, in monotonic seconds; `waited`: how long it then had to wait.
+    """
+
+    job: Job
+    thread: threading.Thread = field(init=False)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    granted: threading.Event = field(default_factory=threading.Event)
+    node: str = POOL
+    submitted: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
 
 
 def _silence(job: Job) -> Silence:
@@ -153,7 +180,7 @@ class RayDispatcher:
     start, the next `wait` raises.
 
     A private instance listens on the loopback interface only and demands a random token. Its CPUs are not counted:
-    `slots` alone bounds how many trials run, also on a machine with fewer cores. Each worker uses
+    `slots` alone bounds how many trials run without GPUs, also on a machine with fewer cores. Each worker uses
     `cpus_per_device` x devices threads.
 
     What becomes of a job whose attempts all fail: infeasible if each of them hung (`hung`) or was killed by Ray for
@@ -161,41 +188,64 @@ class RayDispatcher:
 
     Args:
         cluster: Where to run, what a device is, how often to try again.
-        slots: How many jobs run at the same time.
-        trainer: Start all workers at once and have them import this trainer; None starts them with the first jobs.
+        slots: How many jobs run at the same time; None: as many as the cluster has devices for, and 2 where devices are
+            not counted.
+        trainer: Without GPUs, start all workers at once and have them import this trainer; None starts them with the
+            first jobs.
 
     Raises:
         SpecError: The address cannot be used.
     """
 
-    def __init__(self, cluster: ClusterSpec, slots: int, trainer: str | None = None) -> None:
-        self.slots = slots
+    def __init__(self, cluster: ClusterSpec, slots: int | None, trainer: str | None = None) -> None:
         self._cluster = cluster
         self._address = (os.environ.get("RAY_ADDRESS") or "local") if cluster.address == "auto" else cluster.address
         _check_address(self._address)
         self._ray = _import_ray(private=self._address == "local")
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self._fatal: BaseException | None = None
-        self._free_slots = threading.Semaphore(slots)
-        self._jobs: dict[str, tuple[threading.Thread, threading.Event]] = {}
+        self._told_nodes = cluster.devices is None and cluster.gpus_per_device > 0
+        if self._told_nodes:
+            nodes: dict[str, int] | None = {}  # until Ray has told what there is
+        else:
+            nodes = None if cluster.devices is None else {POOL: cluster.devices}
+            slots = DEFAULT_PARALLEL if nodes is None and slots is None else slots
+        self._scheduler: Scheduler[_Ticket] = Scheduler(nodes, slots)
+        self._tickets: dict[str, _Ticket] = {}
         self._lock = threading.Lock()
         self._idle: list[_Worker] = []
         self._placing: list[_Worker] = []
         self._started = threading.Event()
         self._closing = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, args=(trainer,), name="ray-keeper", daemon=True)
+        warm = slots if nodes is None and trainer is not None else 0
+        self._keeper = threading.Thread(target=self._keep, args=(trainer, warm), name="ray-keeper", daemon=True)
         self._keeper.start()
+
+    def opening(self) -> Opening | None:
+        """See `Dispatcher.opening`."""
+        with self._lock:
+            return self._scheduler.opening(time.monotonic())
+
+    def load(self) -> Load:
+        """See `Dispatcher.load`."""
+        with self._lock:
+            waiting = self._scheduler.waiting(time.monotonic())
+            seconds = {ticket.job.trial_key: left for ticket, left in waiting.items()}
+            return Load(self._scheduler.busy, self._scheduler.devices, seconds)
 
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`."""
-        cancelled = threading.Event()
         # A cancelled job of the same trial may still be ending, and a trial has one writer.
-        previous, _ = self._jobs.get(job.trial_key, (None, None))
-        thread = threading.Thread(
-            target=self._attend, args=(job, cancelled, previous), name=f"trial-{job.trial_key}", daemon=True
+        previous, ticket = self._tickets.get(job.trial_key), _Ticket(job)
+        ticket.thread = threading.Thread(
+            target=self._attend, args=(ticket, previous), name=f"trial-{job.trial_key}", daemon=True
         )
-        self._jobs[job.trial_key] = (thread, cancelled)
-        thread.start()
+        self._tickets[job.trial_key] = ticket
+        wanted = request(job)
+        with self._lock:
+            self._scheduler.submit(Request(ticket, wanted.devices, wanted.seconds))
+            self._start()
+        ticket.thread.start()
 
     def wait(self, timeout_seconds: float) -> list[Event]:
         """See `Dispatcher.wait`.
@@ -223,68 +273,113 @@ class RayDispatcher:
 
     def cancel(self, key: str) -> None:
         """See `Dispatcher.cancel`."""
-        if key in self._jobs:
-            self._jobs[key][1].set()
+        if key in self._tickets:
+            self._tickets[key].cancelled.set()
 
     def close(self) -> None:
         """See `Dispatcher.close`."""
-        running = list(self._jobs.values())
-        for _, cancelled in running:
-            cancelled.set()
-        for thread, _ in running:
-            thread.join()
+        running = list(self._tickets.values())
+        for ticket in running:
+            ticket.cancelled.set()
+        for ticket in running:
+            ticket.thread.join()
         self._closing.set()
         self._keeper.join()
 
-    def _keep(self, trainer: str | None) -> None:
+    def _keep(self, trainer: str | None, warm: int) -> None:
         """Hold Ray from start to end. The kernel ends a private instance together with the thread that started it."""
         ray = self._ray
         owned = not ray.is_initialized()
         try:
             if owned:
                 _start(ray, self._address)
-            if trainer is not None:
-                self._idle += [self._start_worker(trainer, devices=1) for _ in range(self.slots)]
+            self._look_at_nodes()
+            self._idle += [self._start_worker(str(trainer), 1, POOL) for _ in range(warm)]
         except BaseException as error:  # noqa: BLE001  whatever it is, the driver must hear of it
             message = f"Ray did not start (cluster.address {self._address!r}): {_last_line(error)}"
             remedy = "try again, or run without Ray by `cluster: {address: inline}`"
             self._events.put(InfrastructureError(f"{message}; {remedy}"))
         else:
             self._started.set()
-            self._closing.wait()
+            while not self._closing.wait(NODES_SECONDS):
+                self._look_at_nodes()
             for worker in self._idle:
                 self._kill(worker)
         if owned:
             ray.shutdown()
 
-    def _attend(self, job: Job, cancelled: threading.Event, previous: threading.Thread | None) -> None:
+    def _look_at_nodes(self) -> None:
+        """Tell the scheduler how many devices each node has, if Ray is to say so."""
+        if not self._told_nodes:
+            return
+        try:
+            nodes = self._ray.nodes()
+        except self._ray.exceptions.RayError as error:
+            logger.warning("Ray does not say which nodes it has: %s", _last_line(error))
+            return
+        share = self._cluster.gpus_per_device
+        devices = {node["NodeID"]: int(node["Resources"].get("GPU", 0) / share) for node in nodes if node["Alive"]}
+        with self._lock:
+            self._scheduler.resize(devices)
+            self._start()
+
+    def _start(self) -> None:
+        """Let run what the scheduler lets start; the lock is held."""
+        now = time.monotonic()
+        for ticket, node in self._scheduler.start(now):
+            ticket.node, ticket.waited = node, now - ticket.submitted
+            ticket.granted.set()
+
+    def _attend(self, ticket: _Ticket, previous: _Ticket | None) -> None:
         """Follow a job to its end; runs in a thread of its own."""
         try:
             if previous is not None:
-                previous.join()
-            _acquire(self._free_slots, cancelled)
-            try:
-                event = self._finish(job, cancelled)
-                self._forget(job)
-                self._events.put(event)
-            finally:
-                self._free_slots.release()
+                previous.thread.join()
+            self._await_turn(ticket)
+            event = self._finish(ticket)
+            if isinstance(event, Finished):
+                event = replace(event, waiting_seconds=ticket.waited)
+            self._forget(ticket)
+            self._events.put(event)
         except Cancelled:
-            self._forget(job)
+            self._forget(ticket)
         except BaseException as error:  # noqa: BLE001  a thread's exception would vanish; the driver raises it
             self._events.put(error)
 
-    def _forget(self, job: Job) -> None:
-        """Strike a job off the list, unless its trial has been submitted again meanwhile."""
-        thread, _ = self._jobs[job.trial_key]
-        if thread is threading.current_thread():
-            del self._jobs[job.trial_key]
+    def _await_turn(self, ticket: _Ticket) -> None:
+        """Wait until a job has its devices.
 
-    def _finish(self, job: Job, cancelled: threading.Event) -> Finished | Suspended:
+        Raises:
+            Cancelled: The driver withdrew the job.
+            SpecError: No node will ever have as many devices.
+        """
+        job, notice = ticket.job, time.monotonic() + PLACEMENT_NOTICE_SECONDS
+        while not ticket.granted.wait(POLL_SECONDS):
+            if ticket.cancelled.is_set():
+                raise Cancelled(job.trial_key)
+            with self._lock:
+                largest, load = self._scheduler.largest, self._scheduler.busy
+            if self._started.is_set() and job.devices > largest:
+                self._check_machine(job)
+                raise too_large(job, largest)
+            if time.monotonic() > notice:
+                notice += PLACEMENT_NOTICE_SECONDS
+                logger.info("trial %s waits for %d devices; %d are busy", job.trial_key, job.devices, load)
+
+    def _forget(self, ticket: _Ticket) -> None:
+        """Give a job's devices back, and strike it off the list unless its trial has been submitted again meanwhile."""
+        with self._lock:
+            self._scheduler.finish(ticket)
+            self._start()
+        if self._tickets[ticket.job.trial_key] is ticket:
+            del self._tickets[ticket.job.trial_key]
+
+    def _finish(self, ticket: _Ticket) -> Finished | Suspended:
+        job = ticket.job
         losses: list[_Loss] = []
         while True:
             records: list[StepRecord] = []
-            outcome, seconds = self._attempt(job, records, cancelled)
+            outcome, seconds = self._attempt(ticket, records)
             if isinstance(outcome, Suspended):
                 return outcome
             if isinstance(outcome, SegmentResult):
@@ -297,9 +392,7 @@ class RayDispatcher:
             if len(losses) > self._cluster.segment_retries:
                 return _give_up(job, losses, records, seconds)
 
-    def _attempt(
-        self, job: Job, records: list[StepRecord], cancelled: threading.Event
-    ) -> tuple[SegmentResult | Suspended | _Loss, float]:
+    def _attempt(self, ticket: _Ticket, records: list[StepRecord]) -> tuple[SegmentResult | Suspended | _Loss, float]:
         """Run a job once, on one worker, which survives only if the job ended in good order.
 
         Returns:
@@ -308,15 +401,18 @@ class RayDispatcher:
         Raises:
             Cancelled: The driver withdrew the job.
         """
-        outcome = _Loss("the worker ended without a result")
+        job, outcome = ticket.job, _Loss("the worker ended without a result")
         worker: _Worker | None = None
         began: float | None = None
+        first: float | None = None
         try:
-            worker = self._take(job, cancelled)
+            worker = self._take(ticket)
             began = time.monotonic()
-            for item in self._stream(job, worker, cancelled):
+            for item in self._stream(job, worker, ticket.cancelled):
                 if isinstance(item, StepRecord):
                     records.append(item)
+                    first = time.monotonic() if first is None else first
+                    self._expect(ticket, records, first)
                     self._events.put(Streamed(job.trial_key, (item,)))
                 elif isinstance(item, SegmentResult | Suspended):
                     self._release(worker)
@@ -334,6 +430,15 @@ class RayDispatcher:
             if worker is not None:
                 self._kill(worker)
         return outcome, 0.0 if began is None else time.monotonic() - began
+
+    def _expect(self, ticket: _Ticket, records: list[StepRecord], first: float) -> None:
+        """Tell the scheduler when a job should end, by the pace of its steps since the `first` was heard of."""
+        done = records[-1].step - records[0].step
+        if done > 0:
+            now = time.monotonic()
+            left = (ticket.job.segment.stop_step - records[-1].step) * (now - first) / done
+            with self._lock:
+                self._scheduler.expect(ticket, now + left)
 
     def _stream(
         self, job: Job, worker: _Worker, cancelled: threading.Event
@@ -368,24 +473,23 @@ class RayDispatcher:
             if not cancelled.is_set():
                 yield item
 
-    def _take(self, job: Job, cancelled: threading.Event) -> _Worker:
+    def _take(self, ticket: _Ticket) -> _Worker:
         """A worker that is ready for a job: an idle one, or a fresh one, whichever comes first.
 
-        There may be more slots than the cluster has resources for; a worker without them goes on waiting among the idle
-        ones, and its job takes the next one that is free.
+        There may be more slots than the cluster has resources for where devices are not counted; a worker without them
+        goes on waiting among the idle ones, and its job takes the next one that is free.
         """
+        job, cancelled, node = ticket.job, ticket.cancelled, ticket.node
         while not self._started.wait(POLL_SECONDS):
             if cancelled.is_set():
                 raise Cancelled(job.trial_key)
         while True:
             with self._lock:
-                worker = self._idle_worker(job.devices) or self._idle_worker(job.devices, ready=False)
+                worker = self._idle_worker(job.devices, node) or self._idle_worker(job.devices, node, ready=False)
                 fresh = worker is None
                 if worker is None:
-                    # Idle workers of other shapes may hold the very resources that this one needs.
-                    while self._idle:
-                        self._kill(self._idle.pop())
-                    worker = self._start_worker(job.study.trainer.name, job.devices)
+                    self._make_room(node)
+                    worker = self._start_worker(job.study.trainer.name, job.devices, node)
                 else:
                     self._idle.remove(worker)
                 self._placing.append(worker)
@@ -404,9 +508,22 @@ class RayDispatcher:
                 with self._lock:
                     self._placing.remove(worker)
 
-    def _idle_worker(self, devices: int, *, ready: bool = True) -> _Worker | None:
-        """An idle worker of a shape that is ready, or is not yet."""
-        return next((item for item in self._idle if item.devices == devices and item.ready is ready), None)
+    def _make_room(self, node: str) -> None:
+        """End idle workers that hold devices which a job on their node has been granted; the lock is held.
+
+        Where devices are not counted, any of them may hold what is needed.
+        """
+        free = self._scheduler.free(node)
+        for worker in [item for item in self._idle if item.node == node]:
+            if free is not None and sum(item.devices for item in self._idle if item.node == node) <= free:
+                return
+            self._idle.remove(worker)
+            self._kill(worker)
+
+    def _idle_worker(self, devices: int, node: str, *, ready: bool = True) -> _Worker | None:
+        """An idle worker of a shape, on a node, that is ready, or is not yet."""
+        wanted = (devices, node, ready)
+        return next((item for item in self._idle if (item.devices, item.node, item.ready) == wanted), None)
 
     def _await(self, worker: _Worker, job: Job, cancelled: threading.Event) -> None:
         """Wait until a worker has its resources and its imports, or another one of its shape is free.
@@ -417,19 +534,14 @@ class RayDispatcher:
             Cancelled: The driver withdrew the job.
         """
         ray = self._ray
-        gpus = self._resources(worker.devices)["num_gpus"]
-        if self._address == "local" and gpus > (there := ray.cluster_resources().get("GPU", 0.0)):
-            raise SpecError(
-                f"cluster.gpus_per_device: a trial of model {job.model!r} needs {gpus:g} GPUs and this machine has "
-                f"{there:g}; lower it (0 trains on CPUs), or give the address of a cluster"
-            )
+        self._check_machine(job)
         ready = worker.actor.ready.remote()
         notice = time.monotonic() + PLACEMENT_NOTICE_SECONDS
         while not ray.wait([ready], timeout=POLL_SECONDS)[0]:
             if cancelled.is_set():
                 raise Cancelled(job.trial_key)
             with self._lock:
-                if self._idle_worker(worker.devices) is not None:
+                if self._idle_worker(worker.devices, worker.node) is not None:
                     return
             # Ray itself would wait for ever: another node might join, though not a private instance.
             if self._address == "local" and not any(node["Alive"] for node in ray.nodes()):
@@ -447,7 +559,20 @@ class RayDispatcher:
         ray.get(ready)
         worker.ready = True
 
-    def _start_worker(self, trainer: str, devices: int) -> _Worker:
+    def _check_machine(self, job: Job) -> None:
+        """Refuse what this machine can never give to a worker; a cluster may grow.
+
+        Raises:
+            SpecError: It has too few GPUs.
+        """
+        gpus = self._resources(job.devices)["num_gpus"]
+        if self._address == "local" and gpus > (there := self._ray.cluster_resources().get("GPU", 0.0)):
+            raise SpecError(
+                f"cluster.gpus_per_device: a trial of model {job.model!r} needs {gpus:g} GPUs and this machine has "
+                f"{there:g}; lower it (0 trains on CPUs), or give the address of a cluster"
+            )
+
+    def _start_worker(self, trainer: str, devices: int, node: str) -> _Worker:
         threads = max(1, int(self._cluster.cpus_per_device * devices))
         options = {
             **self._resources(devices),
@@ -455,7 +580,11 @@ class RayDispatcher:
             "max_restarts": 0,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         }
-        return _Worker(self._ray.remote(_WorkerProcess).options(**options).remote(trainer), devices)
+        if node != POOL:
+            # Soft: the node may have gone since, and then any other one will do.
+            affinity = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+            options["scheduling_strategy"] = affinity(node, soft=True)
+        return _Worker(self._ray.remote(_WorkerProcess).options(**options).remote(trainer), devices, node)
 
     def _resources(self, devices: int) -> dict[str, float]:
         """What Ray counts for a worker; a private instance has no CPUs to count."""
@@ -463,9 +592,10 @@ class RayDispatcher:
         return {"num_cpus": cpus, "num_gpus": self._cluster.gpus_per_device * devices}
 
     def _release(self, worker: _Worker) -> None:
-        """Keep a worker for the next job, unless a job of another shape may be waiting for its resources."""
+        """Keep a worker for the next job, unless, with nobody counting, one of another shape may need its resources."""
         with self._lock:
-            if any(other.devices != worker.devices for other in self._placing):
+            uncounted = self._scheduler.devices is None
+            if uncounted and any(other.devices != worker.devices for other in self._placing):
                 self._kill(worker)
             else:
                 self._idle.append(worker)
@@ -531,6 +661,7 @@ def _import_ray(private: bool) -> Any:
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
     import ray.exceptions
+    import ray.util.scheduling_strategies
 
     warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
     return ray
@@ -594,12 +725,6 @@ def _give_up(job: Job, losses: list[_Loss], records: list[StepRecord], seconds: 
         attempts=len(losses),
     )
     return Finished(job.trial_key, result, tuple(records))
-
-
-def _acquire(slots: threading.Semaphore, cancelled: threading.Event) -> None:
-    while not slots.acquire(timeout=POLL_SECONDS):
-        if cancelled.is_set():
-            raise Cancelled
 
 
 def _last_line(error: BaseException) -> str:

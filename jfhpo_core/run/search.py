@@ -16,8 +16,9 @@ from enum import StrEnum
 
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.optimizer.cost import CostModel
-from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation, Strategy, load_strategy
+from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation, Selective, Strategy, load_strategy
 from jfhpo_core.run.dispatch import Dispatcher, Event, Streamed, Suspended
+from jfhpo_core.run.scheduler import Load, Opening
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.models import steps_at
 from jfhpo_core.study.resolved import Study, base_evaluations
@@ -87,6 +88,7 @@ class Progress:
 
     Attributes:
         live: Latest step record of each running trial.
+        load: How busy the devices are, and which trials wait for some.
         spent_seconds: Device-seconds charged to the search budget.
         elapsed_seconds: Wall-clock (or simulated) seconds of this call.
     """
@@ -95,6 +97,7 @@ class Progress:
     phase: Phase
     trials: Sequence[Trial]
     live: dict[str, StepRecord]
+    load: Load
     spent_seconds: float
     elapsed_seconds: float
 
@@ -152,14 +155,21 @@ def call_seed(study: Study, trials: Sequence[Trial]) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial], give_up_after: int = HOPELESS_AFTER) -> Step:
-    """The next thing to do, from the study's trials alone.
+def plan_next(
+    study: Study,
+    strategy: Strategy,
+    trials: Sequence[Trial],
+    give_up_after: int = HOPELESS_AFTER,
+    opening: Opening | None = None,
+) -> Step:
+    """The next thing to do, from the study's trials and from what may start.
 
     Args:
         study: The study.
         strategy: Chooses the trials of the search.
         trials: The study's, running ones included.
         give_up_after: See `patience`.
+        opening: What one more job may be; None: anything.
     """
     spec = study.spec
     running = any(trial.open_segment is not None for trial in trials)
@@ -169,28 +179,27 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial], give_up
             study, trials, baseline.configuration, first, "baseline", Phase.BASELINES,
             f"baseline {baseline.name}", baseline.name,
         )  # fmt: skip
-        if step is not None:
+        if step is not None and _is_due(study, step, opening):
             return step
 
     remaining = spec.budget.device_seconds - _reserve(study, strategy, trials) - committed_seconds(trials)
     comparing = any(trial.purpose in ("confirmation", "random-search") for trial in trials)
     enough = REOPEN_SHARE * spec.budget.device_seconds if comparing else 0.0
     if remaining > enough and not _hopeless(trials, give_up_after):
-        seed = call_seed(study, trials)
-        proposal = strategy.suggest(study, trials, remaining, seed)
+        proposal = _suggest(study, strategy, trials, remaining, opening)
         if proposal is None and not running and not _is_timed(trials):
             # The price was a guess, and may be far too high: one segment is trained to know better.
-            proposal = strategy.suggest(study, trials, math.inf, seed)
+            proposal = _suggest(study, strategy, trials, math.inf, opening)
         if proposal is not None:
             step = _step(study, trials, proposal, Phase.SEARCH)
             if _is_affordable(study, strategy, trials, step, remaining):
-                return step
+                return step if _is_admitted(study, step, opening) else Step(Phase.SEARCH)
     if any(_is_search(trial.open_segment) for trial in trials if trial.purpose == "search"):
         return Step(Phase.SEARCH)
 
     step = _validate(study, strategy, trials)
     if step is not None:
-        return step
+        return step if _is_due(study, step, opening) else Step(step.phase)
     recommended = recommend(study, strategy, trials)
     for seed in further:
         candidates = [(baseline.name, baseline.configuration) for baseline in spec.baselines]
@@ -201,12 +210,50 @@ def plan_next(study: Study, strategy: Strategy, trials: Sequence[Trial], give_up
                 study, trials, configuration, seed, "confirmation", Phase.COMPARISON, f"{label}, seed {seed}", label
             )
             if step is not None:
-                return step
+                return step if _is_due(study, step, opening) else Step(step.phase)
     if spec.random_search and committed_seconds(trials, "random-search") < spent_seconds(trials):
         proposal = RandomSearch().suggest(study, trials, 1.0, spec.seeds.search)
         if proposal is not None:
-            return _step(study, trials, proposal, Phase.COMPARISON, "random-search")
+            step = _step(study, trials, proposal, Phase.COMPARISON, "random-search")
+            return step if _is_due(study, step, opening) else Step(step.phase)
     return Step(Phase.COMPARISON) if running else Step(Phase.DONE)
+
+
+def _suggest(
+    study: Study, strategy: Strategy, trials: Sequence[Trial], remaining: float, opening: Opening | None
+) -> Proposal | None:
+    """What the strategy wants next: of what may start now, if it can choose and wants any of that."""
+    seed = call_seed(study, trials)
+
+    def admits(model: str, cost_seconds: float) -> bool:
+        devices = study.ladder[model].devices
+        return opening is None or opening.admits(devices, cost_seconds / devices)
+
+    if opening is not None and isinstance(strategy, Selective):
+        proposal = strategy.suggest_among(study, trials, remaining, seed, admits)
+        if proposal is not None:
+            return proposal
+    return strategy.suggest(study, trials, remaining, seed)
+
+
+def _is_admitted(study: Study, step: Step, opening: Opening | None) -> bool:
+    """Whether a segment that the strategy chose may begin now, or soon enough to wait for it."""
+    return opening is None or opening.admits(*_size(study, step))
+
+
+def _is_due(study: Study, step: Step, opening: Opening | None) -> bool:
+    """Whether a segment that must be trained anyway may begin now, or be the next one that waits for its devices."""
+    if opening is None or step.segment is None:
+        return True
+    return bool(opening.waits) or opening.fits(*_size(study, step))
+
+
+def _size(study: Study, step: Step) -> tuple[int, float]:
+    """Devices and expected seconds of a step's segment."""
+    assert step.trial is not None
+    assert step.segment is not None
+    devices, cost = study.ladder[step.trial.model].devices, step.segment.suggestion.expected_cost_seconds
+    return devices, math.inf if cost is None else cost / devices
 
 
 def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float:
@@ -472,6 +519,7 @@ class _Run:
     give_up_after: int = HOPELESS_AFTER
     live: dict[str, StepRecord] = field(default_factory=dict)
     lost_in_a_row: int = 0
+    refused: tuple[int, int] | None = None
 
     def submit(self, trial: Trial, segment: Segment) -> None:
         bases = base_evaluations(self.ledger.trials())
@@ -548,9 +596,8 @@ def run_search(
             phase = _fill(run)
             if on_progress is not None:
                 trials = ledger.trials()
-                on_progress(
-                    Progress(study, phase, trials, dict(run.live), spent_seconds(trials), dispatcher.now() - run.began)
-                )
+                spent, elapsed = spent_seconds(trials), dispatcher.now() - run.began
+                on_progress(Progress(study, phase, trials, dict(run.live), dispatcher.load(), spent, elapsed))
             if clock.spent:
                 for event in dispatcher.wait(0):
                     _absorb(run, event)
@@ -571,10 +618,13 @@ def run_search(
 
 
 def _fill(run: _Run) -> Phase:
-    """Begin segments until all slots are busy or there is nothing to begin."""
+    """Begin segments until all devices are busy or there is nothing to begin."""
     while True:
         trials = run.ledger.trials()
-        if len(run.in_flight) >= run.dispatcher.slots:
+        opening = run.dispatcher.opening()
+        state = (sum(len(trial.segments) for trial in trials), len(run.dispatcher.load().waiting))
+        # What was found not to fit is not asked for again before something has ended or a waiting job has started.
+        if opening is None or (run.in_flight and state == run.refused):
             return _phase(trials)
         paused = next((trial for trial in trials if trial.key in run.suspended), None)
         if paused is not None and paused.open_segment is not None and run.fits(paused):
@@ -583,8 +633,9 @@ def _fill(run: _Run) -> Phase:
             continue
         if run.clock.over:
             return _phase(trials)
-        step = plan_next(run.study, run.strategy, trials, run.give_up_after)
+        step = plan_next(run.study, run.strategy, trials, run.give_up_after, opening if run.in_flight else None)
         if step.trial is None or step.segment is None:
+            run.refused = state
             return step.phase
         if not run.fits(step.trial):
             return step.phase
@@ -623,7 +674,8 @@ def _absorb(run: _Run, event: Event) -> None:
         # No hyperparameter is to blame. The segment stays open, so a mended reward is tried by it first.
         raise SpecError(f"{event.result.message}; nothing is charged for it: correct it and run the same command again")
     committed = 1 + sum(len(trial.segments) for trial in trials)
-    run.ledger.commit(event.key, event.result.model_copy(update={"committed": committed}), event.records)
+    noted = {"committed": committed, "waiting_seconds": event.waiting_seconds}
+    run.ledger.commit(event.key, event.result.model_copy(update=noted), event.records)
     run.committed += 1
     run.in_flight.pop(event.key, None)
     run.live.pop(event.key, None)

@@ -24,6 +24,9 @@ from jfhpo_core.study.yaml_text import write_yaml
 DEFAULT_BATCH = 16
 """Prompts per step, in all trainers, where a study does not say."""
 
+DEFAULT_PARALLEL = 2
+"""Trials at the same time where neither the study nor a number of devices says."""
+
 RESERVED_NAMES = {"recommended", "random_search"}
 """Rows of the final table, in MLflow `score.NAME`, that are no baselines."""
 
@@ -284,7 +287,13 @@ class BudgetSpec(_Section):
         description="Wall-clock limit of one `jfhpo search` call. What is running then has been saved and goes on in "
         "the next call; the report and the model's registration come after it.",
     )
-    max_parallel: int = Field(default=2, ge=1, le=1024, description="Trials trained at the same time.")
+    max_parallel: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="At most so many trials are trained at the same time; None: as many as there are devices for, or "
+        f"{DEFAULT_PARALLEL} where devices are not counted (CPUs).",
+    )
     initial_share: float = Field(
         default=0.25, gt=0, lt=1, description="At most this share of the budget goes into the initial design."
     )
@@ -381,6 +390,14 @@ class ClusterSpec(_Section):
         default=None,
         description="Kind of GPU, for prices before anything is timed: 'H100-80GB', 'A100-80GB', 'L4' and others; "
         "None assumes an A100-80GB.",
+    )
+    devices: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**6,
+        description="Devices that the study may use at a time. None: with GPUs, all that Ray's nodes have, and a trial "
+        "stays on one node; on CPUs they are not counted. Give it where the cluster grows on demand, is shared, or "
+        "trials are Ray jobs of their own.",
     )
     segment_retries: int = Field(default=2, ge=0, le=1000, description="New attempts after an infrastructure failure.")
 
@@ -513,6 +530,12 @@ class StudySpec(_Section):
                         "(prompts_per_step); choose horizon_prompts and rungs as multiples of it",
                     )
         return self
+
+    @property
+    def slots(self) -> int | None:
+        """Trials that may run at the same time; None: as many as there are devices for."""
+        counted = self.cluster.devices is not None or self.cluster.gpus_per_device > 0
+        return self.budget.max_parallel or (None if counted else DEFAULT_PARALLEL)
 
     def _batches(self) -> list[int]:
         if "prompts_per_step" in set(self.space):

@@ -12,6 +12,7 @@ from jfhpo.display import LiveDisplay, PlainDisplay, Watch, bill, duration, plan
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.scheduler import Load
 from jfhpo_core.run.search import Progress, SearchResult, run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study
@@ -82,7 +83,7 @@ def test_a_continued_study_tells_only_what_is_new(study: Study) -> None:
     finished = sum(len(trial.segments) for trial in snapshots[-1].trials)
     before = sum(len(trial.segments) for trial in snapshots[later].trials)
     assert len(watch.news(snapshots[-1])) == finished - before
-    assert watch.left(slots=2) == CostEstimate(0, 0, 0)
+    assert watch.left() == CostEstimate(0, 0, 0)
     assert watch.share_done() == 1
 
 
@@ -95,7 +96,7 @@ def test_the_live_view_shows_budget_standings_running_trials_and_events(study: S
     running = next(trial for trial in middle.trials if trial.open_segment is not None)
     live = Progress(
         study, middle.phase, middle.trials, {running.key: step_record(7, reward=0.25, kl=0.125)},
-        middle.spent_seconds, middle.elapsed_seconds,
+        middle.load, middle.spent_seconds, middle.elapsed_seconds,
     )  # fmt: skip
     display.progress(live)
     view = text_of(display.render())
@@ -104,6 +105,17 @@ def test_the_live_view_shows_budget_standings_running_trials_and_events(study: S
     assert re.search(r"best on the target +0\.\d+ ± 0\.\d+", view)
     assert "trained to step 30 of 30" in view
     assert re.search(r"final score +0\.\d+ \(80 % interval 0\.\d+ to \d\.\d+\)", view)
+
+
+def test_the_live_view_shows_who_waits_for_devices(study: Study) -> None:
+    display = LiveDisplay(Console(width=140, record=True, force_terminal=False), "test")
+    _, snapshots = follow(study)
+    progress = next(snapshot for snapshot in snapshots if any(trial.open_segment for trial in snapshot.trials))
+    waiting = next(trial for trial in progress.trials if trial.open_segment)
+    display.progress(replace(progress, live={}, load=Load(5, 8, {waiting.key: 240.0})))
+    view = text_of(display.render())
+    assert re.search(rf"devices +5 of 8 busy; #{waiting.number} waits for 1 \({waiting.model}\), about 4:00 min", view)
+    assert re.search(rf"#{waiting.number} +{waiting.model} +0/\d+ +waiting", view)
 
 
 def test_the_live_view_draws_a_step_once_however_long_it_takes(study: Study) -> None:

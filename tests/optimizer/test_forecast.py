@@ -85,9 +85,10 @@ def test_a_trial_that_is_partly_trained_is_charged_for_the_rest_only(study: Stud
 
 def test_wall_clock_time_is_the_bill_over_the_slots(study: Study) -> None:
     bills = forecast(study, [])
-    wall = bills.wall(4)
+    wall = bills.wall()
+    assert (bills.slots, bills.devices) == (2, None)
     assert (wall.seconds, wall.low, wall.high) == pytest.approx(
-        (bills.total.seconds / 4, bills.total.low / 4, bills.total.high / 4)
+        (bills.total.seconds / 2, bills.total.low / 2, bills.total.high / 2)
     )
     assert forecast(study, []).items[1].devices == 1
     assert scaled(CostEstimate(4, 2, 8), 0.5) == CostEstimate(2, 1, 4)
@@ -103,7 +104,11 @@ def test_several_devices_at_a_time_shorten_the_wait_and_not_the_bill(tmp_path: P
     baselines, search, *rest = bills.items
     assert (baselines.devices, search.devices) == (8, pytest.approx(2 / (1 + 1 / 8)))
     on_target = baselines.cost.seconds + sum(item.cost.seconds for item in rest)
-    assert bills.wall(2).seconds == pytest.approx((on_target / 8 + search.cost.seconds / search.devices) / 2)
+    assert bills.wall().seconds == pytest.approx((on_target / 8 + search.cost.seconds / search.devices) / 2)
+    # With 8 devices the two slots cannot both have a training of the target.
+    assert bills.wall(8).seconds == pytest.approx(on_target / 8 + search.cost.seconds / search.devices / 2)
+    counted = forecast(simulated_study(tmp_path, family=family, cluster={"gpus_per_device": 1}), [])
+    assert (counted.slots, counted.devices) == (2, None)
     proxies = [trained(study, TRIED, "small", [0.1, 0.5], seconds=100.0)]
     assert forecast(study, proxies).items[1].devices == 1
 

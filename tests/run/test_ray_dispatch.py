@@ -21,6 +21,7 @@ from jfhpo_core.study.spec import ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome
 from tests.run.conftest import FRAGILE
 from tests.run.gpu_program import TRIALS
+from tests.run.mixed_program import SIZES
 from tests.run.support import PATIENCE_SECONDS, all_gone, collect, descendants, first_job
 from tests.studies import simulated_study
 
@@ -178,6 +179,22 @@ def test_trials_share_gpus_and_never_crowd_them(tmp_path: Path, share: float, to
     crowds = [sum(other == gpu and start <= began < end for other, start, end in notes) for gpu, began, _ in notes]
     assert {gpu for gpu, _, _ in notes} == {"0", "1"}
     assert max(crowds) == together
+
+
+def test_a_trial_on_all_gpus_is_not_overtaken_and_no_gpu_is_given_twice(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(FRAGILE), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": 8}), "PYTHONPATH": path}
+    program = [sys.executable, "-m", "tests.run.mixed_program", str(tmp_path)]
+    subprocess.run(program, env=environment, check=True, timeout=PATIENCE_SECONDS)
+    notes = [(file.name, *json.loads(file.read_text())) for file in tmp_path.glob("*.gpus")]
+    assert sorted(len(gpus.split(",")) for _, gpus, _, _ in notes) == sorted(SIZES)
+    for _, gpus, began, end in notes:
+        others = [other for other, start, stop in (note[1:] for note in notes) if began < start < end]
+        assert not {gpu for other in others for gpu in other.split(",")} & set(gpus.split(","))
+    whole = next(note for note in notes if note[0].endswith(".8.gpus"))
+    first = [note for note in notes if note[2] < whole[2]]
+    # The two that were submitted before it; what came later had to wait.
+    assert sorted(len(gpus.split(",")) for _, gpus, _, _ in first) == [2, 4]
 
 
 def test_programs_that_a_reward_runs_may_fail_visibly(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:

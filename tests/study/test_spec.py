@@ -135,7 +135,7 @@ def test_the_schema_describes_every_section() -> None:
     assert schema["properties"].keys() == StudySpec.model_fields.keys()
     fields = [field for section in schema["$defs"].values() for field in section.get("properties", {}).items()]
     bounded = [name for name, field in fields if "minimum" in field or "exclusiveMinimum" in field]
-    assert {"horizon_prompts", "max_parallel", "top_k"} <= set(bounded)
+    assert {"horizon_prompts", "segment_retries", "top_k"} <= set(bounded)
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
