@@ -215,4 +215,6 @@ class InlineDispatcher:
             event = job.event
             if isinstance(event, Finished):
                 event = replace(event, waiting_seconds=self._clock - job.at)
-            heapq.heappush(self._running, _Completed(self._clock + job.seconds, self._order, event, job.records))
+            ends = self._clock + job.seconds
+            self._scheduler.expect(key, ends)  # its first steps show it
+            heapq.heappush(self._running, _Completed(ends, self._order, event, job.records))

@@ -652,8 +652,9 @@ def _import_ray(private: bool) -> Any:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # The children of a killed worker (data loaders, engines, launchers) must not train on.
         os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
-        # Ray gives its own parts 30 s to come up, which is short on a machine with much else to do.
+        # Ray gives its own parts 30 s to come up, and ends them otherwise: short on a machine with much else to do.
         os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+        os.environ.setdefault("RAY_agent_register_timeout_ms", "180000")
         # So long do Ray's helper processes wait for the rest of the instance once the driver was killed (else 60 s).
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
         # Ray binds to loopback where it knows of no cluster. Whoever reaches its ports can run code, so other users
