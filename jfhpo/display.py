@@ -222,9 +222,9 @@ class Watch:
     def left(self) -> CostEstimate | None:
         """Wall-clock seconds that the rest should take, with the cost law's interval; None before the first snapshot.
 
-        The forecast in device-seconds times the wall-clock seconds that each has taken in this call, waiting for devices
-        included. The first few say little about that: to them as many are added as the share `ASSUMED_SHARE` of the
-        bill takes with all devices busy.
+        The forecast in device-seconds times the wall-clock seconds that each has taken in this call, waiting
+        for devices included. The first few say little about that: to them as many are added as the share
+        `ASSUMED_SHARE` of the bill takes with all devices busy.
         """
         if self._forecast is None:
             return None
