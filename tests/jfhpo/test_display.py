@@ -114,7 +114,7 @@ def test_the_live_view_shows_who_waits_for_devices(study: Study) -> None:
     waiting = next(trial for trial in progress.trials if trial.open_segment)
     display.progress(replace(progress, live={}, load=Load(5, 8, {waiting.key: 240.0})))
     view = text_of(display.render())
-    assert re.search(rf"devices +5 of 8 busy; #{waiting.number} waits for 1 \({waiting.model}\), about 4:00 min", view)
+    assert re.search(rf"devices +5 of 8 busy; #{waiting.number} waits for 1 \({waiting.model}\), about {duration(240)} to go", view)
     assert re.search(rf"#{waiting.number} +{waiting.model} +0/\d+ +waiting", view)
 
 
@@ -191,15 +191,15 @@ def test_time_left_at_the_start_is_that_of_the_whole_bill(study: Study, monkeypa
     _, snapshots = follow(study)
     watch = Watch()
     watch.news(snapshots[0])
-    before = watch.left(2)
+    before = watch.left()
     bills = forecast(study, [])
     assert before is not None
-    assert before.seconds == pytest.approx(bills.wall(2).seconds)
+    assert before.seconds == pytest.approx(bills.wall().seconds)
     # The first segment took no time at all by the clock: that says little about the rest.
     first = next(item for item in snapshots if any(trial.segments for trial in item.trials))
     clock[0] = 0.1
     watch.news(first)
-    after = watch.left(2)
+    after = watch.left()
     assert after is not None
     assert after.seconds > 0.5 * forecast(study, first.trials).wall(2).seconds
 
