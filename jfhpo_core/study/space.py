@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -327,6 +327,15 @@ class ChoiceParameter(Parameter):
 
     type: Literal["choice"] = "choice"
     values: list[Value] = Field(min_length=2)
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _no_null(cls, values: Any) -> Any:
+        if isinstance(values, list) and None in values:
+            raise ValueError(
+                "a choice has no null; write the number that switches it off (0, or one that never takes effect)"
+            )
+        return values
 
     @field_validator("values")
     @classmethod

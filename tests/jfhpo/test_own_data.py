@@ -8,6 +8,8 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 from jfhpo_core.embedded import family_folder, task_folder
 from jfhpo_core.errors import SpecError
 from jfhpo_core.run.preflight import measured, refuse_unusable
+from jfhpo_core.study.contents import changed, contents
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import EXAMPLES
@@ -344,3 +347,51 @@ def test_case_21_a_beginning_of_text_that_models_were_not_pretrained_with() -> N
     assert warned.level is Level.WARNING
     assert "untrained sm scores" in warned.message
     assert "set trainer.settings.bos: never" in warned.message
+
+
+def test_case_22_a_choice_has_no_null(own: Own) -> None:
+    space = {"max_grad_norm": {"type": "choice", "values": [None, 1.0]}}
+    with pytest.raises(
+        SpecError, match=r"space.max_grad_norm.values.*a choice has no null; write the number"
+    ) as caught:
+        own.found(space=space)
+    assert "valid boolean" not in str(caught.value)
+
+
+def run_case(own: Own, *, folder: Path | None = None, **changes: Any) -> subprocess.CompletedProcess[str]:
+    """A search by the command line, from another folder than the study's if one is given."""
+    tracking = {"uri": f"sqlite:///{own.folder}/mlflow.db", "workspace": str(own.folder / "work")}
+    (own.folder / "study.yaml").write_text(json.dumps({**STUDY, "task": own.task, "tracking": tracking, **changes}))
+    command = [str(Path(sys.executable).with_name("jfhpo")), "search", str(own.folder / "study.yaml"), "--plain"]
+    return subprocess.run(command, cwd=folder or own.folder, capture_output=True, text=True, check=False, timeout=500)
+
+
+@pytest.mark.slow
+def test_case_17_a_reward_that_fails_in_training_ends_the_search_with_its_row(own: Own) -> None:
+    rows = [row["prompt"] for row in ROWS["train"][:10]]
+    own.reward(f"def reward(prompts, completions, **k):\n    return [1 / (p not in {rows}) for p in prompts]\n")
+    ended = run_case(own)
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    said = " ".join(ended.stderr.split())
+    assert "reward.py raised ZeroDivisionError: division by zero" in said
+    assert any(f"(prompt '{row}', completion " in said for row in rows)
+    assert "correct it and run the same command again" in said
+
+
+@pytest.mark.slow
+def test_case_24_a_folder_with_blanks_and_an_umlaut_by_a_link_from_elsewhere(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "Meine Ü bung", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    ended = run_case(Own(tmp_path / "link"), folder=elsewhere, budget={"trial_seconds": 1, "max_parallel": 1})
+    assert ended.returncode in (0, 3), ended.stdout + ended.stderr
+    assert "trained to step" in ended.stdout
+
+
+def test_case_25_changed_contents_are_named(own: Own) -> None:
+    spec = parse_study(json.dumps({**STUDY, "task": own.task}), folder=own.folder)
+    before = contents(spec)
+    own.reward(f"{TRL}# another one\n")
+    (own.folder / "heldout.jsonl").write_bytes(as_json_lines(ROWS["heldout"][:-1]))
+    assert sorted(changed(before, contents(spec))) == ["task.heldout", "task.reward"]

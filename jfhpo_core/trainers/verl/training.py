@@ -183,6 +183,7 @@ class Loop:
         self._fresh = fresh
         self._watch = Watch(process, files.log, settings.startup_seconds, settings.hang_seconds)
         self._metrics = LogTail(files.metrics)
+        self._timeouts = LogTail(files.reward.with_name("reward-timeouts.txt"))
         self._entries: deque[dict[str, Any]] = deque()
 
     def run(self) -> None:
@@ -265,6 +266,7 @@ class Loop:
             completion_tokens=length,
             truncated_share=data["response_length/clip_ratio"],
             learning_rate=data.get("actor/lr"),
+            reward_timeouts=len(self._timeouts.read()),
             generation_seconds=generation,
             training_seconds=max(0.0, total - generation),
         )
@@ -273,7 +275,9 @@ class Loop:
         path = self._files.validations / f"{self.step}.jsonl"
         self._wait_for(path)
         rewards = [(row, reward) for row, group in enumerate(_groups(path).values()) for reward in group]
-        return score(rewards, self.step, self.step * self._job.prompts_per_step, data.get("timing_s/testing", 0.0))
+        found = score(rewards, self.step, self.step * self._job.prompts_per_step, data.get("timing_s/testing", 0.0))
+        # Those of a step's rollouts are in its record, which has been taken.
+        return found.model_copy(update={"reward_timeouts": len(self._timeouts.read())})
 
 
 def _groups(path: Path) -> dict[str, list[float]]:

@@ -187,13 +187,14 @@ def test_its_reward_is_ours(tmp_path: Path) -> None:
     shutil.copyfile(REWARD, tmp_path / "reward.py")
     (tmp_path / "own.py").write_text(
         "def score(prompts, completions, answer):\n"
+        "    9**9**9**9 if completions == ['hang'] else None\n"
         "    return [1 / 0 if completions == ['x'] else float(completions == answer)]\n"
     )
     shutil.copyfile(scoring.__file__, tmp_path / "scoring.py")
     plan = {
         "reward": [{"reference": f"{tmp_path / 'own.py'}:score", "weight": 1.0, "constants": {}}],
-        "reward_timeout_seconds": 10.0,
-        "reward_timeout_score": 0.0,
+        "reward_timeout_seconds": 1.0,
+        "reward_timeout_score": -1.0,
     }
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     program = """
@@ -202,13 +203,14 @@ spec = importlib.util.spec_from_file_location("r", sys.argv[1] + "/reward.py")
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 row = json.dumps({"prompt": "p", "answer": "34"})
-print(module.compute_score("d", "34", row), module.compute_score("d", "35", row))
+print(*(module.compute_score("d", text, row) for text in ("34", "35", "hang")))
 module.compute_score("d", "x", row)
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False, timeout=100
     )
-    assert done.stdout.splitlines()[0] == "1.0 0.0"
+    assert done.stdout.splitlines()[0] == "1.0 0.0 -1.0"
+    assert (tmp_path / "reward-timeouts.txt").read_text() == "'p'\n"
     assert "own.py:score raised ZeroDivisionError" in done.stdout
     assert "jfhpo: the reward failed: " in done.stdout
     assert done.returncode != 0

@@ -18,6 +18,9 @@ FOLDER = Path(__file__).resolve().parent
 REWARD_FAILED = "jfhpo: the reward failed:"
 """Begins the message of a run that its reward function ended. The driver looks for it in the log."""
 
+TIMEOUTS = "reward-timeouts.txt"
+"""File beside this one with a line per completion whose scoring took too long."""
+
 
 @cache
 def _pool() -> tuple[Any, type[Exception]]:
@@ -44,5 +47,8 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
         # Into the log at once: verl may count a failed completion out and go on.
         print(f"{REWARD_FAILED} {error}", flush=True)  # noqa: T201
         raise
+    if scores.timed_out:
+        with (FOLDER / TIMEOUTS).open("a", encoding="utf-8") as file:
+            file.write(f"{row['prompt']!r:.200}\n")
     reward: float = scores.rewards[0]
     return reward
