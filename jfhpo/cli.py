@@ -183,7 +183,7 @@ def plan(
     spec = read_study(study, overrides or ())
     with _quiet_libraries(study):
         from jfhpo.display import plan_view
-        from jfhpo.machine import check_devices
+        from jfhpo.machine import with_counted_devices
         from jfhpo.places import check_places
         from jfhpo.session import informed, recorded
         from jfhpo_core.optimizer.forecast import forecast, forecast_quality, parse_more, with_more
@@ -194,7 +194,7 @@ def plan(
 
         resolved = informed(resolve(spec))
         check_places(spec)
-        check_devices(resolved)
+        resolved = with_counted_devices(resolved)
         findings = refuse_unusable(resolved)
         larger = with_more(resolved, parse_more(more)) if more is not None else None
         ledger = recorded(resolved)

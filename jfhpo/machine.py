@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from jfhpo.session import INLINE
 from jfhpo_core.errors import JfhpoError, SpecError
@@ -10,35 +11,35 @@ from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import ClusterSpec
 
 
-def check_devices(study: Study) -> int | None:
-    """Refuse a study that asks for more GPUs than there are.
+def with_counted_devices(study: Study) -> Study:
+    """The study with the number of devices that it can use at a time, so that no forecast beats the hardware.
 
-    Returns:
-        Devices that there are; None where that cannot be told from here: CPUs, which may be shared, a cluster that is
-        not up yet, or a machine without GPUs, from which the search will hardly be run.
+    It stays as it is where they cannot be counted from here: CPUs, which may be shared, a cluster that is not up yet,
+    or a machine without GPUs, from which the search will hardly be run.
 
     Raises:
         SpecError: The largest model, or as many of the smallest as `budget.max_parallel` says, do not fit.
     """
-    cluster, models = study.spec.cluster, study.ladder.models
-    gpus = _gpus(cluster)
-    if not gpus:
-        return None
-    there = int(gpus / cluster.gpus_per_device)
+    cluster, models, parallel = study.spec.cluster, study.ladder.models, study.spec.budget.max_parallel
+    known = [] if cluster.devices is None else [cluster.devices]
+    if gpus := _gpus(cluster):
+        known.append(int(gpus / cluster.gpus_per_device))
+    if not known:
+        return study
+    there = min(known)
     largest, smallest = (choose(models, key=lambda model: model.devices) for choose in (max, min))
     if largest.devices > there:
         raise SpecError(
-            f"family: {largest.name!r} holds {largest.devices} devices of {cluster.gpus_per_device:g} GPUs, and there "
-            f"are {gpus:g} GPUs; add some, or give it fewer devices"
+            f"family: {largest.name!r} holds {largest.devices} devices, and there are {there}; give it fewer, add "
+            "some, or correct cluster.devices"
         )
-    parallel = study.spec.budget.max_parallel
-    if parallel and parallel * smallest.devices > there:
+    if parallel is not None and parallel * smallest.devices > there:
         raise SpecError(
             f"budget.max_parallel: {parallel} trials of at least {smallest.devices} device(s) need "
-            f"{parallel * smallest.devices * cluster.gpus_per_device:g} GPUs, and there are {gpus:g}; at most "
-            f"{there // smallest.devices} fit"
+            f"{parallel * smallest.devices}, and there are {there}; at most {there // smallest.devices} fit"
         )
-    return there
+    counted = cluster.model_copy(update={"devices": there})
+    return replace(study, spec=study.spec.model_copy(update={"cluster": counted}))
 
 
 def _gpus(cluster: ClusterSpec) -> float | None:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from jfhpo.machine import check_devices
+from jfhpo.machine import with_counted_devices
 from jfhpo_core.errors import SpecError
+from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.study.resolved import Study
 from tests.studies import simulated_study
 
@@ -15,13 +16,17 @@ FAMILY = [
 ]
 
 
-def study(tmp_path: Path, parallel: int, address: str = "local", gpus: float = 1.0) -> Study:
+def study(tmp_path: Path, parallel: int | None, address: str = "local", gpus: float = 1.0, **cluster: int) -> Study:
     return simulated_study(
         tmp_path,
         family=FAMILY,
-        budget={"gpu_hours": 10, "max_parallel": parallel},
-        cluster={"address": address, "gpus_per_device": gpus},
+        budget={"gpu_hours": 210, "max_parallel": parallel},
+        cluster={"address": address, "gpus_per_device": gpus, **cluster},
     )
+
+
+def counted(study: Study) -> int | None:
+    return with_counted_devices(study).spec.cluster.devices
 
 
 @pytest.fixture
@@ -35,28 +40,42 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("address", ["local", "head:6379"])
 def test_more_devices_than_there_are_are_refused(tmp_path: Path, gpus: list[int], address: str) -> None:
-    assert check_devices(study(tmp_path, 4, address)) == 8
-    with pytest.raises(SpecError, match=r"^budget\.max_parallel: 5 trials .* need 10 GPUs, and there are 8; at most 4"):
-        check_devices(study(tmp_path, 5, address))
+    assert counted(study(tmp_path, 4, address)) == 8
+    with pytest.raises(SpecError, match=r"^budget\.max_parallel: 5 trials .* need 10, and there are 8; at most 4 fit"):
+        counted(study(tmp_path, 5, address))
     gpus[0] = 4
-    with pytest.raises(SpecError, match=r"^family: 'large' holds 8 devices of 1 GPUs, and there are 4 GPUs"):
-        check_devices(study(tmp_path, 1, address))
+    with pytest.raises(SpecError, match=r"^family: 'large' holds 8 devices, and there are 4"):
+        counted(study(tmp_path, 1, address))
 
 
 def test_shares_of_gpus_are_counted(tmp_path: Path, gpus: list[int]) -> None:
     gpus[0] = 2
-    assert check_devices(study(tmp_path, 4, gpus=0.25)) == 8
+    assert counted(study(tmp_path, 4, gpus=0.25)) == 8
+
+
+def test_the_study_may_use_less_than_there_is(tmp_path: Path, gpus: list[int]) -> None:
+    gpus[0] = 64
+    assert counted(study(tmp_path, None, devices=16)) == 16
+    gpus[0] = 8
+    assert counted(study(tmp_path, None, devices=16)) == 8
 
 
 def test_where_devices_cannot_be_counted_nothing_is_refused(
     tmp_path: Path, gpus: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert check_devices(study(tmp_path, 500, gpus=0.0)) is None
+    assert counted(study(tmp_path, 500, gpus=0.0)) is None
 
     def away(_: str) -> dict[str, float]:
         raise SpecError("cluster.address: no cluster answers")
 
     monkeypatch.setattr("jfhpo_core.run.ray_dispatch.cluster_resources", away)
-    assert check_devices(study(tmp_path, 500, "head:6379")) is None
+    assert counted(study(tmp_path, 500, "head:6379")) is None
     gpus[0] = 0
-    assert check_devices(study(tmp_path, 500)) is None
+    assert counted(study(tmp_path, 500)) is None
+
+
+@pytest.mark.parametrize("parallel", [None, 1, 4])
+def test_no_forecast_beats_the_hardware(tmp_path: Path, gpus: list[int], parallel: int | None) -> None:
+    bills = forecast(with_counted_devices(study(tmp_path, parallel)), [])
+    assert bills.total.seconds >= 210 * 3600
+    assert bills.wall().seconds >= bills.total.seconds / 8
