@@ -133,6 +133,9 @@ def search(
             help="Go on although data, rewards or models have changed since the study began; marks every later trial.",
         ),
     ] = False,
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Go on without what was deleted of the study in MLflow.")
+    ] = False,
 ) -> None:
     """Run a study, or continue it where it was interrupted."""
     from jfhpo.overrides import read_study
@@ -156,7 +159,7 @@ def search(
             display.progress(progress)
 
         with display:
-            outcome = run_study(spec, on_progress, display.status, accept_changes=accept_changes)
+            outcome = run_study(spec, on_progress, display.status, accept_changes=accept_changes, forget=forget)
     _print_outcome(console, outcome)
     if not outcome.result.complete:
         raise typer.Exit(UNFINISHED)

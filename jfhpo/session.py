@@ -69,6 +69,7 @@ def run_study(
     around: Callable[[Dispatcher], Dispatcher] = lambda dispatcher: dispatcher,
     *,
     accept_changes: bool = False,
+    forget: bool = False,
 ) -> StudyOutcome:
     """Run or continue a study until it is done; a study that is done gives the same outcome again without training.
 
@@ -82,6 +83,7 @@ def run_study(
         around: Called after `on_open` with the dispatcher; returns the one to be used, which closes the other.
         accept_changes: Go on although data, rewards or models have changed since the study began; marks every later
             trial.
+        forget: Go on without what was deleted of the study in MLflow.
 
     Raises:
         SpecError: The study is not usable; nothing has been started then.
@@ -99,7 +101,7 @@ def run_study(
         on_status("opening the ledger" if reported else "starting workers and opening the ledger")
         dispatcher = None if reported else _start_dispatcher(spec)
         try:
-            ledger, outbox = _open(study, accept_changes=accept_changes)
+            ledger, outbox = _open(study, accept_changes=accept_changes, forget=forget)
             study = replace(study, changed=ledger.changed)
             with _shown(ledger):
                 on_open(outbox)
@@ -116,7 +118,7 @@ def run_study(
         on_status("writing the report and registering the model")
         with _shown(ledger, complete=result.complete):
             outbox.deliver()
-            return _publish(study, ledger, result)
+            return outbox.wait_for(lambda: _publish(study, ledger, result))
 
 
 def informed(study: Study) -> Study:
@@ -268,11 +270,11 @@ def _exclusive(study: Study) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _open(study: Study, *, accept_changes: bool) -> tuple[MlflowLedger, Outbox]:
+def _open(study: Study, *, accept_changes: bool, forget: bool) -> tuple[MlflowLedger, Outbox]:
     """The ledger, and what the search writes to instead: the search shall go on while an MLflow server is away."""
     from mlflow_plugin.ledger import MlflowLedger
 
-    ledger = MlflowLedger(accept_changes=accept_changes)
+    ledger = MlflowLedger(accept_changes=accept_changes, forget=forget)
     outbox = Outbox(ledger, study.folder / OUTBOX)
     outbox.open(study.spec)
     return ledger, outbox

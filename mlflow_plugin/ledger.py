@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, Run, RunTag
+from mlflow.entities import Experiment, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ValidationError
 
@@ -48,6 +48,7 @@ from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import Configuration, Segment, SegmentResult, StepRecord, Trial, canonical_json
 from jfhpo_core.trainers import load_trainer
 from mlflow_plugin import checkpoints
+from mlflow_plugin.owner import Owner
 from mlflow_plugin.presentation import (
     EXPERIMENT_NOTE,
     NOTE,
@@ -81,6 +82,8 @@ OPEN = "jfhpo.open"
 SEGMENT = "jfhpo.segment.{:04d}"
 FACTS = "jfhpo.facts"
 PARENT = "mlflow.parentRunId"
+FORGOTTEN = "jfhpo.forgotten"
+"""Tag of the study's run with what a user goes on without: ids of deleted runs and ranks of their commits."""
 
 TAG_LIMIT = 5000
 """Characters of a tag. MLflow takes 8000 since version 2.15 and 5000 before; what is longer it cuts off silently."""
@@ -97,6 +100,9 @@ TRANSIENT = {AWAY, "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "ABORTED"}
 """MLflow's codes for a server that is away, overloaded or about to restart."""
 REMOTE_NAMES = {"databricks", "databricks-uc", "uc"}
 """Tracking URIs without a scheme that are no folders."""
+DELETED = "must be in the 'active' state"
+"""What MLflow says of a run, or an experiment, that was deleted and can be restored."""
+GONE = "RESOURCE_DOES_NOT_EXIST"
 REFUSALS = {"UNAUTHENTICATED", "PERMISSION_DENIED"}
 HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 """The outbox tries again by itself: the driver shall not stand still for the minutes that MLflow's defaults take."""
@@ -118,17 +124,10 @@ def _explained(method: Call) -> Call:
             with contextlib.nullcontext() if self._opened is None or self.remote else _signals_wait():
                 return method(self, *arguments, **keywords)
         except (MlflowException, RequestException) as error:
-            code = error.error_code if isinstance(error, MlflowException) else None
-            if code in REFUSALS:
-                raise LedgerError(
-                    f"the MLflow server refuses access ({_short(error)}); set MLFLOW_TRACKING_USERNAME and "
-                    "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to an account that may edit the experiment"
-                ) from error
-            if self._opened is None or (code is not None and code not in (TRANSIENT if self.remote else {AWAY})):
+            told = self.explain(error)
+            if told is None:
                 raise
-            store = "server" if self.remote else "database"
-            message = f"the MLflow {store} {self.tracking_uri} does not answer: {_short(error)}"
-            raise LedgerUnavailable(message) from error
+            raise told from error
 
     return wrapped  # type: ignore[return-value]
 
@@ -193,11 +192,15 @@ class MlflowLedger:
     Args:
         client: Talks to the tracking store; None connects `open` to the one that the study names.
         accept_changes: Let `open` go on with data, rewards or models that have changed; see `changed`.
+        forget: Let `open` go on without the runs of the study that were deleted in MLflow.
     """
 
-    def __init__(self, client: MlflowClient | None = None, *, accept_changes: bool = False) -> None:
+    def __init__(
+        self, client: MlflowClient | None = None, *, accept_changes: bool = False, forget: bool = False
+    ) -> None:
         self._given = client
         self._accept_changes = accept_changes
+        self._forget = forget
         self._opened: MlflowClient | None = None
         self._study: StudySpec
         self._experiment_id: str
@@ -210,17 +213,21 @@ class MlflowLedger:
         self._children: dict[str, _Child] = {}
         self._uncertain: set[str] = set()
         self._facts: dict[str, str | float] = {}
+        self._owner: Owner | None = None
 
     @_explained
     def open(self, study: StudySpec) -> None:
         """See `Ledger.open`.
 
         Raises:
-            LedgerError: Also if the tracking store cannot be reached or holds something that cannot be read.
+            LedgerError: Also if the tracking store cannot be reached or holds something that cannot be read, or if runs
+                of the study were deleted there.
         """
         client = self._given or connect(study)
         experiment = _experiment(client, study)
         parent = _study_run(client, experiment.experiment_id, study)
+        if parent is None and not self._forget:
+            _refuse_deleted_study(client, experiment.experiment_id, study)
         if parent is not None:
             _refuse_other_meaning(client, parent, study)
         known = contents(study)
@@ -236,6 +243,8 @@ class MlflowLedger:
         shown = self._parent.data.tags.get(STATE)
         self._state = next((state for state in StudyState if state.value == shown), StudyState.RUNNING)
         self._children = self._read_children()
+        self._account_for_deleted()
+        self._owner = Owner.claim(client, self.study_run_id, study.study)
         self._describe_study()
         for child in self._children.values():
             if changes and child.trial.open_segment is not None:
@@ -320,6 +329,7 @@ class MlflowLedger:
             if child is not None:
                 self._settle(child)
             return
+        self._check_owner()
         self._show(StudyState.RUNNING)
         begun = known.model_copy(update={"open_segment": segment})
         tags = {**_pack(OPEN, segment.model_dump_json()), **trial_labels(begun)}
@@ -350,6 +360,7 @@ class MlflowLedger:
         if not check_commit(child.trial, result):
             self._settle(child)
             return
+        self._check_owner()
         trial = child.trial.model_copy(update={"segments": (*child.trial.segments, result), "open_segment": None})
         known = self._records(child)
         lines = "".join(f"{record.model_dump_json()}\n" for record in records)
@@ -410,6 +421,8 @@ class MlflowLedger:
         Nothing depends on it, so a store that does not take it is no error.
         """
         try:
+            if self._owner is not None:
+                self._owner.release()
             for child in self._children.values():
                 if child.trial.open_segment is not None and child.status != "KILLED":
                     self._log(child.run_id, tags={STATE: StudyState.INTERRUPTED.value})
@@ -418,6 +431,26 @@ class MlflowLedger:
             self._show(state)
         except MlflowException as error:
             logger.warning("MLflow still shows study %r as running: %s", self._study.study, error.message)
+
+    def explain(self, error: Exception) -> LedgerError | None:
+        """What an error of MLflow means in our words; None if it has no meaning but a fault of the program."""
+        code = error.error_code if isinstance(error, MlflowException) else None
+        if code in REFUSALS:
+            return LedgerError(
+                f"the MLflow server refuses access ({_short(error)}); set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to an account that may edit the experiment"
+            )
+        remote = self._opened is not None and self.remote
+        if code in (TRANSIENT if remote else {AWAY}) or (code is None and self._opened is not None):
+            where = f" {self.tracking_uri}" if self._opened is not None else ""
+            store = "server" if remote else "database"
+            return LedgerUnavailable(f"the MLflow {store}{where} does not answer: {_short(error)}")
+        if DELETED in str(error) or code == GONE:
+            return LedgerError(
+                f"a run of the study, or its experiment, was deleted in MLflow ({_short(error)}); restore it there, or "
+                "run the same command again, which says what is missing and how to go on without it"
+            )
+        return None
 
     def facts(self) -> dict[str, str | float]:
         """See `Ledger.facts`."""
@@ -577,6 +610,39 @@ class MlflowLedger:
         for child in children:
             by_key.setdefault(child.trial.key, child)
         return by_key
+
+    def _check_owner(self) -> None:
+        """Refuse to write to a study that another process has taken over."""
+        if self._owner is not None:
+            self._owner.check()
+
+    def _account_for_deleted(self) -> None:
+        """Notice what was deleted of the study: refuse to go on, or, if told to, note that it is forgotten.
+
+        Raises:
+            LedgerError: Runs of trials are deleted, or finished segments are missing with the runs that held them.
+        """
+        forgotten = set(json.loads(self._parent.data.tags.get(FORGOTTEN, "[]")))
+        condition = f"tags.`{PARENT}` = '{self.study_run_id}'"
+        runs = _search(self._client, self._experiment_id, condition, ViewType.DELETED_ONLY)
+        read = (_read_child(run, {}) for run in runs if run.info.run_id not in forgotten)
+        deleted = [child for child in read if child is not None and child.trial.key not in self._children]
+        held = {result.committed for child in deleted for result in child.trial.segments}
+        ranks = {result.committed for trial in self.trials() for result in trial.segments}
+        gone = set(range(1, max(ranks, default=0))) - ranks - held - forgotten
+        if not deleted and not gone:
+            return
+        if not self._forget:
+            lines = [
+                f"trial {child.name!r}, back by `mlflow runs restore --run-id {child.run_id}`" for child in deleted
+            ]
+            lines += [f"{len(gone)} finished segment(s) whose runs are gone for good"] if gone else []
+            raise LedgerError(
+                f"a part of study {self._study.study!r} was deleted in MLflow ({', '.join(lines)}); restore it, or go "
+                "on without it by `jfhpo search --forget`, which may train and pay for the same again"
+            )
+        noted = forgotten | {child.run_id for child in deleted} | held | gone
+        self._client.set_tag(self.study_run_id, FORGOTTEN, json.dumps(sorted(noted, key=str)))
 
     def _settle(self, child: _Child) -> None:
         """Bring inputs, parameters, status and name of a trial's run up to date."""
@@ -794,12 +860,29 @@ def _study_anywhere(client: MlflowClient, study: StudySpec, name: str) -> tuple[
     return None
 
 
-def _search(client: MlflowClient, experiment_id: str, condition: str) -> list[Run]:
-    """All active runs that meet a condition, oldest first."""
+def _refuse_deleted_study(client: MlflowClient, experiment_id: str, study: StudySpec) -> None:
+    """Refuse to begin a study anew whose run was deleted.
+
+    Raises:
+        LedgerError: There is such a run.
+    """
+    deleted = _search(client, experiment_id, f"tags.`{STUDY}` = '{study.study}'", ViewType.DELETED_ONLY)
+    if deleted:
+        run_id = deleted[-1].info.run_id
+        raise LedgerError(
+            f"the MLflow run of study {study.study!r} was deleted; restore it (mlflow runs restore --run-id {run_id}), "
+            "or begin the study anew by `jfhpo search --forget`, which trains and pays for everything again"
+        )
+
+
+def _search(client: MlflowClient, experiment_id: str, condition: str, view: int = ViewType.ACTIVE_ONLY) -> list[Run]:
+    """All runs that meet a condition, oldest first."""
     runs: list[Run] = []
     token: str | None = None
     while True:
-        page = client.search_runs([experiment_id], condition, order_by=["attributes.start_time ASC"], page_token=token)
+        page = client.search_runs(
+            [experiment_id], condition, view, order_by=["attributes.start_time ASC"], page_token=token
+        )
         runs += page
         token = page.token
         if not token:

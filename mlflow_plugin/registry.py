@@ -24,7 +24,7 @@ from mlflow.entities import LoggedModelOutput, Metric
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from jfhpo_core.errors import LedgerError
+from jfhpo_core.errors import LedgerError, LedgerUnavailable
 from jfhpo_core.report.findings import interval, verdict
 from jfhpo_core.report.text import duration, number
 from jfhpo_core.run.search import SearchResult
@@ -155,6 +155,8 @@ def register_target(study: Study, result: SearchResult, ledger: MlflowLedger) ->
             version = _create(study, result, ledger, name, trial, folder)
         return _award(ledger.client, name, version)
     except MlflowException as error:
+        if isinstance(told := ledger.explain(error), LedgerUnavailable):
+            raise told from error
         raise LedgerError(
             f"the model registry did not take {name!r}: {error.message}; check tracking.registered_model and run the "
             "study again: nothing is trained twice"

@@ -673,7 +673,7 @@ def _absorb(run: _Run, event: Event) -> None:
     if event.result.failure is FailureKind.REWARD:
         # No hyperparameter is to blame. The segment stays open, so a mended reward is tried by it first.
         raise SpecError(f"{event.result.message}; nothing is charged for it: correct it and run the same command again")
-    committed = 1 + sum(len(trial.segments) for trial in trials)
+    committed = 1 + max((result.committed for trial in trials for result in trial.segments), default=0)
     noted = {"committed": committed, "waiting_seconds": event.waiting_seconds}
     run.ledger.commit(event.key, event.result.model_copy(update=noted), event.records)
     run.committed += 1

@@ -115,14 +115,14 @@ class Outbox:
 
     def step_records(self, key: str) -> list[StepRecord]:
         """See `Ledger.step_records`."""
-        delivered = [] if self._is_new(key) else self._wait_for(lambda: self._ledger.step_records(key))
+        delivered = [] if self._is_new(key) else self.wait_for(lambda: self._ledger.step_records(key))
         records = {record.step: record for record in (*delivered, *self._mirror.step_records(key))}
         return [records[step] for step in sorted(records)]
 
     def summarize(self, facts: Mapping[str, str | float], artifacts: Sequence[Path] = ()) -> None:
         """See `Ledger.summarize`; waits for the store."""
         self.deliver()
-        self._wait_for(lambda: self._ledger.summarize(facts, artifacts))
+        self.wait_for(lambda: self._ledger.summarize(facts, artifacts))
 
     def facts(self) -> dict[str, str | float]:
         """See `Ledger.facts`."""
@@ -143,7 +143,7 @@ class Outbox:
             LedgerUnavailable: It has not come back. What waits stays in the file, for the next process.
         """
         if self._waiting:
-            self._wait_for(self._empty)
+            self.wait_for(self._empty)
 
     def _is_new(self, key: str) -> bool:
         """Whether the beginning of a trial itself still waits."""
@@ -189,7 +189,12 @@ class Outbox:
         self._path.unlink(missing_ok=True)
         logger.warning("what waited in %s is written", self._path)
 
-    def _wait_for(self, call: Callable[[], Answer]) -> Answer:
+    def wait_for(self, call: Callable[[], Answer]) -> Answer:
+        """Call what cannot do without the store, again and again while the store is away.
+
+        Raises:
+            LedgerUnavailable: It has not come back.
+        """
         deadline = time.monotonic() + self._patience_seconds
         while True:
             try:

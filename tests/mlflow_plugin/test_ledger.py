@@ -431,7 +431,7 @@ def test_an_error_of_mlflow_shows_no_password(ledger: MlflowLedger, monkeypatch:
 
 @pytest.mark.parametrize("uri", ["databricks", "databricks-uc"])
 def test_a_remote_store_without_a_scheme_is_no_folder(uri: str) -> None:
-    assert _exists(uri)
+    assert _exists(make_study(tracking=TrackingSpec(uri=uri)))
     assert _absolute(uri) == uri
 
 
