@@ -7,9 +7,11 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, Field
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.hyperparameters import default_spaces
+from jfhpo_core.study.operational import OPERATIONAL
 from jfhpo_core.study.spec import StudySpec, TrainerSpec, study_schema
 from jfhpo_core.study.study_file import load_study, parse_study
 
@@ -364,6 +366,32 @@ def test_identity_stays_when_operational_settings_of_the_trainer_change(trainer:
     other = changed.model_copy(update={"trainer": TrainerSpec(name=trainer, settings={"chat_template": False})})
     assert other.identity() != plain.identity()
     assert plain.changes(other) == ["trainer.settings.chat_template"]
+
+
+def test_settings_of_a_trainer_of_another_package_count_unless_it_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Settings(BaseModel):
+        rounds: int = 1
+        patience_seconds: float = Field(default=1.0, json_schema_extra=OPERATIONAL)
+
+    class Silent:
+        name = "mine"
+
+    class Telling(Silent):
+        settings = Settings
+
+    def identities(trainer: type, name: str) -> set[str]:
+        monkeypatch.setattr("jfhpo_core.study.spec.load_plugin", lambda *_: trainer)
+        specs = (
+            parse_study(STUDY).model_copy(update={"trainer": TrainerSpec(name="mine", settings={name: value})})
+            for value in (1, 2)
+        )
+        return {spec.identity() for spec in specs}
+
+    assert len(identities(Silent, "patience_seconds")) == 2
+    assert len(identities(Telling, "patience_seconds")) == 1
+    assert len(identities(Telling, "rounds")) == 2
 
 
 def test_every_top_level_field_says_whether_it_gives_trials_their_meaning() -> None:
