@@ -27,7 +27,7 @@ class Mean:
         return cls(float(np.mean(values)), error, len(values))
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.standard_error:.4f}"
+        return f"{self.value:.4f}" + (f" ± {self.standard_error:.4f}" if self.seeds > 1 else "")
 
 
 def runs(results: Results, strategy: str, setting: str, cost: float, seeds: Sequence[int]) -> list[Result]:

@@ -41,8 +41,11 @@ FIRST_SEED = 2001
 GROUPS = {"tuning": TUNING, "untouched": UNTOUCHED, "recorded RL runs": RECORDED}
 """Settings by what the optimizer's makers have seen of them."""
 
-COSTS = np.arange(0, BUDGETS[-1] + 0.25, 0.25)
+COSTS = np.arange(0, BUDGETS[-1] + 0.5, 0.5)
 """Costs at which curves are drawn, in full runs of the target."""
+
+WORST = 4
+"""Curves are cut off above this multiple of the recipe's regret."""
 
 AIM, MEAN_AIM = 1.05, 0.67
 """What is asked of the ratio to the best peer on each setting, and of its mean."""
@@ -237,6 +240,7 @@ def _panel(axis: Axes, evidence: Evidence, setting: str) -> dict[str, Artist]:
     axis.yaxis.set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set_xlim(0, BUDGETS[-1])
+    axis.set_ylim(top=WORST)
     return lines
 
 
