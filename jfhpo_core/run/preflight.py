@@ -17,7 +17,7 @@ from pathlib import Path
 from jfhpo_core import embedded
 from jfhpo_core.errors import JfhpoError, SpecError
 from jfhpo_core.run.family import examine_family, load_tokenizer
-from jfhpo_core.run.untrained import measure, sample
+from jfhpo_core.run.untrained import is_at_hand, measure, sample
 from jfhpo_core.study.data import columns_of, is_conversational
 from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_overlong
 from jfhpo_core.study.resolved import Study
@@ -105,8 +105,8 @@ def rehearse(study: Study) -> Iterator[Finding]:
         yield Finding(Level.FAILURE, "task", str(error))
         return
     prompting = prompting_of(study, task)
-    completions = [""] * SAMPLED_ROWS
-    who = ""
+    completions = [""] * min(SAMPLED_ROWS, len(task.heldout))
+    what = f"{len(completions)} empty completions"
     if prompting is not None:
         models = list(examine_family(study.ladder.models, chat=prompting.chat_template))
         yield from models
@@ -114,12 +114,12 @@ def rehearse(study: Study) -> Iterator[Finding]:
             return
         try:
             task = fitting(study, task, prompting)
-            completions, who = _sampled(study, task, prompting)
+            completions, what = _sampled(study, task, prompting)
         except JfhpoError as error:
             yield Finding(Level.FAILURE, "prompts", str(error))
             return
     yield from _data(study, task)
-    yield from _reward(task, completions, who)
+    yield from _reward(task, completions, what)
 
 
 def measured(study: Study, largest: int | None = None) -> Iterator[Finding]:
@@ -178,20 +178,20 @@ def fitting(study: Study, task: Task, prompting: Prompting) -> Task:
 
 
 def _sampled(study: Study, task: Task, prompting: Prompting) -> tuple[list[str], str]:
-    """Completions of the first held-out prompts, and who has written them."""
+    """Completions of the first held-out prompts, and what they are."""
     rows = task.heldout[:SAMPLED_ROWS]
     model = study.ladder.models[0]
+    empty = [""] * len(rows)
     if model.parameters > SAMPLED_PARAMETERS:
-        return [""] * len(rows), f"{model.name} is too large to be sampled here"
+        return empty, f"{len(rows)} empty completions ({model.name} is too large to be sampled here)"
+    if not is_at_hand(model.path):
+        return empty, f"{len(rows)} empty completions ({model.name} has not been downloaded to this machine)"
     tokens = min(SAMPLED_TOKENS, task.max_completion_tokens)
     try:
-        return sample(model, [row["prompt"] for row in rows], prompting, tokens), f"untrained {model.name}"
+        completions = sample(model, [row["prompt"] for row in rows], prompting, tokens)
     except Exception as error:  # noqa: BLE001  loaders and models raise what they like
-        if Path(model.path).is_dir():
-            raise SpecError(
-                f"model {model.name!r} cannot sample completions: {type(error).__name__}: {error}"
-            ) from None
-        return [""] * len(rows), f"{model.name} cannot be sampled from here"
+        raise SpecError(f"model {model.name!r} cannot sample completions: {type(error).__name__}: {error}") from None
+    return completions, f"completions of {len(rows)} held-out prompts by untrained {model.name}"
 
 
 def _data(study: Study, task: Task) -> Iterator[Finding]:
@@ -211,7 +211,7 @@ def _data(study: Study, task: Task) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _reward(task: Task, completions: Sequence[str], who: str) -> Iterator[Finding]:
+def _reward(task: Task, completions: Sequence[str], what: str) -> Iterator[Finding]:
     """Call the reward as a training will: on sampled completions, then on hostile ones."""
     rows = task.heldout[: len(completions)]
     prompts = [row["prompt"] for row in rows]
@@ -219,7 +219,7 @@ def _reward(task: Task, completions: Sequence[str], who: str) -> Iterator[Findin
         try:
             reward.start()
             began = time.perf_counter()
-            scores = reward(prompts, completions[: len(rows)], **columns_of(rows))
+            scores = reward(prompts, completions, **columns_of(rows))
             seconds = time.perf_counter() - began
             with ThreadPoolExecutor(PROCESSES) as threads:
                 answers = list(
@@ -237,7 +237,6 @@ def _reward(task: Task, completions: Sequence[str], who: str) -> Iterator[Findin
         )  # fmt: skip
         return
     shown = ", ".join(f"{value:g}" for value in scores.rewards)
-    what = f"completions of {len(rows)} held-out prompts by {who}" if who else f"{len(rows)} empty completions"
     yield Finding(Level.OK, "reward", f"it scores {what} with {shown}, in {seconds:.2g} s")
     late = sum(map(len, answers)) + len(scores.timed_out)
     if late:

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from jfhpo.display import LiveDisplay, PlainDisplay, Watch, bill, duration, plan_view, result_view, trend, trial_table
+from jfhpo.display import (
+    LiveDisplay,
+    PlainDisplay,
+    Watch,
+    bill,
+    describe_untrained,
+    duration,
+    plan_view,
+    result_view,
+    trend,
+    trial_table,
+)
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.run.dispatch import InlineDispatcher
@@ -16,7 +27,8 @@ from jfhpo_core.run.scheduler import Load
 from jfhpo_core.run.search import Progress, SearchResult, run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study
-from tests.studies import simulated_study, step_record
+from jfhpo_core.study.trial import Example
+from tests.studies import simulated_study, step_record, trained
 
 
 @pytest.fixture
@@ -73,6 +85,15 @@ def test_plain_lines_tell_every_segment_once_with_its_reason(study: Study) -> No
             assert part.decision.signal in line
         else:
             assert f"trained to step {part.end_step} of {trial.total_steps}" in line
+
+
+def test_an_untrained_model_is_told_with_its_completions(study: Study) -> None:
+    trial = trained(study, {"learning_rate": 1e-4}, "small", [0.25, 0.5])
+    (part,) = trial.segments
+    assert describe_untrained(trial, part) == []
+    base = part.evaluations[0].model_copy(update={"examples": (Example(prompt="1+1=", completion="3", reward=0.0),)})
+    shown = part.model_copy(update={"evaluations": (base, *part.evaluations[1:])})
+    assert describe_untrained(trial, shown) == ["untrained small: score 0.250 ± 0.020", "'1+1=' -> '3', reward 0"]
 
 
 def test_a_continued_study_tells_only_what_is_new(study: Study) -> None:

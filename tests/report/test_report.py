@@ -28,6 +28,7 @@ from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import (
     Decision,
     Evaluation,
+    Example,
     FailureKind,
     Outcome,
     PassAtN,
@@ -317,6 +318,23 @@ def test_pass_at_n_stands_beside_the_score(tmp_path: Path) -> None:
         assert "0.500 ± 0.020" in page.text
         assert ("pass@8 0.750 ± 0.062" in page.text) == shown
         assert ("pass@" in page.text) == shown
+
+
+def test_untrained_models_and_slow_rewards_are_shown(tmp_path: Path) -> None:
+    study = resolve(parse_study(STUDY))
+    trial = trained(study.new_trial(0, {"learning_rate": 1e-4}, "large", 0), [0.5])
+    (segment,) = trial.segments
+    example = Example(prompt="1+1=", completion="<b>3", reward=0.25)
+    base = Evaluation(step=0, prompts=0, score=0.125, standard_error=0.01, samples=512, seconds=1, examples=(example,))
+    slow = segment.evaluations[0].model_copy(update={"reward_timeouts": 7})
+    told = trial.model_copy(update={"segments": (segment.model_copy(update={"evaluations": (base, slow)}),)})
+    result = conclude(study, [told], RandomSearch(), complete=False)
+    page = page_of(write_report(result, {told.key: [record(1, reward_timeouts=2)]}, tmp_path / "told"))
+    assert "'1+1=' -> '<b>3', reward 0.25" in page.text
+    assert "for 2 completions in training and 7 in evaluations" in page.text
+    plain = page_of(write_report(conclude(study, [trial], RandomSearch(), complete=False), {}, tmp_path / "plain"))
+    assert "Before training" not in plain.text
+    assert "Scoring took longer" not in plain.text
 
 
 def test_only_stopped_and_failed_trials(tmp_path: Path) -> None:
