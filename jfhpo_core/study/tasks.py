@@ -114,6 +114,16 @@ class Task:
     max_completion_tokens: int
 
 
+def check_heldout(task: Task) -> None:
+    """Refuse a held-out set whose mean score has no standard error.
+
+    Raises:
+        SpecError: It has too few rows.
+    """
+    if len(task.heldout) < 2:
+        raise SpecError(f"task.heldout: {len(task.heldout)} row gives no standard error; give at least 2")
+
+
 def load_task(spec: TaskSpec) -> Task:
     """Read a task's data. The reward functions are not imported yet.
 

@@ -17,7 +17,7 @@ from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
-from jfhpo_core.study.tasks import load_task
+from jfhpo_core.study.tasks import check_heldout, load_task
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult, model_dump_hyperparameters, read_settings
 from jfhpo_core.trainers.trl_settings import TrlSettings
 
@@ -55,10 +55,7 @@ class TrlTrainer:
         """See `Trainer.check`."""
         settings(study)
         task = load_task(study.task)
-        if len(task.heldout) < _FEWEST_HELDOUT:
-            raise SpecError(
-                f"task.heldout: {len(task.heldout)} row gives no standard error; give at least {_FEWEST_HELDOUT}"
-            )
+        check_heldout(task)
         for model in build_ladder(study).models:
             if model.devices != 1:
                 raise SpecError(
@@ -97,7 +94,6 @@ def settings(study: StudySpec) -> TrlSettings:
     return read_settings(TrlSettings, study, "trl")
 
 
-_FEWEST_HELDOUT = 2
 _BATCHING = ("prompts_per_step", "n_samples", "mini_batches")
 
 

@@ -15,7 +15,7 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
-from jfhpo_core.study.tasks import load_task
+from jfhpo_core.study.tasks import check_heldout, load_task
 from jfhpo_core.trainers.base import Finding, Job, Observer, TrainingResult, read_settings
 from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from jfhpo_core.study.resolved import Study
 
 logger = logging.getLogger(__name__)
-
-FEWEST_HELDOUT = 2
 
 SEPARATORS = "@,"
 
@@ -71,8 +69,7 @@ class OpenRlhfTrainer:
                 f"another folder than {workspace}"
             )
         task = load_task(study.task)
-        if len(task.heldout[: study.evaluation.prompts]) < FEWEST_HELDOUT:
-            raise SpecError(f"task.heldout: one row gives no standard error; give at least {FEWEST_HELDOUT}")
+        check_heldout(task)
         models = build_ladder(study).models
         for where, hyperparameters in combinations(study):
             for model in models:

@@ -13,9 +13,8 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
-from jfhpo_core.study.tasks import load_task
+from jfhpo_core.study.tasks import check_heldout, load_task
 from jfhpo_core.trainers.base import Finding, Job, Observer, TrainingResult, read_settings
-from jfhpo_core.trainers.openrlhf.trainer import FEWEST_HELDOUT
 from jfhpo_core.trainers.verl.command import to_argv
 from jfhpo_core.trainers.verl.settings import PYTHON_VARIABLE, VerlHyperparameters, VerlSettings
 
@@ -57,8 +56,7 @@ class VerlTrainer:
                     f"stays within a node of {chosen.gpus_per_node} (trainer.settings.gpus_per_node)"
                 )
         task = load_task(study.task)
-        if len(task.heldout[: study.evaluation.prompts]) < FEWEST_HELDOUT:
-            raise SpecError(f"task.heldout: one row gives no standard error; give at least {FEWEST_HELDOUT}")
+        check_heldout(task)
         _check_options(study, chosen)
 
     def preflight(self, study: Study) -> Iterator[Finding]:
