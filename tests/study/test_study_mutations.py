@@ -14,8 +14,8 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.study.resolved import resolve
-from jfhpo_core.study.study_file import parse_study
-from jfhpo_core.study.yaml_text import read_yaml, write_yaml
+from jfhpo_core.study.study_file import parse_study, validate_study
+from jfhpo_core.study.yaml_text import Document, read_yaml, write_yaml
 from tests.studies import study_data
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def containers(data: Any) -> list[dict[str, Any] | list[Any]]:
 
 
 @st.composite
-def mutated_values(draw: st.DrawFn) -> str:
+def mutated_values(draw: st.DrawFn) -> Any:
     """A good file in which up to three values or fields are replaced, removed, renamed, doubled or moved."""
     data = copy.deepcopy(draw(st.one_of(st.just(GOOD[0]), st.sampled_from(GOOD))))
     for _ in range(draw(st.integers(1, 3))):
@@ -95,7 +95,7 @@ def mutated_values(draw: st.DrawFn) -> str:
             place[key] = draw(HOSTILE)
         if not data:
             break
-    return write_yaml(data)
+    return data
 
 
 @st.composite
@@ -111,26 +111,27 @@ def mutated_texts(draw: st.DrawFn) -> str:
 FILES = st.one_of(mutated_values(), mutated_texts())
 
 
-def is_judged(text: str) -> None:
-    """Read a file, check it and forecast its bill, as far as it is usable."""
+def is_judged(study: Any) -> None:
+    """Read a file, or take its content as Prefect's form gives it; check it and forecast its bill, if it is usable."""
     try:
-        spec = parse_study(text, source="study.yaml")
+        spec = parse_study(study) if isinstance(study, str) else validate_study(Document(study), "study")
         if spec.trainer.name == "simulated":  # the others load models
-            study = resolve(spec)
-            load_strategy(study)
-            forecast(study, [])
+            resolved = resolve(spec)
+            load_strategy(resolved)
+            forecast(resolved, [])
     except SpecError:
         pass
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(FILES)
-def test_a_mutated_file_is_usable_or_refused(text: str) -> None:
-    is_judged(text)
+def test_a_mutated_file_is_usable_or_refused(study: Any) -> None:
+    is_judged(study)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(FILES)
-def test_two_thousand_mutated_files_are_usable_or_refused(text: str) -> None:
-    is_judged(text)
+def test_two_thousand_mutated_files_are_usable_or_refused(study: Any) -> None:
+    is_judged(study)
