@@ -55,15 +55,21 @@ test-fast: $(READY) ## Run the tests that take seconds
 
 # The trainer's environment cannot be this one: vLLM and Prefect need different versions of fastapi.
 OPENRLHF_ENV ?= .openrlhf
+ifdef GPU
+OPENRLHF_LOCK := deployments/openrlhf-gpu.txt
+OPENRLHF_INSTALL = unset UV_TORCH_BACKEND; $(BIN)/uv pip install --require-hashes
+else
 OPENRLHF_LOCK := jfhpo_core/trainers/openrlhf/cpu_shim/requirements.txt
+OPENRLHF_INSTALL = $(BIN)/uv pip install
+endif
 
-openrlhf-env: $(OPENRLHF_ENV)/.ready ## Build OpenRLHF's environment for CPU tests (3 GB)
+openrlhf-env: $(OPENRLHF_ENV)/.ready ## Build OpenRLHF's environment for CPU tests (3 GB); GPU=1: for runs on GPUs
 
 $(OPENRLHF_ENV)/.ready: $(OPENRLHF_LOCK) | $(READY)
-	@echo "Installing OpenRLHF, vLLM and DeepSpeed for CPU into $(OPENRLHF_ENV)"
+	@echo "Installing OpenRLHF, vLLM and DeepSpeed into $(OPENRLHF_ENV) from $(OPENRLHF_LOCK)"
 	@$(PYTHON) -m venv --clear $(OPENRLHF_ENV)
 	@torch=cpu; export DS_BUILD_OPS=0; $(HAND_ON_PIP_SETTINGS); \
-	$(BIN)/uv pip install --quiet --python $(OPENRLHF_ENV)/bin/python --no-deps --requirement $(OPENRLHF_LOCK)
+	$(OPENRLHF_INSTALL) --quiet --python $(OPENRLHF_ENV)/bin/python --no-deps --requirement $(OPENRLHF_LOCK)
 	@touch $@
 
 test-openrlhf: export DO_NOT_TRACK = true

@@ -24,7 +24,11 @@ class OpenRlhfSettings(ExternalSettings):
     gradient_checkpointing: bool = Field(
         default=True, description="Save memory by computing activations twice.", json_schema_extra=OPERATIONAL
     )
-    attention: str = Field(default="flash_attention_2", description="Implementation of attention in training (GPU).")
+    attention: str = Field(
+        default="sdpa",
+        description="Implementation of attention in training (GPU): 'sdpa' is torch's own, 'flash_attention_2' needs "
+        "flash-attn in the environment.",
+    )
     enforce_eager: bool = Field(
         default=False,
         description="vLLM without CUDA graphs: starts faster, samples slower.",

@@ -59,7 +59,8 @@ class OpenRlhfTrainer:
         if chosen.interpreter is None or shutil.which(chosen.interpreter) is None:
             raise SpecError(
                 f"trainer.settings.python: {chosen.interpreter!r} is no Python here; OpenRLHF lives in an environment "
-                f"of its own: build it (`make openrlhf-env`) and name its python, or set {PYTHON_VARIABLE}"
+                f"of its own: build it (`make openrlhf-env{' GPU=1' if chosen.device == 'cuda' else ''}` in a clone) "
+                f"and name its python, or set {PYTHON_VARIABLE}"
             )
         _check_gpus(study, chosen)
         workspace = str(Path(study.tracking.workspace).absolute())

@@ -33,6 +33,9 @@ from jfhpo_core.trainers.openrlhf.command import MODULE, Files, build_flags, eva
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 
+GPU_SHIM = Path(__file__).with_name("gpu_shim")
+"""On PYTHONPATH of runs on GPUs."""
+
 AGENT = Path(__file__).with_name("inside") / "agent.py"
 PROGRESS = "jfhpo-progress.json"
 """File of a checkpoint with what OpenRLHF does not count."""
@@ -83,6 +86,9 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
         tokens = _prepare(job, settings, task, start, files)
         argv = to_argv(build_flags(job, settings, placement, files, resume=start is not None))
         variables = environment(settings, os.environ, job.devices)
+        if settings.device == "cuda":
+            own = settings.environment.get("PYTHONPATH")
+            variables["PYTHONPATH"] = os.pathsep.join([str(GPU_SHIM), *([own] if own else [])])
         command, stop = _launch(settings, argv, variables, job.environment, files)
         (files.folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
         with TrainingProcess(command, variables, files.log, stop) as process:

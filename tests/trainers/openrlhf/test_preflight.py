@@ -32,7 +32,8 @@ def test_other_versions_are_a_warning() -> None:
     assert [finding.level for finding in _versions(versions, OpenRlhfSettings())] == [Level.OK]
     (finding,) = _versions({**versions, "openrlhf": "0.12.0"}, OpenRlhfSettings())
     assert (finding.level, "0.12.0" in finding.message) == (Level.WARNING, True)
-    (finding,) = _versions({**versions, "flash-attn": None}, OpenRlhfSettings())
+    assert all(item.level is Level.OK for item in _versions({**versions, "flash-attn": None}, OpenRlhfSettings()))
+    (finding,) = _versions({**versions, "flash-attn": None}, OpenRlhfSettings(attention="flash_attention_2"))
     assert finding.level is Level.FAILURE
 
 
