@@ -83,7 +83,7 @@ class FirstFit(Scheduler[str]):
         """A free slot takes anything."""
         if len(self._running) + len(self._queue) >= SLOTS_BEFORE:
             return None
-        return Opening((Gap(sys.maxsize),), {})
+        return Opening((Gap(sys.maxsize, sys.maxsize),), {})
 
     def _promise(self, *_: object) -> None:
         """Nobody is promised anything."""

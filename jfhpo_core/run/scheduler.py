@@ -47,17 +47,18 @@ class Gap:
 
     Attributes:
         devices: Free devices.
-        seconds: Time until the node's reserved job starts; inf if it has none.
-        spare: Devices that will be left over by the reserved job; what fits into them may run for longer.
+        spare: Of these, those that the job which the node is promised to will leave over (all without such a job): what
+            fits into them may run for any time.
+        seconds: Time until that job should start; inf if nobody knows.
     """
 
     devices: int
+    spare: int
     seconds: float = math.inf
-    spare: int = 0
 
     def admits(self, devices: int, seconds: float) -> bool:
         """Whether a job may start here."""
-        return devices <= self.devices and (seconds <= self.seconds or devices <= self.spare)
+        return devices <= self.devices and (devices <= self.spare or seconds <= self.seconds < math.inf)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Scheduler(Generic[Key]):
         if self._slots is not None and len(self._running) + len(self._queue) >= self._slots:
             return None
         if self._nodes is None:
-            return Opening((Gap(sys.maxsize),), {})
+            return Opening((Gap(sys.maxsize, sys.maxsize),), {})
         profiles = {node: self._profile(node, now) for node in self._nodes}
         gaps = [self._gap(node, profile, now) for node, profile in profiles.items()]
         if not any(gap.devices > 0 for gap in gaps):
@@ -213,7 +214,7 @@ class Scheduler(Generic[Key]):
         free = {}
         for node in self._nodes:
             own = self._promised.get(node) == request.key
-            gap = Gap(self._free(node)) if own else self._gap(node, self._profile(node, now), now)
+            gap = Gap(self._free(node), self._free(node)) if own else self._gap(node, self._profile(node, now), now)
             if gap.admits(request.devices, request.seconds):
                 free[node] = gap.devices
         return min(free, key=lambda node: (free[node], node), default=None)
@@ -250,10 +251,10 @@ class Scheduler(Generic[Key]):
         free = profile[0][1]
         reserved = next((request for request in self._queue if self._promised.get(node) == request.key), None)
         if reserved is None:
-            return Gap(free)
+            return Gap(free, free)
         start = _free_at(profile, reserved.devices)
         then = max(free for at, free in profile if at <= start)
-        return Gap(free, start - now, then - reserved.devices)
+        return Gap(free, then - reserved.devices, start - now)
 
 
 def _free_at(profile: list[tuple[float, int]], devices: int) -> float:

@@ -65,6 +65,16 @@ def test_an_overdue_job_gives_no_time_to_backfill_and_its_node_stays_promised() 
     assert [key for key, _ in made.start(16.0)] == ["short"]
 
 
+def test_of_unknown_lengths_nothing_overtakes() -> None:
+    made = scheduler(a=(4, math.inf), b=(2, math.inf))
+    assert submit(made, "large", 8, math.inf) == []
+    assert submit(made, "small", 1, math.inf) == []
+    assert submit(made, "short", 1, 1.0) == []
+    made.finish("a")
+    made.finish("b")
+    assert [key for key, _ in made.start(10.0)] == ["large"]
+
+
 def test_a_promise_is_kept_though_another_node_would_now_be_free_sooner() -> None:
     made: Scheduler[str] = Scheduler({"a": 8, "b": 8})
     for key, seconds in (("first", 10.0), ("second", 20.0)):
