@@ -193,6 +193,8 @@ def build_flags(job: Job, settings: OpenRlhfSettings, placement: Placement, file
             "critic.value_clip": chosen.value_clip,
             "critic.freezing_steps": -1,
         }
+    # Last: some of them have a default above.
+    flags |= {name: tuple(value) if isinstance(value, list) else value for name, value in settings.extra.items()}
     return flags
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from jfhpo_core.study.operational import OPERATIONAL
 from jfhpo_core.trainers.external.settings import ExternalSettings
+from jfhpo_core.trainers.openrlhf.options import Option, check_options
 
 PYTHON_VARIABLE = "JFHPO_OPENRLHF_PYTHON"
 
@@ -29,8 +30,19 @@ class OpenRlhfSettings(ExternalSettings):
         description="Implementation of attention in training (GPU): 'sdpa' is torch's own, 'flash_attention_2' needs "
         "flash-attn in the environment.",
     )
+    extra: dict[str, Option] = Field(
+        default_factory=dict,
+        description="Further options of OpenRLHF's command line, e.g. {ds.use_liger_kernel: true}; the message for an "
+        "unknown one lists them.",
+    )
     enforce_eager: bool = Field(
         default=False,
         description="vLLM without CUDA graphs: starts faster, samples slower.",
         json_schema_extra=OPERATIONAL,
     )
+
+    @field_validator("extra")
+    @classmethod
+    def _known_options(cls, extra: dict[str, Option]) -> dict[str, Option]:
+        check_options(extra)
+        return extra

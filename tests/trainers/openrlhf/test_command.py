@@ -8,6 +8,7 @@ import pytest
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.openrlhf.command import Files, Flags, build_flags, evaluation_interval, to_argv
+from jfhpo_core.trainers.openrlhf.options import OPTIONS
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from tests.trainers.openrlhf.conftest import job, study
 
@@ -93,3 +94,35 @@ def test_arguments_are_texts_in_order() -> None:
     argv = to_argv(flags())
     assert all(isinstance(item, str) and item for item in argv)
     assert not any("wandb.key" in item for item in argv)
+
+
+def test_further_options_reach_the_command_line() -> None:
+    extra = {"ds.use_liger_kernel": True, "ref.offload": False, "algo.advantage.is_correction_level": "token",
+             "algo.advantage.is_correction_threshold": [0.5, 2.0]}  # fmt: skip
+    argv = to_argv(flags(settings={"extra": extra}))
+    assert "--ds.use_liger_kernel" in argv
+    assert "--ref.offload" not in argv
+    assert argv[argv.index("--algo.advantage.is_correction_level") + 1] == "token"
+    place_of = argv.index("--algo.advantage.is_correction_threshold")
+    assert argv[place_of + 1 : place_of + 3] == ["0.5", "2.0"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"actor.adam.lr": 1e-6}, "no option that a study may set"),
+        ({"logger.wandb.key": "secret"}, "no option that a study may set"),
+        ({"ds.use_liger": True}, "ds.use_liger_kernel"),
+        ({"ds.use_liger_kernel": 1}, "type bool"),
+        ({"ds.zpg": True}, "type int"),
+        ({"algo.kl.target": "high"}, "type float"),
+        ({"algo.advantage.is_correction_threshold": 2.0}, "a list of numbers"),
+    ],
+)
+def test_options_that_jfhpo_sets_and_wrong_ones_are_refused(extra: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        OpenRlhfSettings.model_validate({"extra": extra})
+
+
+def test_a_study_may_set_no_option_that_jfhpo_sets() -> None:
+    assert OPTIONS.keys() & flags(loss_type="ppo").keys() == {"algo.advantage.is_correction_level"}
