@@ -25,6 +25,7 @@ from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_
 from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.external.compile_locks import remove_stale_locks
 from jfhpo_core.trainers.external.log import StepLine, read_line
 from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.external.process import TrainingProcess, environment
@@ -89,6 +90,7 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
         if settings.device == "cuda":
             own = settings.environment.get("PYTHONPATH")
             variables["PYTHONPATH"] = os.pathsep.join([str(GPU_SHIM), *([own] if own else [])])
+            remove_stale_locks(variables)
         command, stop = _launch(settings, argv, variables, job.environment, files)
         (files.folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
         with TrainingProcess(command, variables, files.log, stop) as process:
