@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +40,6 @@ def _is_held(file: Path) -> bool:
     wanted = str(file.resolve())
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if os.readlink(descriptor) == wanted:
+            if str(descriptor.readlink()) == wanted:
                 return True
     return False
