@@ -47,7 +47,7 @@ TRAINING = {
 """Further columns of trainings.parquet; the hyperparameters stand between `KEY` and these."""
 
 UNRECORDED = {"examples", "pass_at_n", "reward_parts", "reward_timeouts"}
-"""Fields of an evaluation that are no columns: the design has one completion per prompt."""
+"""Fields of evaluations and steps that are no columns: the design has one completion per prompt, and one reward."""
 
 
 def pack(parts: Path, data: Path) -> None:
@@ -78,7 +78,10 @@ def write(parts: Sequence[Part], data: Path) -> None:
     """Write trainings as the three Parquet files."""
     data.mkdir(parents=True, exist_ok=True)
     _write(data / "trainings.parquet", [_training_row(part) for part in parts])
-    _write(data / "steps.parquet", [_key(part) | record.model_dump() for part in parts for record in part.steps])
+    _write(
+        data / "steps.parquet",
+        [_key(part) | record.model_dump(exclude=UNRECORDED) for part in parts for record in part.steps],
+    )
     _write(
         data / "evaluations.parquet",
         [_key(part) | evaluation.model_dump(exclude=UNRECORDED) for part in parts for evaluation in part.evaluations],
