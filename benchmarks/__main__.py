@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from benchmarks import ablations, prices, report, reproduction, runner, store, surrogates
+from benchmarks import ablations, prices, report, reproduction, runner, store
 from benchmarks.foreign.commands import app as foreign
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.timing import FILE, Timing, measure
@@ -132,29 +132,6 @@ def timing(
     results.mkdir(parents=True, exist_ok=True)
     (results / FILE).write_text(f"{measured.model_dump_json(indent=1)}\n", encoding="utf-8")
     print(measured.summary())
-
-
-@app.command("surrogates")
-def compare_surrogates(
-    seeds: Annotated[str, typer.Option(help="1000:1010 or 3,5,8. Tuning: 0 to 99; publication: from 1000.")] = "0:2",
-    names: Annotated[str, typer.Option("--surrogates", help="Names, with semicolons.")] = ";".join(
-        surrogates.SURROGATES
-    ),
-    folder: Annotated[Path, typer.Option("--to", help="Where page and figure go.")] = report.EVIDENCE,
-    results: Folder = store.RESULTS,
-) -> None:
-    """Fit surrogates to fixed designs, as far as it is missing, and write the page of the docs from seeds 1000 on."""
-    path = results / surrogates.FILE
-    chosen = [name for name in names.split(";") if name]
-    unknown = [name for name in chosen if name not in surrogates.SURROGATES]
-    if unknown:
-        raise typer.BadParameter(f"no surrogate {unknown[0]!r}; there are {'; '.join(surrogates.SURROGATES)}")
-    surrogates.run(path, chosen, list(surrogates.DESIGNS), surrogates.LANDSCAPES, _seeds(seeds))
-    fits = surrogates.load(path)
-    if not any(key[-1] >= report.FIRST_SEED for key in fits):
-        print(f"{path} has no seeds from {report.FIRST_SEED} on: no page is written")
-        return
-    surrogates.write(fits, folder)
 
 
 @app.command("prices")

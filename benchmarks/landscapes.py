@@ -61,7 +61,7 @@ TRAINING_SECONDS = (
 
 
 RECIPE_AWARE = ("jfhpo",)
-"""Strategies that make use of a study's baselines. They pay for running them, see `runner.delivery`."""
+"""Strategies that make use of a study's baselines."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,6 @@ class Problem:
         training_seconds: Simulated seconds of such a training of a typical configuration.
         known_best: The highest true score in the space; None: it is found numerically.
         trainings: Budget of a search, in such trainings.
-        recipe: What a search has to beat. Strategies of `RECIPE_AWARE` are told it as a baseline; None: nobody is.
     """
 
     name: str
@@ -88,7 +87,6 @@ class Problem:
     training_seconds: float = TRAINING_SECONDS
     known_best: float | None = None
     trainings: int = TRAININGS
-    recipe: Configuration | None = None
 
     def study(
         self,
@@ -99,6 +97,8 @@ class Problem:
     ) -> Study:
         """The problem as a study for one strategy.
 
+        Strategies of `RECIPE_AWARE` are told what a search has to beat as a baseline, and pay for running it.
+
         Args:
             workspace: Folder for its checkpoints.
             strategy: Its name.
@@ -106,17 +106,16 @@ class Problem:
             changes: Fields of the study's sections that are other than usual, by section.
         """
         changed = {section: {**self.data.get(section, {}), **fields} for section, fields in (changes or {}).items()}
+        told = strategy in RECIPE_AWARE
         spec = StudySpec.model_validate(
             {
                 **self.data,
                 **changed,
                 "study": f"{self.name}-{self.seed}",
-                "baselines": [{"name": "recipe", "configuration": self.recipe}]
-                if self.recipe is not None and strategy in RECIPE_AWARE
-                else [],
+                "baselines": [{"name": "recipe", "configuration": self.default}] if told else [],
                 "strategy": {"name": strategy, "settings": dict(settings or {})},
                 "budget": {
-                    "trial_seconds": self.trainings * self.training_seconds,
+                    "trial_seconds": (self.trainings - told) * self.training_seconds,
                     "max_parallel": 1,
                     **changed.get("budget", {}),
                 },

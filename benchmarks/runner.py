@@ -30,6 +30,7 @@ from jfhpo_core.optimizer.strategy import Proposal, Recommendation, Strategy, fr
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Configuration, Outcome, SegmentResult, Trial, canonical_json, spent_seconds
 from jfhpo_core.study.yaml_text import read_yaml
@@ -75,7 +76,9 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a search would deliver if it ended now: the configuration that its strategy ranks first.
+    """What a search would deliver if it ended now: the best-ranked configuration that is complete on the target.
+
+    As long as none is, the one that its strategy ranks first.
 
     Attributes:
         seconds: Spent so far, and what is missing to a full training of it on the target.
@@ -109,7 +112,9 @@ class Timed:
         """See `Strategy.rank`."""
         ranked = self._time(lambda: self.inner.rank(study, trials))
         if ranked:
-            self.deliveries.append(delivery(study, trials, ranked[0].configuration))
+            history = History.of(study, trials)
+            finished = [item for item in ranked if history.final(item.configuration)]
+            self.deliveries.append(delivery(history, (finished or ranked)[0].configuration))
         return ranked
 
     def _time(self, call: Callable[[], Answer]) -> Answer:
@@ -175,18 +180,15 @@ def in_order(trials: Sequence[Trial]) -> list[tuple[Trial, SegmentResult]]:
     return sorted(pairs, key=lambda pair: pair[1].committed)
 
 
-def delivery(study: Study, trials: Sequence[Trial], configuration: Configuration) -> Delivery:
+def delivery(history: History, configuration: Configuration) -> Delivery:
     """What it takes to deliver a configuration trained to full length on the target.
 
     Baselines, which only strategies with a use for them are told, are charged like the search itself.
     """
+    study, trials = history.study, history.trials
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
     spent = spent_seconds(trials) + spent_seconds(trials, "baseline")
-    mine = [
-        trial
-        for trial in trials
-        if trial.purpose == "search" and trial.model == target and trial.configuration == configuration
-    ]
+    mine = [trial for trial in history.on_target if trial.configuration == configuration]
     if any(trial.final is not None for trial in mine):
         return Delivery(spent, configuration)
     done = max((trial.step * trial.prompts_per_step for trial in mine if trial.checkpoint is not None), default=0)

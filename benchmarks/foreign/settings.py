@@ -143,7 +143,7 @@ def foreign_problem(surface: Surface, seed: int) -> Problem:
 
 
 def problem(landscape: str, seed: int) -> Problem:
-    """A landscape of this benchmark, named 'NAME@BUDGET', whose strategies are told the recipe.
+    """A landscape of this benchmark, named 'NAME@BUDGET'.
 
     Raises:
         JfhpoError: No setting has this name.
@@ -155,4 +155,4 @@ def problem(landscape: str, seed: int) -> Problem:
         found = LANDSCAPES[name](seed)
     else:
         raise JfhpoError(f"no setting {name!r}; there are {', '.join((*SETTINGS, *RECORDED))}")
-    return replace(found, trainings=int(budget), recipe=found.default)
+    return replace(found, trainings=int(budget))

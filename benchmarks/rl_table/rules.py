@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 
-from jfhpo_core.optimizer.floors import gain_floors
-from jfhpo_core.optimizer.observations import milestone, thinned
-from jfhpo_core.optimizer.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations, fitted_surrogate
+from jfhpo_core.optimizer.floors import value_floors
+from jfhpo_core.optimizer.observations import Row, milestone, observe, scale_of, thinned
+from jfhpo_core.optimizer.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, JointStructure, fitted_surrogate
 from jfhpo_core.stopping.rules import Course, Monitor, StoppingRule, Unpromising
 from jfhpo_core.study.trial import Decision, Evaluation, StepRecord
 from jfhpo_core.trainers.replay_table import SPACE, Recording, Table
@@ -137,7 +137,7 @@ def fates_in_sequence(
     recordings = [recording for recording in table.of_size(size) if recording.seed == 0]
     recordings = [recordings[i] for i in np.random.default_rng(order).permutation(len(recordings))]
     model_rule = next((rule for rule in rules if isinstance(rule, Unpromising)), None)
-    rows: list[tuple[list[float], float, float]] = []
+    rows: list[Row] = []
     fitted = 0
     decisions: list[Decision | None] = []
     for number, recording in enumerate(recordings):
@@ -145,13 +145,19 @@ def fates_in_sequence(
         if model_rule is not None and number >= warm_up:
             if milestone(number) > fitted:
                 fitted, basis = milestone(number), len(rows)
-            floors = _floors(model_rule, _observations(rows), _observations(rows[:basis]), recording, number, table)
+            floors = _floors(model_rule, rows, rows[:basis], recording, number, table)
         decision = first_decision(rules, recording, table.total_steps, floors)
         decisions.append(decision)
-        base = recording.evaluations[0].score
+        learned = _learned(recording, decision, table.total_steps)
         rows += [
-            (_input(recording, progress, number), evaluation.score - base, evaluation.standard_error**2)
-            for progress, evaluation in _learned(recording, decision, table.total_steps)
+            Row(
+                _input(recording, progress, number),
+                evaluation.score,
+                evaluation.standard_error**2,
+                (number, number, evaluation.step),
+                last=evaluation is learned[-1][1],
+            )
+            for progress, evaluation in learned
         ]
     return _fates(recordings, decisions, table.total_steps)
 
@@ -182,30 +188,38 @@ def _learned(recording: Recording, decision: Decision | None, total_steps: int) 
 
 
 def _floors(
-    rule: Unpromising, known: Observations, basis: Observations, recording: Recording, number: int, table: Table
+    rule: Unpromising, known: Sequence[Row], basis: Sequence[Row], recording: Recording, number: int, table: Table
 ) -> dict[int, float]:
-    """Scores at the rungs before the last one below which a training is not expected to become the best so far."""
-    surrogate = fitted_surrogate(known, basis, SPACE.dimension, [])
+    """Scores at the rungs before the last one below which a run is not expected to become the best so far."""
+    scale = scale_of(known)
+    surrogate = fitted_surrogate(
+        observe(known, scale, SPACE.dimension),
+        observe(basis, scale_of(basis), SPACE.dimension),
+        JointStructure(SPACE.dimension, []),
+    )
     target = torch.tensor([_input(recording, 1.0, ANY_SEED)], dtype=torch.double)
-    tried = known.inputs.clone()
+    tried = surrogate.observations.inputs.clone()
     tried[:, -FIDELITY_COLUMNS + 1], tried[:, -FIDELITY_COLUMNS + 2] = 1.0, ANY_SEED
-    incumbent = float(surrogate.gain_moments(tried)[0].max())
-    rungs = [evaluation.step for evaluation in recording.evaluations if 0 < evaluation.step < table.total_steps]
-    inputs = torch.tensor([_input(recording, rung / table.total_steps, number) for rung in rungs], dtype=torch.double)
-    variance = float(known.variances.mean())
+    incumbent = float(surrogate.mean_and_deviation(tried)[0].max())
+    rungs = {
+        evaluation.step: group
+        for evaluation in recording.evaluations
+        if 0 < evaluation.step < table.total_steps
+        and (group := (THIS_STUDY, 0.0, evaluation.step / table.total_steps)) in scale.references
+    }
+    inputs = torch.tensor([_input(recording, share, number) for _, _, share in rungs.values()], dtype=torch.double)
+    variance = float(surrogate.observations.variances.mean())
     inflation = surrogate.moments().inflation()
-    gains = gain_floors(surrogate, target, inputs, incumbent, rule.probability, variance, inflation)
-    base = recording.evaluations[0].score
-    return {rung: base + gain for rung, gain in zip(rungs, gains, strict=True) if gain is not None}
+    values = value_floors(surrogate, target, inputs, incumbent, rule.probability, variance, inflation)
+    return {
+        step: float(scale.score(group, [value])[0])
+        for (step, group), value in zip(rungs.items(), values, strict=True)
+        if value is not None
+    }
 
 
-def _input(recording: Recording, progress: float, trial: float) -> list[float]:
-    return [*(float(value) for value in recording.point), 0.0, progress, float(trial), THIS_STUDY]
-
-
-def _observations(rows: Sequence[tuple[list[float], float, float]]) -> Observations:
-    inputs, gains, variances = zip(*rows, strict=True)
-    return Observations(*(torch.tensor(column, dtype=torch.double) for column in (inputs, gains, variances)))
+def _input(recording: Recording, progress: float, trial: float) -> tuple[float, ...]:
+    return (*(float(value) for value in recording.point), 0.0, progress, float(trial), THIS_STUDY)
 
 
 def stopping_step(

@@ -66,8 +66,9 @@ class TargetKnowledgeGradient(AcquisitionFunction):  # type: ignore[misc]
     Args:
         model: A fitted surrogate.
         targets: Points at (target size, full horizon, any seed), shape (a, d + 4).
-        measurement_variance: Variance of an evaluation's score, in score units.
+        measurement_variance: Variance of an evaluation's value.
         feasibility: p(a) of the targets, shape (a,); None: all 1.
+        failed_value: What a run that fails counts as.
         pending: Inputs of running trainings, shape (p, d + 4).
         utility: A BoTorch utility that weighs the value against the cost, e.g. `NetCostUtility`.
     """
@@ -78,20 +79,22 @@ class TargetKnowledgeGradient(AcquisitionFunction):  # type: ignore[misc]
         targets: Tensor,
         measurement_variance: float,
         feasibility: Tensor | None = None,
+        failed_value: float = 0.0,
         pending: Tensor | None = None,
         utility: CostAwareUtility | None = None,
     ) -> None:
         super().__init__(model)
         assert isinstance(model, JointSurrogate)
         self.surrogate = model
-        self.variance = measurement_variance / model.scale**2
+        self.variance = measurement_variance
+        self.failed_value = failed_value
         self.moments: Moments = model.moments(pending, measurement_variance)
         self.targets = self.moments.at(targets)
         self.feasibility = torch.ones(len(targets), dtype=targets.dtype) if feasibility is None else feasibility
         self.utility = utility
 
     def forward(self, X: Tensor) -> Tensor:  # noqa: N803  BoTorch's name
-        """Value of observing each of the points: in score units, or what the utility makes of it.
+        """Worth of observing each of the points, on the scale of values, or what the utility makes of it.
 
         Args:
             X: Shape (b, 1, d + 4).
@@ -104,8 +107,10 @@ class TargetKnowledgeGradient(AcquisitionFunction):  # type: ignore[misc]
             spread = (points.variance + self.variance).sqrt()
             slopes = self.moments.covariance(self.targets, points) / spread.unsqueeze(-2)
             weights = self.feasibility
-            gains = knowledge_gradient(weights * self.targets.mean, weights.unsqueeze(-1) * slopes)
-            value = gains.mean(0) * self.surrogate.scale
+            gains = knowledge_gradient(
+                weights * (self.targets.mean - self.failed_value), weights.unsqueeze(-1) * slopes
+            )
+            value = gains.mean(0)
         return value if self.utility is None else self.utility(X, value)
 
 

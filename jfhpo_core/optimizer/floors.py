@@ -20,7 +20,7 @@ from torch import Tensor
 from jfhpo_core.optimizer.surrogate import JointSurrogate
 
 
-def gain_floors(
+def value_floors(
     surrogate: JointSurrogate,
     target: Tensor,
     steps: Tensor,
@@ -29,30 +29,30 @@ def gain_floors(
     measurement_variance: float,
     inflation: float = 1.0,
 ) -> list[float | None]:
-    """Gains at some steps of a training below which its configuration is not expected to beat the incumbent.
+    """Values at some steps of a run below which its configuration is not expected to beat the incumbent.
 
     Args:
         surrogate: What is believed; its ensemble counts as one normal of the same mean and covariance.
         target: Input of the configuration at (target, full horizon), shape (1, d + 4).
         steps: Inputs of the training at the steps, shape (n, d + 4).
-        incumbent: Gain at the target that is to be beaten.
+        incumbent: Value at the target that is to be beaten.
         probability: Of beating it, at the floor; in (0, 1).
-        measurement_variance: Of an evaluation's score.
+        measurement_variance: Of an evaluation's value.
         inflation: Factor on the deviation at the target; see `calibration.inflation`.
 
     Returns:
         One for each step; None where an evaluation says nothing about the target.
     """
-    moments, scale = surrogate.moments(), surrogate.scale
+    moments = surrogate.moments()
     there, here = moments.at(target), moments.at(steps)
     mean, deviation = (float(value) for value in there.mixture())
     between = (there.mean - there.mean.mean(0)) * (here.mean - here.mean.mean(0))
     common = (moments.covariance(there, here).squeeze(-2) + between).mean(0)
     floors: list[float | None] = []
     for expected, own, covariance in zip(*here.mixture(), common, strict=True):
-        seen = float(own) ** 2 + measurement_variance / scale**2
+        seen = float(own) ** 2 + measurement_variance
         slope = float(covariance) / seen
         left = math.sqrt(max(0.0, (inflation * deviation) ** 2 - slope**2 * seen))
-        missing = incumbent / scale - mean + float(norm.ppf(probability)) * left
-        floors.append(scale * (float(expected) + missing / slope) if slope > 0 else None)
+        missing = incumbent - mean + float(norm.ppf(probability)) * left
+        floors.append(float(expected) + missing / slope if slope > 0 else None)
     return floors

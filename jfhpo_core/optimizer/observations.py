@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from jfhpo_core.errors import SpecError
+from jfhpo_core.optimizer.score_scale import Group, ScoreScale
 from jfhpo_core.optimizer.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations
 from jfhpo_core.stopping.rules import Unpromising
+from jfhpo_core.study.history import History, searched_configuration
 from jfhpo_core.study.models import progress
-from jfhpo_core.study.resolved import EarlierStudy, Study, base_scores
-from jfhpo_core.study.trial import Configuration, Evaluation, Outcome, Trial, TrialState
+from jfhpo_core.study.resolved import EarlierStudy, Study
+from jfhpo_core.study.trial import Configuration, Evaluation, Outcome, Trial, TrialState, configuration_key
 
 MAX_OBSERVATIONS = 240
 """Beyond this, evaluations in the middle of curves are thinned out; the last one of each trial stays."""
@@ -47,100 +48,164 @@ def point(study: Study, configuration: Configuration, model: str, prompts: int, 
     ]
 
 
-def searched_configuration(study: Study, trial: Trial) -> Configuration | None:
-    """The trial's configuration within the search space; None if it lies outside (a baseline may)."""
-    configuration = study.space.restrict(study.complete(trial.configuration))
-    try:
-        study.space.encode(configuration)
-    except ValueError:
-        return None
-    return configuration
-
-
-def _used(study: Study, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Configuration]]:
-    """Trials that are learned from: all but the random-search comparison and those outside the space."""
-    for trial in trials:
-        if trial.purpose != "random-search":
-            configuration = searched_configuration(study, trial)
-            if configuration is not None:
-                yield trial, configuration
-
-
 @dataclass(frozen=True)
-class _Row:
-    inputs: list[float]
-    gain: float
+class Row:
+    """One evaluation that is learned from.
+
+    Attributes:
+        inputs: (x, z, t, trial, study).
+        score: Held-out score.
+        variance: Its squared standard error.
+        order: Rank by which it became known.
+        last: Whether it is the newest of its run.
+    """
+
+    inputs: tuple[float, ...]
+    score: float
     variance: float
     order: tuple[int, int, int]
     last: bool
 
+    @property
+    def group(self) -> Group:
+        """See `score_scale.Group`."""
+        size, share, _, study = self.inputs[-FIDELITY_COLUMNS:]
+        return study, size, share
 
-def observe(study: Study, trials: Sequence[Trial]) -> Observations:
-    """Evaluations as observations of the gain over the untrained model, in the order in which they were committed.
 
-    Of a training that went wrong and was stopped by a rule, one thing counts: the score at which it was stopped (the
-    untrained model's if it has none), as that of the full length. Under these rules it comes to nothing else, and a
-    collapse has no curve that others resemble. One that was stopped because others are better (rule `unpromising`)
-    counts with what was measured.
+def observed_rows(history: History) -> list[Row]:
+    """Evaluations of the search and of earlier studies, in the order in which they became known.
+
+    Of a run that went wrong and was stopped by a rule, one thing counts: the score at which it was stopped, as that of
+    the full length; without one, the lowest that its model has. With these rules the run would not recover,
+    and the shape of a collapse tells nothing about healthy runs. One that was stopped because others are better (rule
+    `unpromising`) counts with what was measured.
     """
-    bases = base_scores(trials)
-    rows: list[_Row] = []
-    for trial, configuration in _used(study, trials):
-        base = bases.get(trial.model, min(bases.values(), default=0.0))
-        rows += _curve(study, trial, configuration, study.ladder.size_coordinate(trial.model), base)
+    study = history.study
+    lowest, variance = _lowest_scores(history.evidence), measurement_variance(study, history.evidence)
+    rows: list[Row] = []
+    for trial in history.evidence:
+        size, unscored = study.ladder.size_coordinate(trial.model), (lowest.get(trial.model, 0.0), variance)
+        rows += _curve(study, trial, trial.configuration, size, unscored)
     rows += _earlier_rows(study)
-    rows.sort(key=lambda row: row.order)
-    if len(rows) > MAX_OBSERVATIONS:
-        middle = [index for index, row in enumerate(rows) if not row.last]
-        room = max(0, MAX_OBSERVATIONS - (len(rows) - len(middle)))
-        chosen = {middle[int(i)] for i in np.linspace(0, len(middle) - 1, room)} if room else set()
-        rows = [row for index, row in enumerate(rows) if row.last or index in chosen]
-    width = study.space.dimension + FIDELITY_COLUMNS
-    return Observations(
-        torch.tensor([row.inputs for row in rows], dtype=torch.double).reshape(-1, width),
-        torch.tensor([row.gain for row in rows], dtype=torch.double),
-        torch.tensor([row.variance for row in rows], dtype=torch.double),
+    return sorted((row for row in rows if math.isfinite(row.score)), key=lambda row: row.order)
+
+
+def scale_of(rows: Sequence[Row]) -> ScoreScale:
+    """The scale that rows suggest; at least one is needed."""
+    return ScoreScale.of(
+        [row.group for row in rows], [row.score for row in rows], [math.sqrt(row.variance) for row in rows]
     )
 
 
-def _earlier_rows(study: Study) -> list[_Row]:
+def observe(rows: Sequence[Row], scale: ScoreScale, dimension: int) -> Observations:
+    """Rows on a scale, thinned to `MAX_OBSERVATIONS`.
+
+    Args:
+        rows: In the order in which they became known.
+        scale: Has the groups of all rows.
+        dimension: Coordinates of the search space.
+    """
+    placed = [(row, *scale.value(row.group, row.score)) for row in rows]
+    if len(placed) > MAX_OBSERVATIONS:
+        placed = [placed[index] for index in _kept([row for row, _, _ in placed], [value for _, value, _ in placed])]
+    return Observations(
+        torch.tensor([row.inputs for row, _, _ in placed], dtype=torch.double).reshape(
+            -1, dimension + FIDELITY_COLUMNS
+        ),
+        torch.tensor([value for _, value, _ in placed], dtype=torch.double),
+        torch.tensor([row.variance * slope**2 for row, _, slope in placed], dtype=torch.double),
+    )
+
+
+def _kept(rows: Sequence[Row], values: Sequence[float]) -> list[int]:
+    """Which `MAX_OBSERVATIONS` rows stay, in their order.
+
+    Last evaluations come before those in the middle of curves, this study before earlier ones, larger models before
+    smaller ones, and high values before low ones; of what is equally low every part of the space should keep some,
+    which the order by value does well enough, as values of bad configurations scatter.
+    """
+
+    def importance(index: int) -> tuple[bool, bool, float, float]:
+        size, _, _, study = rows[index].inputs[-FIDELITY_COLUMNS:]
+        return rows[index].last, study == THIS_STUDY, size, values[index]
+
+    chosen = sorted(range(len(rows)), key=importance, reverse=True)[:MAX_OBSERVATIONS]
+    return sorted(chosen)
+
+
+def _earlier_rows(study: Study) -> list[Row]:
     """What earlier studies observed on this study's space and scales; they stand before everything else.
 
     Hyperparameters that they held fixed count with that value; trials outside this study's space are left out.
     """
-    rows: list[_Row] = []
+    rows: list[Row] = []
     for index, earlier in enumerate(study.earlier, start=1):
-        bases = base_scores(earlier.trials)
+        lowest, variance = _lowest_scores(earlier.trials), measurement_variance(study, earlier.trials)
         for trial in earlier.trials:
             configuration = _translated(study, earlier, trial)
-            if configuration is None or trial.model not in bases:
+            if configuration is None:
                 continue
             size = math.log10(earlier.ladder[trial.model].parameters / study.ladder.target.parameters)
-            rows += _curve(study, trial, configuration, size, bases[trial.model], index)
+            rows += _curve(study, trial, configuration, size, (lowest.get(trial.model, 0.0), variance), index)
     return rows
 
 
-def _curve(
-    study: Study, trial: Trial, configuration: Configuration, size: float, base: float, belongs_to: int = 0
-) -> list[_Row]:
-    """What is used of a training's curve; what earlier studies (`belongs_to` > 0) observed stands before this one's."""
-    curve = trained_evaluations(trial)
-    place = [float(value) for value in study.space.encode(configuration)]
+def earlier_configurations(study: Study) -> list[Configuration]:
+    """Configurations that earlier studies have evaluated and that lie in this study's space, without repetitions."""
+    found: dict[str, Configuration] = {}
+    for earlier in study.earlier:
+        for trial in earlier.trials:
+            configuration = _translated(study, earlier, trial) if trial.evaluations else None
+            if configuration is not None:
+                found.setdefault(configuration_key(configuration), configuration)
+    return list(found.values())
 
-    def row(share: float, gain: float, variance: float, committed: int, step: int, *, last: bool) -> _Row:
-        inputs = [*place, size, share, float(trial.number), float(belongs_to)]
-        return _Row(inputs, gain, variance, (-belongs_to or committed, trial.number, step), last)
+
+def _lowest_scores(trials: Sequence[Trial]) -> dict[str, float]:
+    """The lowest score on each model, the untrained model's included."""
+    lowest: dict[str, float] = {}
+    for trial in trials:
+        for evaluation in trial.evaluations:
+            if math.isfinite(evaluation.score):
+                lowest[trial.model] = min(evaluation.score, lowest.get(trial.model, evaluation.score))
+    return lowest
+
+
+def _curve(
+    study: Study,
+    trial: Trial,
+    configuration: Configuration,
+    size: float,
+    unscored: tuple[float, float],
+    belongs_to: int = 0,
+) -> list[Row]:
+    """What is used of a run's curve; what earlier studies (`belongs_to` > 0) observed stands before this one's.
+
+    Args:
+        study: The study, on whose scales the rows are.
+        trial: The run.
+        configuration: Its configuration in this study's space.
+        size: z of its model.
+        unscored: Score and variance of a run that went wrong without a score.
+        belongs_to: Number of the earlier study; 0: this one.
+    """
+    curve = trained_evaluations(trial)
+    place = tuple(float(value) for value in study.space.encode(configuration))
+
+    def row(share: float, score: float, variance: float, committed: int, step: int, *, last: bool) -> Row:
+        inputs = (*place, size, share, float(trial.number), float(belongs_to))
+        return Row(inputs, score, variance, (-belongs_to or committed, trial.number, step), last)
 
     if _went_wrong(trial):
-        # Some trainers score at rungs only: what a rung before the stop says is not what became of the training.
+        # Some trainers score at rungs only: what a rung before the stop says is not what became of the run.
         scored = bool(curve) and curve[-1].step == trial.step
-        gain = curve[-1].score - base if scored else 0.0
-        variance = curve[-1].standard_error ** 2 if scored else measurement_variance(study, ())
-        return [row(1.0, gain, variance, trial.segments[-1].committed, trial.step, last=True)]
+        score, variance = (curve[-1].score, curve[-1].standard_error ** 2) if scored else unscored
+        return [row(1.0, score, variance, trial.segments[-1].committed, trial.step, last=True)]
     return [
         row(
             progress(study.spec, evaluation.prompts),
-            evaluation.score - base,
+            evaluation.score,
             evaluation.standard_error**2,
             _rank(trial, evaluation),
             evaluation.step,
@@ -159,13 +224,7 @@ def _went_wrong(trial: Trial) -> bool:
 
 def _translated(study: Study, earlier: EarlierStudy, trial: Trial) -> Configuration | None:
     """An earlier trial's configuration in this study's space; None if it lies outside."""
-    fixed = earlier.spec.trainer.fixed
-    try:
-        configuration = study.space.restrict(study.complete({**fixed, **trial.configuration}))
-        study.space.encode(configuration)
-    except (SpecError, ValueError):
-        return None
-    return configuration
+    return searched_configuration(study, {**earlier.spec.trainer.fixed, **trial.configuration})
 
 
 def trained_evaluations(trial: Trial) -> list[Evaluation]:
@@ -186,16 +245,6 @@ def _rank(trial: Trial, evaluation: Evaluation) -> int:
     return next(result.committed for result in trial.segments if evaluation in result.evaluations)
 
 
-def as_of(trials: Sequence[Trial], commits: int) -> list[Trial]:
-    """The trials as they stood after the first so many commits of the study."""
-    known = []
-    for trial in trials:
-        segments = tuple(result for result in trial.segments if result.committed <= commits)
-        if segments:
-            known.append(trial.model_copy(update={"segments": segments, "open_segment": None}))
-    return known
-
-
 def milestone(commits: int) -> int:
     """The number of commits, at most the given one, whose observations the parameters are fitted to.
 
@@ -207,37 +256,36 @@ def milestone(commits: int) -> int:
     return reached
 
 
-def verdicts(study: Study, trials: Sequence[Trial]) -> tuple[Tensor, Tensor]:
-    """Which trainings could be trained at all.
+def verdicts(history: History) -> tuple[Tensor, Tensor]:
+    """Which runs could be trained at all.
 
     Returns:
-        (x, z) of shape (n, d + 1), and 1 or 0 of shape (n,): 0 if the training failed (out of memory, not finite,
-        rejected). Trainings that were lost to infrastructure say nothing.
+        (x, z) of shape (n, d + 1), and 1 or 0 of shape (n,): 0 if the run failed (out of memory, not finite,
+        rejected). Runs that were lost to infrastructure say nothing.
     """
     rows, labels = [], []
-    for trial, configuration in _used(study, trials):
+    for trial in history.evidence:
         if trial.segments and trial.segments[-1].outcome is not Outcome.LOST:
-            rows.append(point(study, configuration, trial.model, 0)[: -FIDELITY_COLUMNS + 1])
+            rows.append(point(history.study, trial.configuration, trial.model, 0)[: -FIDELITY_COLUMNS + 1])
             labels.append(float(trial.segments[-1].outcome is not Outcome.INFEASIBLE))
-    width = study.space.dimension + 1
+    width = history.study.space.dimension + 1
     return torch.tensor(rows, dtype=torch.double).reshape(-1, width), torch.tensor(labels, dtype=torch.double)
 
 
-def running_points(study: Study, trials: Sequence[Trial]) -> Tensor | None:
+def running_points(history: History) -> Tensor | None:
     """Where the running segments will be evaluated at their end; None if nothing runs."""
     rows = [
-        point(study, configuration, trial.model, trial.open_segment.stop_step * trial.prompts_per_step, trial.number)
-        for trial, configuration in _used(study, trials)
+        point(
+            history.study,
+            trial.configuration,
+            trial.model,
+            trial.open_segment.stop_step * trial.prompts_per_step,
+            trial.number,
+        )
+        for trial in history.evidence
         if trial.open_segment is not None
     ]
     return torch.tensor(rows, dtype=torch.double) if rows else None
-
-
-def target_base(study: Study, trials: Sequence[Trial]) -> float:
-    """Score of the untrained target; before it is measured, that of the largest model measured."""
-    bases = base_scores(trials)
-    names = [model.name for model in study.ladder.models if model.name in bases]
-    return bases[names[-1]] if names else 0.0
 
 
 def measurement_variance(study: Study, trials: Sequence[Trial]) -> float:

@@ -9,12 +9,14 @@ from typing import ClassVar
 import torch
 
 from jfhpo_core.optimizer.acquisition import expected_improvement
+from jfhpo_core.optimizer.candidates import Expectation
 from jfhpo_core.optimizer.cost import CostModel
-from jfhpo_core.optimizer.observations import as_of, milestone, point, thinned
+from jfhpo_core.optimizer.observations import Row, milestone, observe, point, scale_of, thinned, trained_evaluations
+from jfhpo_core.optimizer.score_scale import ScoreScale
 from jfhpo_core.optimizer.strategy import Positive, Proposal, Recommendation, check_model, fresh_configurations
-from jfhpo_core.optimizer.surrogate import FIDELITY_COLUMNS, JointSurrogate, Observations, fitted_surrogate
+from jfhpo_core.optimizer.surrogate import THIS_STUDY, JointStructure, JointSurrogate, fitted_surrogate
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import Configuration, Outcome, Suggestion, Trial
+from jfhpo_core.study.trial import Outcome, Suggestion, Trial
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class PaperStrategy:
                 source="paper/initial-design", explanation="Sobol configuration", expected_cost_seconds=cost
             )
             return Proposal(first[0], proxy, level, suggestion) if first and cost <= remaining_seconds else None
-        model = self._fit(study, mine)
-        incumbent = max(mean for _, mean, _ in self._at_horizon(study, mine, model))
+        model, scale = self._fit(study, mine)
+        incumbent = max(item.mean for item in self._at_horizon(study, mine, model))
         candidates = [
             (trial.configuration, trial.kept_prompts, level)
             for trial in mine
@@ -72,11 +74,12 @@ class PaperStrategy:
         inputs = torch.tensor(
             [point(study, candidates[i][0], proxy, candidates[i][2]) for i in affordable], dtype=torch.double
         )
-        means, deviations = model.gain_moments(inputs)
+        means, deviations = model.mean_and_deviation(inputs)
         fresh_cost = [costs.estimate(candidates[i][0], proxy, 0, candidates[i][2]).seconds for i in affordable]
         gains = expected_improvement(means, deviations, incumbent)
         best = int((gains / torch.tensor(fresh_cost, dtype=torch.double)).argmax())
-        (configuration, _, level), gain, cost = candidates[affordable[best]], float(gains[best]), net[affordable[best]]
+        (configuration, _, level), cost = candidates[affordable[best]], net[affordable[best]]
+        gain = float(gains[best]) * scale.unit()
         return Proposal(
             configuration,
             proxy,
@@ -95,26 +98,33 @@ class PaperStrategy:
         mine = [trial for trial in trials if trial.purpose == "search" and trial.model == proxy and trial.evaluations]
         if not mine:
             return []
-        ranked = sorted(self._at_horizon(study, mine, self._fit(study, mine)), key=lambda item: -item[1])
-        return [Recommendation(*item) for item in ranked]
+        model, scale = self._fit(study, mine)
+        group = (THIS_STUDY, study.ladder.size_coordinate(proxy), 1.0)
+        ranked = sorted(self._at_horizon(study, mine, model), key=lambda item: -item.mean)
+        return [
+            Recommendation(item.configuration, *scale.median_and_deviation(group, item.mean, item.deviation))
+            for item in ranked
+        ]
 
     def check(self, study: Study) -> None:
         """See `Checked.check`."""
         check_model("proxy", self.proxy, study)
 
     @staticmethod
-    def _fit(study: Study, trials: Sequence[Trial]) -> JointSurrogate:
+    def _fit(study: Study, trials: Sequence[Trial]) -> tuple[JointSurrogate, ScoreScale]:
         """A Gaussian process over hyperparameters and progress, of the scores of one model.
 
         The joint surrogate does for it: with a single size its size terms vanish, and without draws it is one GP.
         """
         commits = max(result.committed for trial in trials for result in trial.segments)
-        data, basis = _scores(study, trials), _scores(study, as_of(trials, milestone(commits)))
-        return fitted_surrogate(data, basis if len(basis) else data, study.space.dimension, (), draws=1)
+        rows = _rows(study, trials)
+        basis = [row for row in rows if row.order[0] <= milestone(commits)] or rows
+        d = study.space.dimension
+        scale = scale_of(rows)
+        known, fitted = observe(rows, scale, d), observe(basis, scale_of(basis), d)
+        return fitted_surrogate(known, fitted, JointStructure(d, ()), draws=1), scale
 
-    def _at_horizon(
-        self, study: Study, trials: Sequence[Trial], model: JointSurrogate
-    ) -> list[tuple[Configuration, float, float]]:
+    def _at_horizon(self, study: Study, trials: Sequence[Trial], model: JointSurrogate) -> list[Expectation]:
         healthy = [
             trial
             for trial in trials
@@ -125,20 +135,26 @@ class PaperStrategy:
         inputs = torch.tensor(
             [point(study, trial.configuration, trial.model, horizon) for trial in pool], dtype=torch.double
         )
-        means, deviations = (values.tolist() for values in model.gain_moments(inputs))
-        return [(trial.configuration, mean, sd) for trial, mean, sd in zip(pool, means, deviations, strict=True)]
+        means, deviations = (values.tolist() for values in model.mean_and_deviation(inputs))
+        return [
+            Expectation(trial.configuration, mean, sd) for trial, mean, sd in zip(pool, means, deviations, strict=True)
+        ]
 
 
-def _scores(study: Study, trials: Sequence[Trial]) -> Observations:
-    """The scores themselves, of stopped trainings too; long curves are thinned."""
-    rows = [
-        (point(study, trial.configuration, trial.model, evaluation.prompts, trial.number), evaluation)
-        for trial in trials
-        for evaluation in thinned([evaluation for evaluation in trial.evaluations if evaluation.step > 0])
-    ]
-    width = study.space.dimension + FIDELITY_COLUMNS
-    return Observations(
-        torch.tensor([inputs for inputs, _ in rows], dtype=torch.double).reshape(-1, width),
-        torch.tensor([evaluation.score for _, evaluation in rows], dtype=torch.double),
-        torch.tensor([evaluation.standard_error**2 for _, evaluation in rows], dtype=torch.double),
-    )
+def _rows(study: Study, trials: Sequence[Trial]) -> list[Row]:
+    """The scores themselves, of stopped runs too; long curves are thinned."""
+    rows = []
+    for trial in trials:
+        curve = thinned(trained_evaluations(trial))
+        for evaluation in curve:
+            committed = next(result.committed for result in trial.segments if evaluation in result.evaluations)
+            rows.append(
+                Row(
+                    tuple(point(study, trial.configuration, trial.model, evaluation.prompts, trial.number)),
+                    evaluation.score,
+                    evaluation.standard_error**2,
+                    (committed, trial.number, evaluation.step),
+                    last=evaluation is curve[-1],
+                )
+            )
+    return sorted(rows, key=lambda row: row.order)

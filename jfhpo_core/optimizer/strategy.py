@@ -50,7 +50,7 @@ class Recommendation:
     """A configuration with the score it should reach on the target at the full horizon.
 
     Attributes:
-        mean: Expected final held-out score.
+        mean: Expected final held-out score (its median, where the distribution is skewed).
         standard_deviation: Its uncertainty, evaluation noise excluded.
     """
 

@@ -17,7 +17,6 @@ from jfhpo_core.study.trial import (
     StepRecord,
     Trial,
     TrialState,
-    before_comparison,
     configuration_key,
 )
 
@@ -346,10 +345,11 @@ def believed_shares(result: SearchResult) -> dict[str, float]:
     study = result.study
     if study.spec.strategy.name != "jfhpo" or not study.ladder.proxies:
         return {}
-    from jfhpo_core.optimizer.joint_fidelity import NUMERICAL_ERRORS, Beliefs
+    from jfhpo_core.optimizer.beliefs import NUMERICAL_ERRORS, Beliefs
+    from jfhpo_core.study.history import History
 
     try:
-        beliefs = Beliefs.form(study, before_comparison(result.trials))
+        beliefs = Beliefs.form(History.of(study, result.trials))
     except NUMERICAL_ERRORS:
         return {}
     if beliefs is None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from statistics import fmean
 
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.optimizer.cost import CostModel
@@ -20,6 +21,7 @@ from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation
 from jfhpo_core.run.dispatch import Dispatcher, Event, Streamed, Suspended
 from jfhpo_core.run.scheduler import Load, Opening
 from jfhpo_core.store.ledger import Ledger
+from jfhpo_core.study.history import History
 from jfhpo_core.study.models import steps_at
 from jfhpo_core.study.resolved import Study, base_evaluations
 from jfhpo_core.study.trial import (
@@ -34,7 +36,6 @@ from jfhpo_core.study.trial import (
     Suggestion,
     Trial,
     TrialState,
-    before_comparison,
     committed_seconds,
     configuration_key,
     spent_seconds,
@@ -182,7 +183,8 @@ def plan_next(
         if step is not None and _is_due(study, step, opening):
             return step
 
-    remaining = spec.budget.device_seconds - _reserve(study, strategy, trials) - committed_seconds(trials)
+    history = History.of(study, trials)
+    remaining = spec.budget.device_seconds - _reserve(history, strategy) - history.committed_seconds
     comparing = any(trial.purpose in ("confirmation", "random-search") for trial in trials)
     enough = REOPEN_SHARE * spec.budget.device_seconds if comparing else 0.0
     if remaining > enough and not _hopeless(trials, give_up_after):
@@ -197,18 +199,29 @@ def plan_next(
     if any(_is_search(trial.open_segment) for trial in trials if trial.purpose == "search"):
         return Step(Phase.SEARCH)
 
-    step = _validate(study, strategy, trials)
+    step = _validate(history, strategy)
     if step is not None:
         return step if _is_due(study, step, opening) else Step(step.phase)
     recommended = recommend(study, strategy, trials)
+    candidates = [(baseline.name, baseline.configuration) for baseline in spec.baselines]
+    if recommended is not None:
+        candidates.insert(0, ("recommended", recommended.configuration))
     for seed in further:
-        candidates = [(baseline.name, baseline.configuration) for baseline in spec.baselines]
-        if recommended is not None:
-            candidates.insert(0, ("recommended", recommended.configuration))
         for label, configuration in candidates:
             step = _full_length(
                 study, trials, configuration, seed, "confirmation", Phase.COMPARISON, f"{label}, seed {seed}", label
             )
+            if step is not None:
+                return step if _is_due(study, step, opening) else Step(step.phase)
+    if recommended is not None and further:
+        # After an extension every seed of the study may have had its part in the choice: one more judges it.
+        runs = history.of_configuration(recommended.configuration)
+        if not any(history.judges(trial) for trial in runs):
+            seed = max(spec.seeds.training[-1], *(trial.seed for trial in runs)) + 1
+            step = _full_length(
+                study, trials, recommended.configuration, seed, "confirmation", Phase.COMPARISON,
+                f"recommended, seed {seed}", "recommended",
+            )  # fmt: skip
             if step is not None:
                 return step if _is_due(study, step, opening) else Step(step.phase)
     if spec.random_search and committed_seconds(trials, "random-search") < spent_seconds(trials):
@@ -256,20 +269,20 @@ def _size(study: Study, step: Step) -> tuple[int, float]:
     return devices, math.inf if cost is None else cost / devices
 
 
-def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float:
+def _reserve(history: History, strategy: Strategy) -> float:
     """Device-seconds held back for validation, within the budget's share and what is left.
 
     They are what the top k may still need on the target (the upper end of the estimate), of those as many as can be
     paid for; as long as nothing has finished there, the whole room if not even one can.
     """
-    spec = study.spec
+    study, spec = history.study, history.study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
-    best = [(item.configuration, known) for item, known in _finalists(study, strategy, trials)]
+    best = [(item.configuration, known) for item, known in _finalists(history, strategy)]
     best = best or [(study.space.middle(), None)]
     best += best[-1:] * (spec.budget.top_k - len(best))
-    costs = CostModel.fit(study, trials)
+    costs = CostModel.fit(study, history.trials)
     budget = spec.budget.device_seconds
-    room = min(spec.budget.validation_share * budget, max(0.0, budget - committed_seconds(trials)))
+    room = min(spec.budget.validation_share * budget, max(0.0, budget - history.committed_seconds))
     held = 0.0
     for configuration, known in best:
         done = 0 if known is None else _planned_prompts(known)
@@ -277,7 +290,7 @@ def _reserve(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> float
             needed = costs.estimate(configuration, target, done, horizon).high
             if held + needed <= room:
                 held += needed
-    secured = any(_planned_prompts(trial) >= horizon for trial in _search_trials_on_target(study, trials).values())
+    secured = any(_planned_prompts(trial) >= horizon for trial in _first_seed_on_target(history).values())
     return held if held or secured else room
 
 
@@ -287,28 +300,26 @@ def _planned_prompts(trial: Trial) -> int:
     return trial.kept_prompts if running is None else running.stop_step * trial.prompts_per_step
 
 
-def _finalists(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[tuple[Recommendation, Trial | None]]:
+def _finalists(history: History, strategy: Strategy) -> list[tuple[Recommendation, Trial | None]]:
     """The best-ranked configurations, as many as are validated, and what was trained of them on the target.
 
     Those that a rule stopped or that failed on the target are passed over.
     """
-    on_target = _search_trials_on_target(study, trials)
-    ranked = ((item, on_target.get(configuration_key(item.configuration))) for item in rank(study, strategy, trials))
+    on_target = _first_seed_on_target(history)
+    ranked = (
+        (item, on_target.get(configuration_key(item.configuration)))
+        for item in rank(history.study, strategy, history.trials)
+    )
     ruined = (TrialState.STOPPED, TrialState.INFEASIBLE)
     return [(item, known) for item, known in ranked if known is None or known.state not in ruined][
-        : study.spec.budget.top_k
+        : history.study.spec.budget.top_k
     ]
 
 
-def _search_trials_on_target(study: Study, trials: Sequence[Trial]) -> dict[str, Trial]:
-    """The search's trials on the target with the first training seed, by configuration key."""
-    return {
-        configuration_key(trial.configuration): trial
-        for trial in trials
-        if trial.model == study.ladder.target.name
-        and trial.purpose == "search"
-        and trial.seed == study.spec.seeds.training[0]
-    }
+def _first_seed_on_target(history: History) -> dict[str, Trial]:
+    """The search's trials on the target with the first training seed, recipes among them, by configuration key."""
+    seed = history.study.spec.seeds.training[0]
+    return {configuration_key(trial.configuration): trial for trial in history.on_target if trial.seed == seed}
 
 
 def _is_search(segment: Segment | None) -> bool:
@@ -345,7 +356,7 @@ def _is_affordable(study: Study, strategy: Strategy, trials: Sequence[Trial], st
     running = [(trial, trial.open_segment) for trial in trials if trial.purpose == "search" and trial.open_segment]
     needed = step.segment.suggestion.expected_cost_seconds or 0.0
     if not running:
-        return needed <= remaining or not _is_timed(trials) or not _finalists(study, strategy, trials)
+        return needed <= remaining or not _is_timed(trials) or not _finalists(History.of(study, trials), strategy)
     costs = CostModel.fit(study, trials)
 
     def excess(trial: Trial, segment: Segment) -> float:
@@ -356,20 +367,20 @@ def _is_affordable(study: Study, strategy: Strategy, trials: Sequence[Trial], st
     return needed + excess(step.trial, step.segment) + sum(excess(*one) for one in running) <= remaining
 
 
-def _validate(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Step | None:
+def _validate(history: History, strategy: Strategy) -> Step | None:
     """Bring the best-ranked configurations to full length on the target, as far as the budget allows, at least one."""
-    spec = study.spec
+    study, spec, trials = history.study, history.study.spec, history.trials
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
-    tried = _search_trials_on_target(study, trials)
+    tried = _first_seed_on_target(history)
     running = any(trial.open_segment is not None for trial in tried.values())
     finished = any(trial.final is not None for trial in tried.values())
     tries = _validations(trials)
     if finished and tries >= spec.budget.top_k:
         return Step(Phase.VALIDATION) if running else None
     secured = running or finished or tries >= spec.budget.top_k
-    remaining = spec.budget.device_seconds - committed_seconds(trials)
+    remaining = spec.budget.device_seconds - history.committed_seconds
     costs = CostModel.fit(study, trials)
-    for item, known in _finalists(study, strategy, trials):
+    for item, known in _finalists(history, strategy):
         if known is not None and known.state not in (TrialState.PAUSED, TrialState.LOST):
             continue
         done = 0 if known is None else known.kept_prompts
@@ -408,12 +419,10 @@ def _full_length(
     A training that infrastructure failures ended is tried again.
     """
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
-    wanted = configuration_key(configuration)
     same = [
         trial
-        for trial in trials
-        if (trial.model, trial.seed, configuration_key(trial.configuration)) == (target, seed, wanted)
-        and trial.purpose in (purpose, "baseline", "confirmation")
+        for trial in History.of(study, trials).of_configuration(configuration)
+        if trial.seed == seed and trial.purpose in (purpose, "baseline", "confirmation")
     ]
     if any(trial.state is not TrialState.LOST for trial in same):
         return None
@@ -447,20 +456,31 @@ def _step(study: Study, trials: Sequence[Trial], proposal: Proposal, phase: Phas
 
 
 def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Recommendation | None:
-    """The best-ranked configuration whose full training on the target is done; None if there is none."""
-    target = study.ladder.target.name
-    finished = {
-        configuration_key(trial.configuration)
-        for trial in trials
-        if trial.model == target and trial.final is not None and trial.purpose == "search"
-    }
+    """The best-ranked configuration, recipes among them, whose run on the target is complete; None if there is none."""
+    finished = {configuration_key(trial.configuration) for trial in History.of(study, trials).finished}
     ranked = [item for item in rank(study, strategy, trials) if configuration_key(item.configuration) in finished]
     return ranked[0] if ranked else None
 
 
 def rank(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[Recommendation]:
-    """The strategy's ranking without what the final comparison has measured: it shall judge the choice, not make it."""
-    return strategy.rank(study, before_comparison(trials))
+    """The strategy's ranking without what only judges it (see `History`).
+
+    A recipe that the strategy itself does not rank has its place by its measured score.
+    """
+    history = History.of(study, trials)
+    evidence = {trial.key for trial in history.search}
+    ranked = strategy.rank(
+        study, [trial for trial in trials if trial.purpose in ("search", "baseline") or trial.key in evidence]
+    )
+    known = {configuration_key(item.configuration) for item in ranked}
+    for recipe in history.recipes.values():
+        finals = history.final(recipe)
+        if finals and configuration_key(recipe) not in known:
+            score = fmean(final.score for final in finals)
+            error = math.sqrt(sum(final.standard_error**2 for final in finals)) / len(finals)
+            place = next((index for index, item in enumerate(ranked) if item.mean < score), len(ranked))
+            ranked.insert(place, Recommendation(recipe, score, error))
+    return ranked
 
 
 @dataclass
@@ -700,7 +720,9 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
             key=lambda trial: (trial.final.score if trial.final else 0.0, -trial.number),
             default=None,
         )
-        clean = [trial for trial in mine if trial.purpose == "confirmation" and trial.final is not None]
+        history = History.of(study, trials)
+        runs = history.of_configuration(recommended.configuration)
+        clean = [trial for trial in runs if history.judges(trial) and trial.final is not None]
         confirmed = _compare("confirmed", recommended.configuration, clean) if clean else None
         rows.append(_compare("recommended", recommended.configuration, mine))
     for baseline in study.spec.baselines:
@@ -726,17 +748,12 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
 
 def _runs(study: Study, trials: Sequence[Trial], configuration: Configuration) -> list[Trial]:
     """The runs of a configuration on the target that have ended, one per seed; one that reached full length, if any."""
-    wanted = configuration_key(configuration)
     by_seed: dict[int, Trial] = {}
-    for trial in trials:
-        if (
-            trial.model == study.ladder.target.name
-            and trial.purpose != "random-search"
-            # Further seeds by which the search chose are no part of the comparison: baselines have none of them.
-            and trial.seed in study.spec.seeds.training
-            and configuration_key(trial.configuration) == wanted
-            and (trial.final is not None or (trial.state in ENDED_EARLY and trial.purpose != "search"))
-        ):
+    for trial in History.of(study, trials).of_configuration(configuration):
+        # Further seeds by which the search chose are no part of the comparison: baselines have none of them.
+        compared = trial.seed in study.spec.seeds.training
+        ended = trial.final is not None or (trial.state in ENDED_EARLY and trial.purpose != "search")
+        if compared and ended:
             known = by_seed.setdefault(trial.seed, trial)
             by_seed[trial.seed] = trial if known.final is None else known
     return list(by_seed.values())

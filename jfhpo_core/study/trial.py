@@ -369,11 +369,6 @@ def spent_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float
     return sum(trial.charge_seconds for trial in trials if trial.purpose == purpose)
 
 
-def before_comparison(trials: Sequence[Trial]) -> list[Trial]:
-    """What a choice may rest on: all but the trainings of the final comparison, which judge it."""
-    return [trial for trial in trials if trial.purpose not in ("confirmation", "random-search")]
-
-
 def committed_seconds(trials: Sequence[Trial], purpose: Purpose = "search") -> float:
     """Charged device-seconds plus what the running segments should add."""
     expected = sum(

@@ -20,6 +20,7 @@ from jfhpo_core.errors import JfhpoError
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.history import History
 from jfhpo_core.study.space import Space
 from jfhpo_core.study.trial import Outcome
 
@@ -127,7 +128,7 @@ def test_a_run_that_diverges_is_infeasible_and_costs_what_was_trained(tmp_path: 
 
 
 def test_a_recipe_is_told_to_those_who_use_it_and_they_pay_for_it(tmp_path: Path) -> None:
-    told = replace(problem(), recipe=problem().default)
+    told = problem()
     assert told.study(tmp_path, "random").spec.baselines == []
     study = told.study(tmp_path, "jfhpo")
     assert [item.configuration for item in study.spec.baselines] == [{"rate": 1e-3, "decay": 0.5}]
@@ -135,7 +136,7 @@ def test_a_recipe_is_told_to_those_who_use_it_and_they_pay_for_it(tmp_path: Path
     trials = run_search(told.study(tmp_path, "random"), MemoryLedger(), trainer).trials
     finished = next(trial for trial in trials if trial.final is not None)
     baseline = finished.model_copy(update={"purpose": "baseline"})
-    assert runner.delivery(study, [baseline, finished], finished.configuration).seconds == 2 * RUN_SECONDS
+    assert runner.delivery(History.of(study, [baseline, finished]), finished.configuration).seconds == 2 * RUN_SECONDS
 
 
 def test_of_each_pair_one_setting_is_for_tuning() -> None:

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import runner, store
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.runner import Delivery, Run, run_one, trace
+from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Checkpoint, SegmentResult, Trial
 from tests.studies import evaluation, result
@@ -90,8 +91,8 @@ def test_delivering_what_has_finished_on_the_target_costs_nothing_more(study: St
     configuration = {"learning_rate": 1e-6}
     full = result(0, 0, 64, evaluations=(evaluation(64, 0.5),), seconds=300.0)
     finished, proxy = trained(study, 0, 1e-6, "7b", full), trained(study, 1, 1e-6, "0.5b", full)
-    assert runner.delivery(study, [finished, proxy], configuration) == Delivery(600.0, configuration)
-    assert runner.delivery(study, [proxy], configuration).seconds > 300.0 + 1000.0
+    assert runner.delivery(History.of(study, [finished, proxy]), configuration) == Delivery(600.0, configuration)
+    assert runner.delivery(History.of(study, [proxy]), configuration).seconds > 300.0 + 1000.0
 
 
 def test_delivering_a_paused_training_costs_what_is_missing(study: Study) -> None:
@@ -99,7 +100,7 @@ def test_delivering_a_paused_training_costs_what_is_missing(study: Study) -> Non
     half = result(0, 0, 32, evaluations=(evaluation(32, 0.5),), seconds=2000.0, checkpoint=checkpoint)
     paused = trained(study, 0, 1e-6, "7b", half)
     missing = [
-        runner.delivery(study, trials, {"learning_rate": 1e-6}).seconds - 2000.0
+        runner.delivery(History.of(study, trials), {"learning_rate": 1e-6}).seconds - 2000.0
         for trials in ([paused], [paused.model_copy(update={"configuration": {"learning_rate": 2e-6}})])
     ]
     assert 0.4 * missing[1] < missing[0] < 0.7 * missing[1]

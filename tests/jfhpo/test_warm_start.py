@@ -10,11 +10,12 @@ import pytest
 
 from jfhpo.session import informed, look, run_study
 from jfhpo_core.errors import LedgerError, SpecError
-from jfhpo_core.optimizer.observations import observe
+from jfhpo_core.optimizer.observations import observed_rows
 from jfhpo_core.optimizer.strategy import RandomSearch, load_strategy
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import EarlierStudy, resolve
 from jfhpo_core.study.spec import StudySpec
 from tests.studies import study_data
@@ -43,8 +44,9 @@ def test_an_earlier_study_is_learned_from(tmp_path: Path) -> None:
     study = informed(resolve(second))
     (earlier,) = study.earlier
     assert earlier.trials == tuple(look(spec(tmp_path)).trials)
-    assert len(observe(study, [])) > 5
-    assert bool((observe(study, []).inputs[:, -1] == 1).all())
+    rows = observed_rows(History.of(study, []))
+    assert len(rows) > 5
+    assert all(row.inputs[-1] == 1 for row in rows)
     outcome = run_study(second)
     assert outcome.result.complete
     assert outcome.result.recommended is not None

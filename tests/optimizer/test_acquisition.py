@@ -18,7 +18,14 @@ from jfhpo_core.optimizer.acquisition import (
     knowledge_gradient,
     normal_nodes,
 )
-from jfhpo_core.optimizer.surrogate import ANY_SEED, JointSurrogate, Moments, Observations, fitted_surrogate
+from jfhpo_core.optimizer.surrogate import (
+    ANY_SEED,
+    JointStructure,
+    JointSurrogate,
+    Moments,
+    Observations,
+    fitted_surrogate,
+)
 
 NEW_TRIAL = 99.0
 MEASUREMENT = 4e-4
@@ -29,9 +36,9 @@ def surrogate(seed: int = 0, dimension: int = 2, draws: int = 1) -> JointSurroga
     x, size = random.random((20, dimension)), -random.choice([0.0, 0.8], 20)
     share = random.choice([0.2, 0.6, 1.0], 20)
     inputs = torch.tensor(np.column_stack([x, size, share, np.arange(20), np.zeros(20)]))
-    gains = torch.tensor(0.5 * np.exp(-((x[:, 0] - 0.4) ** 2) / 0.05) * share)
-    data = Observations(inputs, gains, torch.full((20,), MEASUREMENT, dtype=torch.double))
-    return fitted_surrogate(data, data, dimension, [0], draws)
+    values = torch.tensor(0.5 * np.exp(-((x[:, 0] - 0.4) ** 2) / 0.05) * share)
+    data = Observations(inputs, values, torch.full((20,), MEASUREMENT, dtype=torch.double))
+    return fitted_surrogate(data, data, JointStructure(dimension, [0]), draws)
 
 
 def at_target(x: np.ndarray) -> torch.Tensor:
@@ -85,7 +92,7 @@ def test_the_acquisition_agrees_with_refitting_on_fantasies() -> None:
     candidate = candidates([0.45, 0.5, -0.8, 1.0])
     acquisition = TargetKnowledgeGradient(model, targets, MEASUREMENT)
     value = float(acquisition(candidate.unsqueeze(-2)))
-    data, variance = model.observations, MEASUREMENT / model.scale**2
+    data, variance = model.observations, MEASUREMENT
     believed = model.moments().at(candidate)
     best = model.moments().at(targets).mean.max()
     rises = []
@@ -95,11 +102,11 @@ def test_the_acquisition_agrees_with_refitting_on_fantasies() -> None:
             model.structure,
             model.parameter_draws,
             torch.cat([data.inputs, candidate]),
-            torch.cat([(data.gains / model.scale).unsqueeze(0), seen], dim=1),
-            torch.cat([data.variances / model.scale**2, torch.full((1,), variance, dtype=torch.double)]),
+            torch.cat([data.values.unsqueeze(0), seen], dim=1),
+            torch.cat([data.variances, torch.full((1,), variance, dtype=torch.double)]),
         )
         rises.append(float(conditioned.at(targets).mean.max() - best))
-    assert value == pytest.approx(sum(rises) / len(rises) * model.scale, rel=0.05, abs=1e-5)
+    assert value == pytest.approx(sum(rises) / len(rises), rel=0.05, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -128,10 +135,7 @@ def test_it_agrees_with_botorchs_stock_multi_fidelity_knowledge_gradient() -> No
     bounds = torch.stack([grid[0], grid[-1]])
     torch.manual_seed(0)
     theirs = np.array(
-        [
-            float(stock.evaluate(row.view(1, 1, -1), bounds=bounds, num_restarts=4, raw_samples=64)) * model.scale
-            for row in rows
-        ]
+        [float(stock.evaluate(row.view(1, 1, -1), bounds=bounds, num_restarts=4, raw_samples=64)) for row in rows]
     )
     np.testing.assert_allclose(ours, theirs, rtol=0.15, atol=3e-5)
     assert ours.argmax() == theirs.argmax()
@@ -143,7 +147,7 @@ def test_an_ensemble_averages_its_members() -> None:
     together = TargetKnowledgeGradient(model, targets, MEASUREMENT)(rows.unsqueeze(-2))
     single = [
         TargetKnowledgeGradient(
-            JointSurrogate(model.observations, model.structure, member.unsqueeze(0), model.scale), targets, MEASUREMENT
+            JointSurrogate(model.observations, model.structure, member.unsqueeze(0)), targets, MEASUREMENT
         )(rows.unsqueeze(-2))
         for member in model.parameter_draws
     ]

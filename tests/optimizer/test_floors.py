@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from jfhpo_core.optimizer.floors import gain_floors
+from jfhpo_core.optimizer.floors import value_floors
 from jfhpo_core.optimizer.surrogate import JointSurrogate, Observations
 from tests.optimizer.test_acquisition import MEASUREMENT, at_target, candidates, surrogate
 
@@ -17,7 +17,7 @@ INCUMBENT = 0.4
 def floors(model: JointSurrogate, probability: float, inflation: float = 1.0) -> list[float | None]:
     steps = candidates([*X, -0.8, 0.3], [*X, -0.8, 0.6], [*X, 0.0, 0.9])
     target = at_target(torch.tensor([X]).numpy())
-    return gain_floors(model, target, steps, INCUMBENT, probability, MEASUREMENT, inflation)
+    return value_floors(model, target, steps, INCUMBENT, probability, MEASUREMENT, inflation)
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.3])
@@ -29,11 +29,11 @@ def test_an_evaluation_at_the_floor_leaves_just_the_probability(probability: flo
         data = model.observations
         seen = Observations(
             torch.cat([data.inputs, step.unsqueeze(0)]),
-            torch.cat([data.gains, torch.tensor([floor])]),
+            torch.cat([data.values, torch.tensor([floor])]),
             torch.cat([data.variances, torch.tensor([MEASUREMENT])]),
         )
-        later = JointSurrogate(seen, model.structure, model.parameter_draws, model.scale)
-        mean, deviation = later.gain_moments(at_target(torch.tensor([X]).numpy()))
+        later = JointSurrogate(seen, model.structure, model.parameter_draws)
+        mean, deviation = later.mean_and_deviation(at_target(torch.tensor([X]).numpy()))
         assert norm.sf(INCUMBENT, float(mean), float(deviation)) == pytest.approx(probability, abs=1e-3)
 
 

@@ -8,22 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from jfhpo_core.optimizer import observations as evidence
 from jfhpo_core.optimizer.observations import (
     CURVE_POINTS,
-    as_of,
+    Row,
     measurement_variance,
     milestone,
     observe,
+    observed_rows,
     running_points,
-    target_base,
+    scale_of,
     verdicts,
 )
 from jfhpo_core.optimizer.surrogate import ANY_SEED
+from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import EarlierStudy, Study
-from jfhpo_core.study.trial import Configuration, Decision, FailureKind, Outcome, TrialState
+from jfhpo_core.study.trial import Configuration, Decision, FailureKind, Outcome, Trial, TrialState
 from tests.studies import BECAUSE, evaluation, result, simulated_study, trained
 
 
@@ -36,54 +37,83 @@ def middle(study: Study) -> Configuration:
     return study.space.middle()
 
 
-def test_gains_are_measured_from_the_untrained_model_of_that_size(study: Study) -> None:
-    trials = [
+def rows_of(study: Study, *trials: Trial) -> list[Row]:
+    return observed_rows(History.of(study, trials))
+
+
+def scores(rows: list[Row]) -> list[float]:
+    return [row.score for row in rows]
+
+
+def shares(rows: list[Row]) -> list[float]:
+    return [row.inputs[-3] for row in rows]
+
+
+def test_every_evaluation_of_a_trained_model_is_a_row(study: Study) -> None:
+    rows = rows_of(
+        study,
         trained(study, middle(study), "small", [0.1, 0.3], 0),
         trained(study, middle(study), "large", [0.2, 0.5, 0.6], 1),
-    ]
-    data = observe(study, trials)
-    torch.testing.assert_close(data.gains, torch.tensor([0.2, 0.3, 0.4], dtype=torch.double))
-    size, share, trial, belongs_to = data.inputs[:, -4:].T.tolist()
+    )
+    assert scores(rows) == pytest.approx([0.3, 0.5, 0.6])
+    size, share, trial, belongs_to = zip(*(row.inputs[-4:] for row in rows), strict=True)
     assert size == pytest.approx([-1, 0, 0])
     assert share == pytest.approx([1 / 3, 1 / 3, 2 / 3])
-    assert trial == [0, 1, 1]
-    assert belongs_to == [0, 0, 0]
-    torch.testing.assert_close(data.variances, torch.full((3,), 4e-4, dtype=torch.double))
+    assert trial == (0, 1, 1)
+    assert belongs_to == (0, 0, 0)
+    assert [row.variance for row in rows] == pytest.approx([4e-4] * 3)
+
+
+def test_rows_become_values_on_the_scale_with_their_slopes(study: Study) -> None:
+    random = np.random.default_rng(0)
+    trials = [
+        trained(study, study.space.decode(random.random(study.space.dimension)), "small", [0.1, score], number)
+        for number, score in enumerate([0.2, 0.5, 0.6, 0.7, 0.8])
+    ]
+    rows = rows_of(study, *trials)
+    scale = scale_of(rows)
+    data = observe(rows, scale, study.space.dimension)
+    assert scale.unit() == pytest.approx(0.8 - 0.7)
+    assert data.values.tolist() == pytest.approx([-np.log1p(d / 0.1) for d in (0.6, 0.3, 0.2, 0.1, 0.0)])
+    slopes = [1 / (0.1 + d) for d in (0.6, 0.3, 0.2, 0.1, 0.0)]
+    assert data.variances.tolist() == pytest.approx([4e-4 * slope**2 for slope in slopes])
 
 
 def test_a_training_that_went_wrong_counts_at_full_length_with_the_score_it_was_stopped_at(study: Study) -> None:
     trial = trained(study, middle(study), "small", [0.1, 0.3, 0.05], outcome=Outcome.STOPPED)
     assert trial.state is TrialState.STOPPED
-    seen = observe(study, [trial])
-    assert seen.gains.tolist() == pytest.approx([-0.05])
-    assert seen.inputs[:, study.space.dimension + 1].tolist() == [1.0]
-    assert seen.variances.tolist() == pytest.approx([0.02**2])
+    seen = rows_of(study, trial)
+    assert scores(seen) == pytest.approx([0.05])
+    assert shares(seen) == [1.0]
+    assert seen[0].variance == pytest.approx(0.02**2)
 
 
-def test_one_that_was_stopped_before_any_score_counts_as_no_better_than_the_untrained_model(study: Study) -> None:
+def test_one_that_was_stopped_before_any_score_counts_with_the_lowest_of_its_model(study: Study) -> None:
     trial = trained(study, middle(study), "small", [0.1], outcome=Outcome.STOPPED)
-    seen = observe(study, [trial])
-    assert seen.gains.tolist() == [0.0]
-    assert seen.inputs[:, study.space.dimension + 1].tolist() == [1.0]
-    assert seen.variances.tolist() == [measurement_variance(study, [])]
+    seen = rows_of(study, trial)
+    assert scores(seen) == [0.1]
+    assert shares(seen) == [1.0]
+    assert seen[0].variance == measurement_variance(study, [])
+    worse = trained(study, {**middle(study), "n_samples": 4}, "small", [0.1, 0.05], 1)
+    assert scores(rows_of(study, trial, worse))[0] == 0.05
 
 
 def test_a_rung_before_the_stop_says_nothing_about_what_went_wrong(study: Study) -> None:
     """Some trainers score at rungs only."""
     trial = trained(study, middle(study), "small", [0.1, 0.6], outcome=Outcome.STOPPED)
     late = trial.segments[-1].model_copy(update={"end_step": trial.step + 3})
-    seen = observe(study, [trial.model_copy(update={"segments": (*trial.segments[:-1], late)})])
-    assert seen.gains.tolist() == [0.0]
-    assert seen.inputs[:, study.space.dimension + 1].tolist() == [1.0]
+    seen = rows_of(study, trial.model_copy(update={"segments": (*trial.segments[:-1], late)}))
+    assert scores(seen) == [0.1]
+    assert shares(seen) == [1.0]
 
 
 def test_one_that_others_surpass_counts_with_its_curve(study: Study) -> None:
     decision = Decision(stop=True, rule="unpromising", signal="score", value=0.1, threshold=0.2, step=20)
     trial = trained(study, middle(study), "small", [0.1, 0.3, 0.15], outcome=Outcome.STOPPED, decision=decision)
-    seen = observe(study, [trial])
-    assert seen.gains.tolist() == pytest.approx([0.2, 0.05])
-    shares = [level / study.spec.fidelity.horizon_prompts for level in study.spec.fidelity.levels[:2]]
-    assert seen.inputs[:, study.space.dimension + 1].tolist() == pytest.approx(shares)
+    seen = rows_of(study, trial)
+    assert scores(seen) == pytest.approx([0.3, 0.15])
+    rungs = [level / study.spec.fidelity.horizon_prompts for level in study.spec.fidelity.levels[:2]]
+    assert shares(seen) == pytest.approx(rungs)
 
 
 def test_verdicts_leave_out_what_infrastructure_lost(study: Study) -> None:
@@ -101,7 +131,7 @@ def test_verdicts_leave_out_what_infrastructure_lost(study: Study) -> None:
         )
         for number, outcome in enumerate(outcomes)
     ]
-    inputs, feasible = verdicts(study, trials)
+    inputs, feasible = verdicts(History.of(study, trials))
     assert feasible.tolist() == [1.0, 1.0, 0.0]
     assert inputs[:, -1].tolist() == [-1.0, -1.0, -1.0]
 
@@ -120,32 +150,47 @@ def test_a_continuation_that_was_lost_is_tried_once_more_from_the_checkpoint(stu
     assert not paused.model_copy(update={"segments": (*paused.segments, stopped)}).is_extendable
 
 
-def test_baselines_inside_the_space_are_learned_from_and_others_are_not(study: Study) -> None:
-    inside = trained(study, {"learning_rate": 1e-4}, "large", [0.1, 0.4])
-    outside = trained(study, {"learning_rate": 1e-6}, "large", [0.1, 0.4])
-    comparison = inside.model_copy(update={"purpose": "random-search"})
-    assert [len(observe(study, [trial])) for trial in (inside, outside, comparison)] == [1, 0, 0]
+def test_a_recipe_inside_the_space_is_learned_from_and_others_are_not(study: Study) -> None:
+    """A baseline that sets what the study holds fixed at another value is another thing than its searched part."""
+    inside = {"learning_rate": 1e-4}
+    others = [{"learning_rate": 1e-6}, {"learning_rate": 1e-4, "prompts_per_step": 32}]
+    spec = study.spec.model_copy(
+        update={
+            "baselines": [
+                study.spec.baselines[0].model_copy(update={"name": f"b{index}", "configuration": configuration})
+                for index, configuration in enumerate([inside, *others])
+            ]
+        }
+    )
+    study = replace(study, spec=spec)
+    runs = [
+        trained(study, configuration, "large", [0.1, 0.4]).model_copy(update={"purpose": "baseline"})
+        for configuration in (inside, *others)
+    ]
+    assert [len(rows_of(study, run)) for run in runs] == [1, 0, 0]
+    comparison = runs[0].model_copy(update={"purpose": "random-search"})
+    assert rows_of(study, comparison) == []
 
 
-def test_observations_come_in_the_order_of_their_commits_and_a_past_can_be_restored(study: Study) -> None:
+def test_rows_come_in_the_order_of_their_commits(study: Study) -> None:
     random = np.random.default_rng(0)
     first, second = (study.space.decode(random.random(study.space.dimension)) for _ in range(2))
     early = trained(study, first, "small", [0.1, 0.2], 0, committed=1)
     late = trained(study, second, "small", [0.1, 0.4], 1, committed=2)
     more = result(1, 10, 20, evaluations=(evaluation(20, 0.3),), committed=3)
     grown = early.model_copy(update={"segments": (*early.segments, more)})
-    assert observe(study, [grown, late]).gains.tolist() == pytest.approx([0.1, 0.3, 0.2])
-    assert as_of([grown, late], 2) == [early, late]
-    assert as_of([grown, late], 1) == [early]
+    rows = rows_of(study, grown, late)
+    assert scores(rows) == pytest.approx([0.2, 0.4, 0.3])
+    assert [row.order[0] for row in rows] == [1, 2, 3]
 
 
 def test_long_curves_are_thinned_to_a_few_points_with_the_last_one(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, fidelity={"horizon_prompts": 480, "rungs": 15})
-    scores = [0.1, *(0.2 + 0.02 * place for place in range(15))]
-    data = observe(study, [trained(study, middle(study), "small", scores)])
-    assert len(data) == CURVE_POINTS
-    assert data.gains[-1].item() == pytest.approx(scores[-1] - 0.1)
-    steps = data.inputs[:, -3].diff()
+    curve = [0.1, *(0.2 + 0.02 * place for place in range(15))]
+    rows = rows_of(study, trained(study, middle(study), "small", curve))
+    assert len(rows) == CURVE_POINTS
+    assert rows[-1].score == pytest.approx(curve[-1])
+    steps = np.diff(shares(rows))
     assert float(steps.max() - steps.min()) < 0.1
 
 
@@ -156,16 +201,17 @@ def test_thinning_keeps_the_last_evaluation_of_every_trial(study: Study, monkeyp
         trained(study, study.space.decode(random.random(study.space.dimension)), "small", [0.1, 0.2, 0.3, 0.9], number)
         for number in range(20)
     ]
-    data = observe(study, trials)
+    rows = rows_of(study, *trials)
+    data = observe(rows, scale_of(rows), study.space.dimension)
     assert len(data) == 25
-    assert int((data.gains > 0.7).sum()) == 20
+    assert sorted(set(data.inputs[data.inputs[:, -3] == 1.0, -2].tolist())) == list(range(20))
 
 
 def test_running_segments_stand_where_they_will_be_evaluated(study: Study) -> None:
     trial = trained(study, middle(study), "medium", [0.1, 0.2], 7)
-    assert running_points(study, [trial]) is None
+    assert running_points(History.of(study, [trial])) is None
     running = trial.model_copy(update={"open_segment": study.next_segment(trial, 480, BECAUSE)})
-    points = running_points(study, [running])
+    points = running_points(History.of(study, [running]))
     assert points is not None
     assert points[0, -3].item() == 1.0
     assert points[0, -2].item() == 7.0
@@ -174,14 +220,6 @@ def test_running_segments_stand_where_they_will_be_evaluated(study: Study) -> No
 def test_a_point_without_a_trial_stands_for_the_expectation_over_seeds(study: Study) -> None:
     row = evidence.point(study, middle(study), "large", 480)
     assert row[-4:] == [0.0, 1.0, ANY_SEED, 0.0]
-
-
-def test_the_base_is_the_targets_or_the_largest_measured(study: Study) -> None:
-    small = trained(study, middle(study), "small", [0.1, 0.3], 0)
-    large = trained(study, middle(study), "large", [0.2, 0.5], 1)
-    assert target_base(study, []) == 0.0
-    assert target_base(study, [small]) == 0.1
-    assert target_base(study, [small, large]) == 0.2
 
 
 def test_an_unmeasured_evaluation_is_as_noisy_as_a_coin(study: Study) -> None:
@@ -210,12 +248,12 @@ def test_an_earlier_study_is_observed_on_this_studys_scales(study: Study, tmp_pa
     outside = trained(other, {"learning_rate": 1e-1}, "medium", [0.2, 0.3], 1)
     warm = replace(study, earlier=(EarlierStudy(other.spec, other.ladder, (inside, outside)),))
     mine = trained(study, middle(study), "large", [0.1, 0.4], 0)
-    data = observe(warm, [mine])
-    assert data.gains.tolist() == pytest.approx([0.3, 0.3])
-    size, share, trial, belongs_to = data.inputs[0, -4:].tolist()
+    rows = rows_of(warm, mine)
+    assert scores(rows) == pytest.approx([0.5, 0.4])
+    size, share, trial, belongs_to = rows[0].inputs[-4:]
     assert (share, trial, belongs_to) == (1.0, 0.0, 1.0)
     assert size == pytest.approx(np.log10(0.3))
-    configuration = study.space.decode(data.inputs[0, :-4].numpy())
+    configuration = study.space.decode(rows[0].inputs[:-4])
     assert configuration["learning_rate"] == pytest.approx(1e-3, rel=1e-4)
     assert configuration["n_samples"] == 16
-    assert len(verdicts(warm, [mine])[1]) == 1
+    assert len(verdicts(History.of(warm, [mine]))[1]) == 1

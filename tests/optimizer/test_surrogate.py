@@ -46,7 +46,7 @@ def observations(count: int, seed: int = 0) -> Observations:
 
 
 def model_of(data: Observations, shifting: tuple[int, ...] = (0,), draws: int = 1) -> JointSurrogate:
-    return fitted_surrogate(data, data, DIMENSION, shifting, draws)
+    return fitted_surrogate(data, data, JointStructure(DIMENSION, shifting), draws)
 
 
 def some_parameters(structure: JointStructure, seed: int = 0) -> torch.Tensor:
@@ -63,9 +63,8 @@ def reference_covariance(structure: JointStructure, parameters: torch.Tensor, a:
     def matern(r: float) -> float:
         return (1 + math.sqrt(5) * r + 5 * r**2 / 3) * math.exp(-math.sqrt(5) * r)
 
-    def saturation(t: float) -> float:
-        tau = math.exp(value["tau"][0])
-        return (1 - math.exp(-t / tau)) / (1 - math.exp(-1 / tau))
+    def amplitude(t: float) -> float:
+        return math.exp(-value["growth"][0] * (1 - t))
 
     def shifted(p: np.ndarray) -> np.ndarray:
         x = p[:d].copy()
@@ -73,22 +72,28 @@ def reference_covariance(structure: JointStructure, parameters: torch.Tensor, a:
             x[coordinate] += value["shift"][index] * p[d]
         return x
 
+    def relation(p: np.ndarray) -> float:
+        study = int(p[d + 3])
+        return 1.0 if study == 0 else 1 / (1 + math.exp(-value["relation"][study - 1]))
+
     shared = math.exp(value["shared"][0]) * matern(float(np.linalg.norm((shifted(a) - shifted(b)) / scale)))
     distance = float(np.linalg.norm((a[:d] - b[:d]) / scale)) / math.exp(value["stretch"][0])
     residual = math.exp(value["residual"][0]) * matern(distance)
-    below = min(-a[d], -b[d])
     over_time = matern(abs(a[d + 1] - b[d + 1]) / math.exp(value["time"][0]))
-    both = over_time * (shared + below * (residual + math.exp(value["size"][0])))
+    both = over_time * (shared + min(-a[d], -b[d]) * residual)
+    level = 0.0
     if a[d + 3] != b[d + 3]:
-        both /= 1 + math.exp(-value["relation"][0])
-    elif a[d + 2] == b[d + 2] and a[d + 2] >= 0:
-        both += math.exp(value["seed"][0])
-    return saturation(a[d + 1]) * saturation(b[d + 1]) * both
+        both *= relation(a) * relation(b)
+    else:
+        if a[d + 2] == b[d + 2] and a[d + 2] >= 0:
+            both += math.exp(value["seed"][0])
+        level = math.exp(value["offset"][0]) * matern(abs(a[d] - b[d])) * matern(abs(a[d + 1] - b[d + 1]))
+    return amplitude(a[d + 1]) * amplitude(b[d + 1]) * both + level
 
 
 def test_covariance_is_the_documented_formula() -> None:
-    structure = JointStructure(DIMENSION, [0, 2])
-    parameters, inputs = some_parameters(structure), random_inputs(14, studies=2)
+    structure = JointStructure(DIMENSION, [0, 2], earlier=2)
+    parameters, inputs = some_parameters(structure), random_inputs(14, studies=3)
     computed = structure.covariance(parameters, inputs, inputs).numpy()
     expected = [[reference_covariance(structure, parameters, a, b) for b in inputs.numpy()] for a in inputs.numpy()]
     np.testing.assert_allclose(computed, expected, atol=1e-5)
@@ -96,7 +101,7 @@ def test_covariance_is_the_documented_formula() -> None:
 
 
 def test_an_ensemble_of_parameters_is_computed_at_once() -> None:
-    structure, inputs = JointStructure(DIMENSION, [0]), random_inputs(6)
+    structure, inputs = JointStructure(DIMENSION, [0], earlier=2), random_inputs(6, studies=3)
     members = torch.stack([some_parameters(structure, seed) for seed in range(3)])
     together = structure.covariance(members, inputs, inputs)
     for member, matrix in zip(members, together, strict=True):
@@ -104,34 +109,39 @@ def test_an_ensemble_of_parameters_is_computed_at_once() -> None:
 
 
 def test_the_prior_is_the_documented_one() -> None:
-    structure = JointStructure(DIMENSION, [0])
+    structure = JointStructure(DIMENSION, [0], earlier=2)
     mean = structure.prior_mean
     assert float(structure.value(mean, "lengthscales")[0].exp()) == pytest.approx(0.8)
-    assert float(structure.value(mean, "tau").exp()) == pytest.approx(0.6)
+    assert float(structure.value(mean, "growth")) == pytest.approx(0.5)
     assert float(structure.value(mean, "shift")) == 0.0
-    assert float(torch.sigmoid(structure.value(mean, "relation"))) == pytest.approx(0.82, abs=0.005)
+    assert torch.sigmoid(structure.value(mean, "relation")).tolist() == pytest.approx([0.82, 0.82], abs=0.005)
     assert float(structure.log_prior(mean)) == 0.0
     moved = mean.clone()
-    moved[structure.slices["tau"]] += surrogate.TIME_CONSTANT.deviation
+    moved[structure.slices["growth"]] += surrogate.GROWTH.deviation
     assert float(structure.log_prior(moved)) == pytest.approx(-0.5)
 
 
-def test_curves_start_at_zero_and_the_target_has_no_residual() -> None:
+def test_the_target_has_no_residual_and_short_runs_differ_less() -> None:
     structure = JointStructure(DIMENSION, [])
     parameters = structure.prior_mean
-    start = torch.tensor([[0.1, 0.2, 0.3, -0.5, 0.0, 4, 0]], dtype=torch.double)
+    level = math.exp(surrogate.OFFSET_VARIANCE.mean)
     end = torch.tensor([[0.1, 0.2, 0.3, 0.0, 1.0, ANY_SEED, 0]], dtype=torch.double)
-    assert structure.variance(parameters, start).item() == 0.0
-    assert structure.variance(parameters, end).item() == pytest.approx(1.0)
+    assert structure.variance(parameters, end).item() == pytest.approx(1.0 + level)
+    early = end.clone()
+    early[0, DIMENSION + 1] = 0.5
+    assert structure.variance(parameters, early).item() == pytest.approx(math.exp(-0.5) + level)
     trained = end.clone()
     trained[0, DIMENSION + 2] = 3
-    assert structure.variance(parameters, trained).item() == pytest.approx(1.01)
+    assert structure.variance(parameters, trained).item() == pytest.approx(1.02 + level)
+    proxy = end.clone()
+    proxy[0, DIMENSION] = -1.0
+    assert structure.variance(parameters, proxy).item() == pytest.approx(1.4 + level)
 
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 25))
 def test_covariance_is_positive_semidefinite(seed: int, count: int) -> None:
-    structure = JointStructure(DIMENSION, [0])
+    structure = JointStructure(DIMENSION, [0], earlier=2)
     inputs = random_inputs(count, seed, studies=3)
     matrix = structure.covariance(some_parameters(structure, seed), inputs, inputs)
     assert float(torch.linalg.eigvalsh(matrix).min()) > -1e-6 * float(matrix.diagonal().max())
@@ -145,9 +155,9 @@ def test_posterior_is_gaussian_conditioning() -> None:
     k = structure.covariance(parameters, train, train).numpy()
     ks = structure.covariance(parameters, inputs, train).numpy()
     kss = structure.covariance(parameters, inputs, inputs).numpy()
-    noise = data.variances.numpy() / model.scale**2 + JITTER
+    noise = data.variances.numpy() + JITTER
     inverse = np.linalg.inv(k + np.diag(noise))
-    centred = data.gains.numpy() / model.scale - structure.mean(parameters, train).numpy()
+    centred = data.values.numpy() - structure.mean(parameters, train).numpy()
     mean = structure.mean(parameters, inputs).numpy() + ks @ inverse @ centred
     covariance = kss - ks @ inverse @ ks.T
     moments = model.moments()
@@ -185,12 +195,12 @@ def test_log_posterior_is_the_normal_log_density_plus_log_prior() -> None:
     data, structure = observations(10), JointStructure(DIMENSION, [0])
     parameters = some_parameters(structure)
     covariance = structure.covariance(parameters, data.inputs, data.inputs)
-    covariance += torch.diag(data.variances / data.spread**2 + JITTER)
+    covariance += torch.diag(data.variances + JITTER)
     normal = torch.distributions.MultivariateNormal(structure.mean(parameters, data.inputs), covariance)
     constant = len(data) / 2 * math.log(2 * math.pi)
     value = log_posterior(structure, parameters, data)
     assert value is not None
-    expected = float(normal.log_prob(data.gains / data.spread)) + constant + float(structure.log_prior(parameters))
+    expected = float(normal.log_prob(data.values)) + constant + float(structure.log_prior(parameters))
     assert float(value) == pytest.approx(expected, abs=1e-4)
 
 
@@ -228,14 +238,14 @@ def test_an_earlier_study_counts_as_much_as_it_agrees() -> None:
     curve = 0.5 * np.sin(6 * x)
     earlier = np.arange(30) >= 8
     rows = np.column_stack([x, np.zeros(30), np.ones(30), np.arange(30), earlier])
-    structure = JointStructure(1, [])
+    structure = JointStructure(1, [], earlier=1)
     relations = []
     for gains in (curve, np.where(earlier, np.cos(17 * x), curve)):
         data = Observations(torch.tensor(rows), torch.tensor(gains), torch.full((30,), 1e-4, dtype=torch.double))
         mode = fit_parameters(structure, data, draws=1)[0]
         relations.append(float(torch.sigmoid(structure.value(mode, "relation"))))
     assert relations[0] > 0.9
-    assert relations[1] < 0.7
+    assert relations[1] < relations[0] - 0.02
 
 
 def test_a_second_seed_tells_more_than_a_second_look_at_the_first() -> None:
@@ -268,7 +278,7 @@ def test_degenerate_data_give_finite_answers(count: int, gain: float) -> None:
     data = Observations(
         inputs, torch.full((count,), gain, dtype=torch.double), torch.full((count,), 1e-4, dtype=torch.double)
     )
-    mean, deviation = model_of(data, draws=4).gain_moments(random_inputs(20, seed=9))
+    mean, deviation = model_of(data, draws=4).mean_and_deviation(random_inputs(20, seed=9))
     assert bool(torch.isfinite(mean).all())
     assert bool(torch.isfinite(deviation).all())
 
@@ -283,7 +293,7 @@ def test_huge_noise_returns_the_prior() -> None:
     structure, data = JointStructure(DIMENSION, []), observations(5)
     parameters = structure.prior_mean.unsqueeze(0)
     noise = torch.full((5,), 1e12, dtype=torch.double)
-    found = Moments(structure, parameters, data.inputs, data.gains.unsqueeze(0), noise).at(data.inputs)
+    found = Moments(structure, parameters, data.inputs, data.values.unsqueeze(0), noise).at(data.inputs)
     np.testing.assert_allclose(
         found.variance[0].numpy(), structure.variance(parameters, data.inputs)[0].numpy(), rtol=1e-6
     )

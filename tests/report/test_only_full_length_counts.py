@@ -22,7 +22,8 @@ from jfhpo_core.report.text import number
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import SearchResult, conclude, run_search
 from jfhpo_core.store.ledger import MemoryLedger
-from jfhpo_core.study.trial import Decision, Outcome, Trial, TrialState, configuration_key
+from jfhpo_core.study.history import History
+from jfhpo_core.study.trial import Decision, Outcome, Trial, TrialState
 from mlflow_plugin.presentation import outcome_metrics, study_note
 from tests.studies import evaluation, result, simulated_study
 
@@ -44,6 +45,7 @@ AGGRESSIVE: dict[str, Any] = {
 def measured(outcome: SearchResult) -> dict[str, float]:
     """Label to mean score of the runs at full length (random search: the best); rows without any are left out."""
     target, seeds = outcome.study.ladder.target.name, outcome.study.spec.seeds.training
+    history = History.of(outcome.study, outcome.trials)
     found = {}
     for row in outcome.rows:
         random = row.label == "random search"
@@ -51,7 +53,7 @@ def measured(outcome: SearchResult) -> dict[str, float]:
             trial.evaluations[-1].score
             for trial in outcome.trials
             if trial.model == target
-            and configuration_key(trial.configuration) == configuration_key(row.configuration)
+            and history.canonical(trial.configuration) == history.canonical(row.configuration)
             and (trial.purpose == "random-search") is random
             and (random or trial.seed in seeds)
             and trial.evaluations

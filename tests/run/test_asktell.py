@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from jfhpo_core.errors import LedgerError, SpecError
-from jfhpo_core.optimizer.observations import observe
+from jfhpo_core.optimizer.observations import observed_rows
 from jfhpo_core.run.asktell import Assignment, Optimizer
+from jfhpo_core.study.history import History
 from jfhpo_core.study.trial import Outcome, TrialState, spent_seconds
 
 GUIDE = Path("docs/how-to/ask-tell.md")
@@ -205,8 +206,8 @@ def test_a_stop_below_a_floor_is_no_collapse(below: bool, rule: str | None) -> N
     )
     (trial,) = [trial for trial in optimizer.trials if trial.key == work.trial]
     assert (trial.decision.rule if trial.decision is not None else None) == rule
-    observed = observe(optimizer.study, [trial]).inputs[-1]
-    assert float(observed[-3]) == (prompts / 100 if below else 1.0)
+    observed = observed_rows(History.of(optimizer.study, [trial]))[-1]
+    assert observed.inputs[-3] == (prompts / 100 if below else 1.0)
 
 
 def test_seconds_are_charged_for_every_device() -> None:

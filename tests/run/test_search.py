@@ -30,6 +30,7 @@ from jfhpo_core.run.search import (
     spent_seconds,
 )
 from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import VALIDATION, FailureKind, Outcome, Trial, TrialState, configuration_key
 from jfhpo_core.trainers import Job
@@ -602,12 +603,20 @@ def test_a_running_segment_of_a_strategy_that_knows_no_prices_counts_against_the
     assert committed_seconds([step.trial.model_copy(update={"open_segment": step.segment})]) == pytest.approx(price)
 
 
-def test_at_least_one_configuration_is_validated_however_small_the_budget(tmp_path: Path) -> None:
-    study = simulated_study(tmp_path, budget={"trial_seconds": 1, "max_parallel": 1})
+def test_without_a_recipe_at_least_one_configuration_is_validated_however_small_the_budget(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, budget={"trial_seconds": 10, "max_parallel": 1}, baselines=[])
     outcome, _ = search(study, strategy=Climb())
     completed = [trial for trial in outcome.trials if trial.purpose == "search" and trial.final is not None]
     assert [trial.model for trial in completed] == ["large"]
     assert outcome.recommended is not None
+
+
+def test_a_recipe_competes_with_what_a_strategy_ranks_that_does_not_know_it(tmp_path: Path) -> None:
+    small = simulated_study(tmp_path, budget={"trial_seconds": 1, "max_parallel": 1})
+    outcome, _ = search(small, strategy=Climb())
+    assert outcome.recommended is not None
+    assert outcome.recommended.configuration == History.of(small, outcome.trials).canonical({"learning_rate": 1e-4})
+    assert not any(trial.purpose == "search" and trial.model == "large" for trial in outcome.trials)
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1], [3, 1, 2]])

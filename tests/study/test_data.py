@@ -99,7 +99,7 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes, message:
         ("bom.jsonl", b"\xef\xbb\xbf" + lines(TEXT_ROWS).encode()),
         ("windows.jsonl", lines(TEXT_ROWS).replace("\n", "\r\n").encode() + b"\r\n\r\n"),
         ("list.json", json.dumps(TEXT_ROWS, indent=2).encode()),
-        ("packed.jsonl.gz", gzip.compress(lines(TEXT_ROWS).encode())),
+        ("packed.jsonl.gz", gzip.compress(lines(TEXT_ROWS).encode(), mtime=0)),
     ],
 )
 def test_json_in_its_usual_shapes(tmp_path: Path, name: str, content: bytes) -> None:

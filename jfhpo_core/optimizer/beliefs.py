@@ -1,0 +1,117 @@
+"""What the trials so far say about the target: values with uncertainty, feasibility, and the scale they are on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from linear_operator.utils.errors import NanError, NotPSDError
+from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
+
+from jfhpo_core.optimizer.feasibility import Feasibility
+from jfhpo_core.optimizer.observations import (
+    measurement_variance,
+    milestone,
+    observe,
+    observed_rows,
+    point,
+    scale_of,
+    verdicts,
+)
+from jfhpo_core.optimizer.score_scale import Group, ScoreScale
+from jfhpo_core.optimizer.surrogate import (
+    FIDELITY_COLUMNS,
+    THIS_STUDY,
+    JointStructure,
+    JointSurrogate,
+    fitted_surrogate,
+)
+from jfhpo_core.study.history import History
+from jfhpo_core.study.trial import Configuration
+
+NUMERICAL_ERRORS = (NanError, NotPSDError, LinAlgError)
+"""What linear algebra raises when a covariance cannot be factored."""
+
+TARGET: Group = (THIS_STUDY, 0.0, 1.0)
+"""Scores of the target at full length."""
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """The surrogate, the feasibility, and what follows for the target.
+
+    Attributes:
+        history: What they were formed from.
+        surrogate: Of values on the scale.
+        scale: Between scores and values.
+        feasibility: None as long as nothing has failed.
+    """
+
+    history: History
+    surrogate: JointSurrogate
+    scale: ScoreScale
+    feasibility: Feasibility | None
+
+    @classmethod
+    def form(cls, history: History) -> Beliefs | None:
+        """From the trials alone; None if nothing has been evaluated, here or in an earlier study."""
+        rows = observed_rows(history)
+        if not rows:
+            return None
+        commits = max((result.committed for trial in history.trials for result in trial.segments), default=0)
+        basis = [row for row in rows if row.order[0] <= milestone(commits)] or rows
+        study, scale = history.study, scale_of(rows)
+        structure = JointStructure(study.space.dimension, study.space.shifting_coordinates, len(study.earlier))
+        surrogate = fitted_surrogate(
+            observe(rows, scale, study.space.dimension),
+            observe(basis, scale_of(basis), study.space.dimension),
+            structure,
+        )
+        inputs, feasible = verdicts(history)
+        ruined = bool((feasible == 0).any())
+        return cls(history, surrogate, scale, Feasibility.fit(inputs, feasible) if ruined else None)
+
+    def probability(self, inputs: Tensor) -> Tensor:
+        """P(feasible) at inputs (m, d + 4), shape (m,)."""
+        if self.feasibility is None:
+            return torch.ones(len(inputs), dtype=inputs.dtype)
+        return self.feasibility.probability(inputs[:, : -FIDELITY_COLUMNS + 1])
+
+    def at_target(self, configurations: Iterable[Configuration]) -> Tensor:
+        """Inputs of configurations at (target, full horizon), shape (m, d + 4)."""
+        study = self.history.study
+        name, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
+        rows = [point(study, configuration, name, horizon) for configuration in configurations]
+        return torch.tensor(rows, dtype=torch.double).reshape(-1, study.space.dimension + FIDELITY_COLUMNS)
+
+    @cached_property
+    def failed_value(self) -> float:
+        """What a run that fails counts as: the lowest value seen."""
+        return float(self.surrogate.observations.values.min())
+
+    @cached_property
+    def inflation(self) -> float:
+        """Factor on posterior deviations at the target; see `calibration.inflation`."""
+        return self.surrogate.moments().inflation()
+
+    @cached_property
+    def measurement_variance(self) -> float:
+        """Variance of an evaluation near the best, in values."""
+        return measurement_variance(self.history.study, self.history.trials) / self.scale.unit() ** 2
+
+    def values(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and calibrated deviation of the value at the target, if feasible; each of shape (m,)."""
+        means, deviations = self.surrogate.mean_and_deviation(inputs)
+        return means, deviations * self.inflation
+
+    def expected(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected value, failures included, and the value's deviation if feasible; each of shape (m,)."""
+        means, deviations = self.values(inputs)
+        return self.failed_value + self.probability(inputs) * (means - self.failed_value), deviations
+
+    def score(self, mean: float, deviation: float) -> tuple[float, float]:
+        """Median and deviation of the score at the target whose value is normal with this mean and deviation."""
+        return self.scale.median_and_deviation(TARGET, mean, deviation)

@@ -1,0 +1,175 @@
+"""A study's trials, seen from the questions that a search asks about them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jfhpo_core.errors import SpecError
+from jfhpo_core.study.resolved import Study, base_scores
+from jfhpo_core.study.trial import (
+    VALIDATION,
+    Configuration,
+    Evaluation,
+    Trial,
+    committed_seconds,
+    configuration_key,
+)
+
+
+@dataclass(frozen=True)
+class History:
+    """The trials of a study at one moment.
+
+    A baseline whose configuration lies in the search space belongs to the search: it is evidence, and a candidate for
+    everything that a configuration can be chosen for. Runs of the final comparison (confirmations, random search) do
+    not: they judge the choice. Confirmations become evidence once the search goes on after them, with a larger budget:
+    what was measured by several seeds must not be forgotten, and other seeds judge the next choice.
+
+    Attributes:
+        study: The study.
+        trials: All of its trials, in order of creation.
+    """
+
+    study: Study
+    trials: tuple[Trial, ...]
+
+    @classmethod
+    def of(cls, study: Study, trials: Sequence[Trial]) -> History:
+        """The history of a study's trials."""
+        return cls(study, tuple(trials))
+
+    @cached_property
+    def recipes(self) -> dict[str, Configuration]:
+        """Baselines within the search space, by the key of the configuration as the study file has it."""
+        found = {}
+        for baseline in self.study.spec.baselines:
+            configuration = recipe_in_space(self.study, baseline.configuration)
+            if configuration is not None:
+                found[configuration_key(baseline.configuration)] = configuration
+        return found
+
+    def canonical(self, configuration: Configuration) -> Configuration:
+        """A configuration as the search writes it: of a recipe, all searched hyperparameters and no others."""
+        return self.recipes.get(configuration_key(configuration), configuration)
+
+    @cached_property
+    def search(self) -> tuple[Trial, ...]:
+        """Trials that the search may learn and choose from, each with its canonical configuration."""
+        found = []
+        for trial in self.trials:
+            if trial.purpose == "search":
+                found.append(trial)
+            elif trial.purpose == "baseline" or (trial.purpose == "confirmation" and self._is_evidence(trial)):
+                configuration = self.canonical(trial.configuration)
+                if trial.purpose == "confirmation" or configuration_key(trial.configuration) in self.recipes:
+                    found.append(trial.model_copy(update={"configuration": configuration}))
+        return tuple(found)
+
+    @cached_property
+    def evidence(self) -> tuple[Trial, ...]:
+        """The search's trials that a model over the space can learn from, each with all searched hyperparameters.
+
+        Those that lie outside are left out: a strategy may train what it likes.
+        """
+        found = []
+        for trial in self.search:
+            try:
+                self.study.space.encode(trial.configuration)
+            except ValueError:
+                configuration = searched_configuration(self.study, trial.configuration)
+                if configuration is not None:
+                    found.append(trial.model_copy(update={"configuration": configuration}))
+            else:
+                found.append(trial)
+        return tuple(found)
+
+    def _is_evidence(self, confirmation: Trial) -> bool:
+        """Whether the search has gone on since a confirmation ended."""
+        ended = max((result.committed for result in confirmation.segments), default=math.inf)
+        return (
+            ended < self._newest_choice and searched_configuration(self.study, confirmation.configuration) is not None
+        )
+
+    @cached_property
+    def _newest_choice(self) -> int:
+        """Rank of the newest commit of a segment that the strategy chose; validations are not its choice."""
+        return max(
+            (
+                result.committed
+                for trial in self.trials
+                if trial.purpose == "search"
+                for result in trial.segments
+                if result.segment.suggestion.source != VALIDATION
+            ),
+            default=0,
+        )
+
+    def of_configuration(self, configuration: Configuration) -> tuple[Trial, ...]:
+        """The runs of a configuration on the target for search, baselines and comparison, not of random search."""
+        wanted, target = self.canonical(configuration), self.study.ladder.target.name
+        return tuple(
+            trial
+            for trial in self.trials
+            if trial.model == target
+            and trial.purpose != "random-search"
+            and self.canonical(trial.configuration) == wanted
+        )
+
+    def judges(self, trial: Trial) -> bool:
+        """Whether a run had no part in the choice of a configuration, so that its score is an unbiased judgement."""
+        return all(trial.key != other.key for other in self.search)
+
+    def on(self, model: str) -> tuple[Trial, ...]:
+        """The search's trials on a model."""
+        return tuple(trial for trial in self.search if trial.model == model)
+
+    @cached_property
+    def on_target(self) -> tuple[Trial, ...]:
+        """The search's trials on the target."""
+        return self.on(self.study.ladder.target.name)
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """Keys of the configurations that the search has begun on any model."""
+        return frozenset(configuration_key(trial.configuration) for trial in self.search)
+
+    def final(self, configuration: Configuration) -> tuple[Evaluation, ...]:
+        """Evaluations at full length on the target that the search has of a configuration, one for each seed."""
+        return tuple(
+            trial.final for trial in self.on_target if trial.final is not None and trial.configuration == configuration
+        )
+
+    @cached_property
+    def finished(self) -> tuple[Trial, ...]:
+        """The search's trials that reached the full horizon on the target."""
+        return tuple(trial for trial in self.on_target if trial.final is not None)
+
+    @cached_property
+    def bases(self) -> dict[str, float]:
+        """Held-out scores of the untrained models."""
+        return base_scores(self.trials)
+
+    @property
+    def committed_seconds(self) -> float:
+        """Device-seconds charged to the search, and what running segments should add."""
+        return committed_seconds(self.trials)
+
+
+def searched_configuration(study: Study, configuration: Configuration) -> Configuration | None:
+    """A configuration within the search space; None if it lies outside (a baseline may)."""
+    try:
+        searched = study.space.restrict(study.complete(configuration))
+        study.space.encode(searched)
+    except (SpecError, ValueError):
+        return None
+    return searched
+
+
+def recipe_in_space(study: Study, configuration: Configuration) -> Configuration | None:
+    """A baseline's searched configuration; None if it lies outside, or sets what the study holds at another value."""
+    searched = searched_configuration(study, configuration)
+    same = searched is not None and study.complete(searched) == study.complete(configuration)
+    return searched if same else None

@@ -1,0 +1,79 @@
+"""A study's trials, as search and optimizer see them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jfhpo_core.study.history import History
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import VALIDATION, Suggestion, Trial
+from tests.studies import simulated_study, trained
+
+RECIPE = {"learning_rate": 1e-4}
+SCORES = [0.1, 0.3, 0.5, 0.6]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return simulated_study(tmp_path)
+
+
+def run(study: Study, number: int, purpose: str = "search", committed: int = 1, source: str = "test") -> Trial:
+    """A full run of the target; baselines and confirmations train the recipe."""
+    configuration = (
+        RECIPE if purpose in ("baseline", "confirmation") else study.space.middle(n_samples=4 if number % 2 else 8)
+    )
+    trial = trained(study, configuration, "large", SCORES, number, committed=committed)
+    segments = tuple(
+        segment.model_copy(
+            update={
+                "segment": segment.segment.model_copy(
+                    update={"suggestion": Suggestion(source=source, explanation="test")}
+                )
+            }
+        )
+        for segment in trial.segments
+    )
+    return trial.model_copy(update={"purpose": purpose, "segments": segments})
+
+
+def test_a_recipe_belongs_to_the_search_with_all_searched_hyperparameters(study: Study) -> None:
+    baseline = run(study, 0, "baseline")
+    history = History.of(study, [baseline])
+    (recipe,) = history.search
+    assert recipe.key == baseline.key
+    assert set(recipe.configuration) == set(study.space.middle()) | {"learning_rate"}
+    assert history.final(recipe.configuration)[0].score == 0.6
+    assert history.of_configuration(recipe.configuration) == (baseline,)
+    assert history.of_configuration(RECIPE) == (baseline,)
+
+
+def test_what_judges_the_choice_is_no_part_of_the_search(study: Study) -> None:
+    chosen, judged = run(study, 0, committed=1), run(study, 1, "confirmation", committed=2)
+    history = History.of(study, [chosen, judged, run(study, 2, "random-search", committed=3)])
+    assert history.search == (chosen,)
+    assert history.judges(judged)
+    assert not history.judges(chosen)
+
+
+def test_confirmations_become_evidence_when_the_search_goes_on(study: Study) -> None:
+    judged = run(study, 1, "confirmation", committed=2)
+    before = [run(study, 0, committed=1), judged]
+    validated = run(study, 2, committed=3, source=VALIDATION)
+    assert History.of(study, [*before, validated]).judges(judged)
+    assert not History.of(study, [*before, run(study, 2, committed=3)]).judges(judged)
+
+
+def test_a_baseline_that_changes_what_the_study_fixes_is_no_recipe(study: Study) -> None:
+    spec = study.spec.model_copy(
+        update={
+            "baselines": [
+                study.spec.baselines[0].model_copy(update={"configuration": {**RECIPE, "prompts_per_step": 32}})
+            ]
+        }
+    )
+    assert History.of(replace(study, spec=spec), []).recipes == {}
+    assert len(History.of(study, []).recipes) == 1
