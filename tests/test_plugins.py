@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from jfhpo.cli import app
 from jfhpo_core import plugins
 from jfhpo_core.errors import SpecError
-from jfhpo_core.optimizer.strategy import load_strategy
+from jfhpo_core.optimizer.strategy import fresh_configurations, load_strategy
 from jfhpo_core.stopping.rules import Course, StoppingRule, build_rules
 from jfhpo_core.study.spec import StoppingSpec
 from jfhpo_core.trainers import load_trainer
-from tests.studies import simulated_study, step_record
+from tests.studies import simulated_study, step_record, trained
 
 MODULE = '''
 from dataclasses import dataclass
@@ -25,6 +25,10 @@ from jfhpo_core.optimizer.strategy import RandomSearch
 from jfhpo_core.stopping.rules import StoppingRule
 from jfhpo_core.study.trial import Decision
 from jfhpo_core.trainers.simulated import SimulatedTrainer
+
+
+def uncertainty(beliefs, inputs, targets):
+    return beliefs.values(inputs)[1]
 
 
 class Walk(RandomSearch):
@@ -59,6 +63,8 @@ random = walker:Walk
 lost = nowhere:Lost
 [jfhpo.trainers]
 other = walker:Other
+[jfhpo.acquisitions]
+uncertainty = walker:uncertainty
 [jfhpo.rules]
 long_completions = walker:LongCompletions
 """
@@ -84,6 +90,24 @@ def rules(override: object) -> dict[str, StoppingRule]:
 def test_a_strategy_and_a_trainer_are_loaded_by_name(tmp_path: Path) -> None:
     assert load_strategy(simulated_study(tmp_path, strategy="walk")).name == "walk"
     assert load_trainer("other").name == "other"
+
+
+def test_an_acquisition_decides_what_is_trained(tmp_path: Path) -> None:
+    settings = {"acquisition": "uncertainty", "initial_trials": 1, "target_share": 0.0}
+    study = simulated_study(tmp_path, strategy={"name": "jfhpo", "settings": settings}, baselines=[])
+    configurations = fresh_configurations(study, (), 0, 3)
+    trials = [trained(study, item, "small", [0.1, 0.2, 0.3, 0.4], number) for number, item in enumerate(configurations)]
+    trials += [trained(study, configurations[0], "medium", [0.1, 0.2, 0.3, 0.4], 3)]
+    trials += [trained(study, configurations[0], "large", [0.1, 0.2, 0.3, 0.4], 4)]
+    proposal = load_strategy(study).suggest(study, trials, 1000.0, 0)
+    assert proposal is not None
+    assert proposal.suggestion.source == "jfhpo/uncertainty"
+
+
+def test_an_unknown_acquisition_is_refused(tmp_path: Path) -> None:
+    strategy = {"name": "jfhpo", "settings": {"acquisition": "luck"}}
+    with pytest.raises(SpecError, match=r"settings\.acquisition: no acquisition 'luck'; .*knowledge-gradient, uncert"):
+        load_strategy(simulated_study(tmp_path, strategy=strategy))
 
 
 def test_nobody_replaces_what_the_package_has(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from jfhpo_core.optimizer.acquisition import NetCostUtility, TargetKnowledgeGradient, expected_improvement
+from jfhpo_core.optimizer.acquisition import NetCostUtility, expected_improvement
+from jfhpo_core.optimizer.acquisitions import load_acquisition
 from jfhpo_core.optimizer.beliefs import NUMERICAL_ERRORS, Beliefs
 from jfhpo_core.optimizer.candidates import (
     Candidate,
@@ -35,7 +36,7 @@ from jfhpo_core.optimizer.candidates import (
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.floors import value_floors
 from jfhpo_core.optimizer.initial_design import InitialDesign
-from jfhpo_core.optimizer.observations import point, running_points
+from jfhpo_core.optimizer.observations import point
 from jfhpo_core.optimizer.strategy import (
     Admits,
     Count,
@@ -71,6 +72,7 @@ class JointFidelity:
         pool: See `CandidateSet`, as for the next five.
         untried: At most so many configurations that no trial has are ranked above the tried ones, where the model
             expects more of them; validation trains them.
+        acquisition: Name of what says the worth of a segment: see `jfhpo_core.optimizer.acquisitions`.
         stop_gain: The search ends early when the best candidate, scaled to the cost of a full run on the target, is
             expected to raise the final score by less than this. 0: it spends its budget. The knowledge gradient sees
             one step ahead and is an underestimate: at 0.0005 half of the searches of a benchmark ended too early.
@@ -90,8 +92,13 @@ class JointFidelity:
     continued: Count = 24
     replicated: Count = 4
     untried: Count = 3
+    acquisition: str = "knowledge-gradient"
     stop_gain: float = 0.0
     target_share: Share = 0.5
+
+    def check(self, study: Study) -> None:
+        """See `Checked.check`."""
+        load_acquisition(self.acquisition)
 
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
@@ -154,7 +161,7 @@ class JointFidelity:
         configurations = {configuration_key(item.configuration): item.configuration for item in ranked}
         configurations |= {configuration_key(item.configuration): item.configuration for item in candidates}
         targets = beliefs.at_target(configurations.values())
-        source, gains = "knowledge-gradient", None if due else _knowledge_gradient(beliefs, inputs, targets)
+        source, gains = self.acquisition, None if due else self._gains(beliefs, inputs, targets)
         if due and study.earlier and not any(trial.purpose == "search" for trial in history.on_target):
             source, gains = (
                 "earlier-studies",
@@ -204,6 +211,15 @@ class JointFidelity:
             ranked = self._better_untried(beliefs, ranked) + ranked
         return [Recommendation(item.configuration, *beliefs.score(item.mean, item.deviation)) for item in ranked]
 
+    def _gains(self, beliefs: Beliefs, inputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Worth of each candidate in values; None if it cannot be computed."""
+        try:
+            gains = load_acquisition(self.acquisition)(beliefs, inputs, targets)
+        except NUMERICAL_ERRORS as error:
+            logger.warning("%s failed, expected improvement takes over: %s", self.acquisition, error)
+            return None
+        return gains if bool(gains.isfinite().all()) else None
+
     @property
     def _candidates(self) -> CandidateSet:
         return CandidateSet(self.pool, self.fresh, self.local, self.known, self.continued, self.replicated)
@@ -235,24 +251,6 @@ class JointFidelity:
             return 0.0
         nearest = ladder.size_coordinate(ladder.proxies[-1].name)
         return max(self.target_share, 1 - beliefs.surrogate.shared_share(nearest))
-
-
-def _knowledge_gradient(beliefs: Beliefs, inputs: Tensor, targets: Tensor) -> Tensor | None:
-    """Worth of each candidate in values; None if it cannot be computed."""
-    try:
-        acquisition = TargetKnowledgeGradient(
-            beliefs.surrogate,
-            targets,
-            beliefs.measurement_variance,
-            beliefs.probability(targets),
-            beliefs.failed_value,
-            running_points(beliefs.history),
-        )
-        gains: Tensor = acquisition(inputs.unsqueeze(-2))
-    except NUMERICAL_ERRORS as error:
-        logger.warning("the knowledge gradient failed, expected improvement takes over: %s", error)
-        return None
-    return gains if bool(gains.isfinite().all()) else None
 
 
 def _at_target(beliefs: Beliefs, candidates: Sequence[Candidate]) -> Tensor:

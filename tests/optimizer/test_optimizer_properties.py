@@ -12,7 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ConfigDict
 
+from jfhpo_core.optimizer.beliefs import Beliefs
 from jfhpo_core.optimizer.joint_fidelity import JointFidelity
+from jfhpo_core.optimizer.observations import MAX_OBSERVATIONS
+from jfhpo_core.study.history import History
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import StudySpec
@@ -106,3 +109,6 @@ def test_two_thousand_observations_are_thinned(tmp_path: Path) -> None:
     trials = some_trials(study, 1000, 0, "any")
     assert sum(len(trial.evaluations) - 1 for trial in trials) > 1900
     check(study, trials)
+    beliefs = Beliefs.form(History.of(study, trials))
+    assert beliefs is not None
+    assert len(beliefs.surrogate.observations) == MAX_OBSERVATIONS
