@@ -30,10 +30,11 @@ from jfhpo_core.report.text import duration, number
 from jfhpo_core.run.search import SearchResult
 from jfhpo_core.store.checkpoints import CheckpointStore, file_digest
 from jfhpo_core.study.data import text_of
+from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import TaskSpec
 from jfhpo_core.study.tasks import load_reward, load_task
-from jfhpo_core.study.trial import Checkpoint, Evaluation, Trial, canonical_json, configuration_key
+from jfhpo_core.study.trial import Checkpoint, Evaluation, Trial, canonical_json
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.presentation import configuration_text, score_metrics
 from mlflow_plugin.provenance import task_data
@@ -112,12 +113,11 @@ class Headline:
 def headline(result: SearchResult, trial: Trial) -> Headline:
     """The score on seeds that had no part in choosing the configuration; without one, that of the trial itself."""
     if result.confirmed is not None:
-        row = result.confirmed
-        key = configuration_key(row.configuration)
+        row, history = result.confirmed, History.of(result.study, result.trials)
         seeds = sorted(
             one.seed
-            for one in result.trials
-            if one.purpose == "confirmation" and one.final is not None and configuration_key(one.configuration) == key
+            for one in history.of_configuration(row.configuration)
+            if one.final is not None and history.judges(one)
         )
         return Headline(row.score, row.standard_error, ", ".join(map(str, seeds)), clean=True)
     assert trial.final is not None

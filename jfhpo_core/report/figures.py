@@ -451,7 +451,7 @@ def learning_figure(result: SearchResult) -> Figure:
                 axes.axhline(base, color=LIGHT["muted"], linewidth=1, linestyle=(0, (1, 2)))
                 labels["untrained"] = (base, "untrained", LIGHT["muted"])
             for trial in mine:
-                highlighted = best is not None and same_configuration(best, trial)
+                highlighted = best is not None and same_configuration(result.study, best, trial)
                 named = _draw_learning_curve(axes, trial, base, colors, highlighted=highlighted)
                 if named is not None:
                     labels[named[1]] = named
@@ -510,7 +510,7 @@ def dynamics_figure(result: SearchResult, step_records: Mapping[str, Sequence[St
             for trial in trials:
                 if trial.model != model.name:
                     continue
-                highlighted = best is not None and same_configuration(best, trial)
+                highlighted = best is not None and same_configuration(result.study, best, trial)
                 for row, signal in enumerate(("reward", "kl")[: len(panels)]):
                     xs, ys = _smooth(step_records[trial.key], signal)
                     line = panels[row][column].plot(
@@ -564,7 +564,7 @@ def agreement_figure(result: SearchResult, agreements: Sequence[FidelityAgreemen
             model, prompts = item.first
             for first, second in item.pairs:
                 trial = by_number[first.trials[0]]
-                highlighted = best is not None and same_configuration(best, trial)
+                highlighted = best is not None and same_configuration(result.study, best, trial)
                 color = LIGHT["accent"] if highlighted else colors(trial)
                 axes.errorbar(
                     first.score, second.score, xerr=first.standard_error, yerr=second.standard_error, color=color,

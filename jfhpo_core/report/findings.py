@@ -10,6 +10,8 @@ from statistics import fmean
 
 from jfhpo_core.report.text import number, signed
 from jfhpo_core.run.search import Comparison, SearchResult
+from jfhpo_core.study.history import History
+from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import (
     Evaluation,
     Purpose,
@@ -17,7 +19,6 @@ from jfhpo_core.study.trial import (
     StepRecord,
     Trial,
     TrialState,
-    configuration_key,
 )
 
 Z_95 = 1.959964
@@ -332,9 +333,10 @@ def sources(trials: Sequence[Trial]) -> list[Source]:
     return sorted(found, key=lambda source: -source.segments)
 
 
-def same_configuration(row: Comparison, trial: Trial) -> bool:
+def same_configuration(study: Study, row: Comparison, trial: Trial) -> bool:
     """Whether a trial trains the configuration of a row of the final table."""
-    return configuration_key(row.configuration) == configuration_key(trial.configuration)
+    history = History.of(study, ())
+    return history.canonical(row.configuration) == history.canonical(trial.configuration)
 
 
 def believed_shares(result: SearchResult) -> dict[str, float]:
@@ -346,7 +348,6 @@ def believed_shares(result: SearchResult) -> dict[str, float]:
     if study.spec.strategy.name != "jfhpo" or not study.ladder.proxies:
         return {}
     from jfhpo_core.optimizer.beliefs import NUMERICAL_ERRORS, Beliefs
-    from jfhpo_core.study.history import History
 
     try:
         beliefs = Beliefs.form(History.of(study, result.trials))

@@ -21,7 +21,7 @@ from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
-from jfhpo_core.study.trial import Checkpoint, Evaluation, Outcome, Segment, SegmentResult, Suggestion
+from jfhpo_core.study.trial import Checkpoint, Evaluation, Outcome, Purpose, Segment, SegmentResult, Suggestion
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.registry import _award, _card, _description, _measure, _tags, promote, register_target
 from tests.studies import evaluation, result, simulated_study
@@ -274,12 +274,14 @@ def test_a_damaged_checkpoint_is_not_registered(client: MlflowClient, tmp_path: 
 # --- which run, which score, which version is served --------------------------------------------------------------
 
 
-def concluded(workspace: Path, scores: dict[int, float]) -> SearchResult:
-    """A study that has trained its recommendation on the target with some seeds, the first of which it searched on."""
-    study = simulated_study(workspace, baselines=[], seeds={"search": 0, "training": [0, 1, 2]})
+def concluded(workspace: Path, scores: dict[int, float], first: Purpose = "search") -> SearchResult:
+    """A study that has trained its recommendation on the target with some seeds, the first of which it chose by."""
+    configuration = {"learning_rate": 1e-3}
+    baselines = [{"name": "recipe", "configuration": configuration}] if first == "baseline" else []
+    study = simulated_study(workspace, baselines=baselines, seeds={"search": 0, "training": [0, 1, 2]})
     trials = []
     for seed, score in scores.items():
-        trial = study.new_trial(seed, {"learning_rate": 1e-3}, "large", seed, "confirmation" if seed else "search")
+        trial = study.new_trial(seed, configuration, "large", seed, "confirmation" if seed else first)
         kept = Checkpoint(step=30, prompts=480, path=f"{trial.key}/step-00000030", digest=f"{seed}", size_bytes=1)
         done = result(0, 0, 30, evaluations=(evaluation(30, score),), checkpoint=kept)
         trials.append(trial.model_copy(update={"segments": (done,)}))
@@ -306,6 +308,17 @@ def test_a_confirmation_that_is_better_is_registered(tmp_path: Path) -> None:
     outcome = concluded(tmp_path, {0: 0.848, 1: 0.867})
     assert outcome.target_trial is not None
     assert (outcome.target_trial.seed, outcome.target_trial.purpose) == (1, "confirmation")
+
+
+def test_a_recipe_that_is_recommended_is_registered(tmp_path: Path) -> None:
+    """It is recommended with all searched hyperparameters, and its runs have those of the study file."""
+    outcome = concluded(tmp_path, {0: 0.812, 1: 0.77}, "baseline")
+    trial = outcome.target_trial
+    assert trial is not None
+    assert trial.final is not None
+    assert trial.purpose == "baseline"
+    tags = _tags(outcome.study, outcome, trial, trial.final)
+    assert (float(tags["jfhpo.score"]), tags["jfhpo.score_seeds"]) == (pytest.approx(0.77), "1")
 
 
 def test_a_score_of_the_seed_of_the_choice_says_so(tmp_path: Path) -> None:
