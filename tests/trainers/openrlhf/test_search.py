@@ -14,12 +14,13 @@ from typing import ClassVar
 import pytest
 
 from jfhpo_core import embedded
+from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.strategy import Proposal, Recommendation
 from jfhpo_core.run.ray_dispatch import RayDispatcher
 from jfhpo_core.run.search import Progress, SearchResult, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
-from jfhpo_core.study.trial import Configuration, FailureKind, Outcome, Suggestion, Trial, TrialState
+from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState
 from jfhpo_core.trainers.openrlhf.command import MODULE
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.registry import register_target
@@ -51,7 +52,7 @@ class Script:
             (GOOD, "m", 16),
             (WILD, "m", 48),
             (GOOD, "m", 48),
-            (UNLUCKY, "m", 48),
+            (UNLUCKY, "m", 16),
             (GOOD, "l", 48),
         ]
     )
@@ -105,6 +106,7 @@ def trainings(workspace: Path) -> list[int]:
 @dataclass(frozen=True)
 class Searched:
     study: Study
+    failure: str
     result: SearchResult
     ledger: MlflowLedger
     watcher: Watcher
@@ -137,12 +139,16 @@ def searched(trainer_python: str, tmp_path_factory: pytest.TempPathFactory) -> I
     resolved = resolve(spec)
     ledger, watcher = MlflowLedger(), Watcher(folder)
     ledger.open(spec)
+    script = Script(folder / "broken")
     dispatcher = RayDispatcher(spec.cluster, slots=1, trainer="openrlhf")
     try:
-        result = run_search(resolved, ledger, dispatcher, watcher, Script(folder / "broken"))
+        with pytest.raises(SpecError) as failure:
+            run_search(resolved, ledger, dispatcher, watcher, script)
+        script.broken.unlink()
+        result = run_search(resolved, ledger, dispatcher, watcher, script)
     finally:
         dispatcher.close()
-    yield Searched(resolved, result, ledger, watcher, folder)
+    yield Searched(resolved, str(failure.value), result, ledger, watcher, folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -206,12 +212,11 @@ def test_evaluations_come_with_their_standard_error(searched: Searched) -> None:
     assert abs(good.evaluations[0].score - good.evaluations[1].score) < 0.25
 
 
-def test_a_failing_reward_is_the_configurations_verdict(searched: Searched) -> None:
+def test_a_failing_reward_ended_the_search_and_a_mended_one_went_on(searched: Searched) -> None:
+    assert "ValueError: the verifier is broken" in searched.failure
+    assert "run the same command again" in searched.failure
     trial = searched.trial(UNLUCKY, "m")
-    assert trial.state is TrialState.INFEASIBLE
-    result = trial.segments[-1]
-    assert (result.outcome, result.failure, result.attempts) == (Outcome.INFEASIBLE, FailureKind.REWARD, 1)
-    assert "ValueError: the verifier is broken" in str(result.message)
+    assert [segment.end_step for segment in trial.segments] == [2]
 
 
 def test_nothing_is_left_of_the_trainings(searched: Searched) -> None:

@@ -17,13 +17,13 @@ from typing import ClassVar
 import pytest
 
 from jfhpo_core import embedded
-from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.optimizer.strategy import Proposal, Recommendation
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import SearchResult, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
-from jfhpo_core.study.trial import Configuration, FailureKind, Outcome, Suggestion, Trial, TrialState
+from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState
 from jfhpo_core.trainers.base import Job
 from jfhpo_core.trainers.verl.command import MAIN
 from mlflow_plugin.ledger import MlflowLedger
@@ -55,7 +55,7 @@ class Script:
             (GOOD, "m", 16),
             (WILD, "m", 48),
             (GOOD, "m", 48),
-            (UNLUCKY, "m", 48),
+            (UNLUCKY, "m", 16),
             (GOOD, "l", 48),
         ]
     )
@@ -123,6 +123,7 @@ def trainings(workspace: Path) -> list[int]:
 @dataclass(frozen=True)
 class Searched:
     study: Study
+    failure: str
     result: SearchResult
     ledger: MlflowLedger
     losses: list[tuple[int, str]]
@@ -160,8 +161,12 @@ def searched(trainer_python: str, tmp_path_factory: pytest.TempPathFactory) -> I
     resolved = resolve(spec)
     ledger, dispatcher = MlflowLedger(), Retrying(folder)
     ledger.open(spec)
-    result = run_search(resolved, ledger, dispatcher, lambda _: None, Script(folder / "broken"))
-    yield Searched(resolved, result, ledger, dispatcher.losses, folder)
+    script = Script(folder / "broken")
+    with pytest.raises(SpecError) as failure:
+        run_search(resolved, ledger, dispatcher, lambda _: None, script)
+    script.broken.unlink()
+    result = run_search(resolved, ledger, dispatcher, lambda _: None, script)
+    yield Searched(resolved, str(failure.value), result, ledger, dispatcher.losses, folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -221,12 +226,11 @@ def test_evaluations_come_with_their_standard_error(searched: Searched) -> None:
     assert abs(good.evaluations[0].score - good.evaluations[1].score) < 0.4
 
 
-def test_a_failing_reward_is_the_configurations_verdict(searched: Searched) -> None:
+def test_a_failing_reward_ended_the_search_and_a_mended_one_went_on(searched: Searched) -> None:
+    assert "ValueError: the verifier is broken" in searched.failure
+    assert "run the same command again" in searched.failure
     trial = searched.trial(UNLUCKY, "m")
-    assert trial.state is TrialState.INFEASIBLE
-    result = trial.segments[-1]
-    assert (result.outcome, result.failure) == (Outcome.INFEASIBLE, FailureKind.REWARD)
-    assert "ValueError: the verifier is broken" in str(result.message)
+    assert [segment.end_step for segment in trial.segments] == [2]
 
 
 def test_an_option_of_verl_was_searched(searched: Searched) -> None:
