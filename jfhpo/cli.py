@@ -244,6 +244,27 @@ def show(study: StudyFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def why(
+    study: StudyFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures behind the sentences as JSON.")] = False,
+) -> None:
+    """Say what matters, where runs collapsed, and why a study recommends what it does. Runs and writes nothing."""
+    from jfhpo.overrides import read_study
+
+    spec = read_study(study, overrides or ())
+    with _quiet_libraries(study):
+        from jfhpo.session import look
+        from jfhpo_core.report.why import why as explain
+
+        page = explain(look(spec))
+    if as_json:
+        typer.echo(page.model_dump_json(indent=2))
+    else:
+        _console().print("\n\n".join(page.sentences), markup=False, highlight=False)
+
+
+@app.command()
 def report(study: StudyFile, overrides: Overrides = None) -> None:
     """Write a study's report again, from the ledger."""
     from jfhpo.overrides import read_study

@@ -197,7 +197,7 @@ def _curve(
         inputs = (*place, size, share, float(trial.number), float(belongs_to))
         return Row(inputs, score, variance, (-belongs_to or committed, trial.number, step), last)
 
-    if _went_wrong(trial):
+    if went_wrong(trial):
         # Some trainers score at rungs only: what a rung before the stop says is not what became of the run.
         scored = bool(curve) and curve[-1].step == trial.step
         score, variance = (curve[-1].score, curve[-1].standard_error ** 2) if scored else unscored
@@ -215,7 +215,7 @@ def _curve(
     ]
 
 
-def _went_wrong(trial: Trial) -> bool:
+def went_wrong(trial: Trial) -> bool:
     """Whether a rule stopped the training for what it did, and not because others are better."""
     if trial.state is not TrialState.STOPPED:
         return False

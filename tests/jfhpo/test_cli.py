@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from jfhpo.cli import INFRASTRUCTURE, INTERRUPTED, NOTHING, REFUSED, UNFINISHED, app
 from jfhpo_core.errors import InfrastructureError, LedgerError, LedgerUnavailable, SpecError
+from jfhpo_core.report.why import Why
 from jfhpo_core.stopping.rules import RULES
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import TrialState
@@ -39,7 +40,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("search", "plan", "show", "report", "schema", "rules", "version"):
+    for command in ("search", "plan", "show", "why", "report", "schema", "rules", "version"):
         assert re.search(rf"^ +{command} ", result.stdout, re.MULTILINE)
 
 
@@ -131,7 +132,7 @@ def test_a_plan_answers_what_more_budget_would_cost(tmp_path: Path, monkeypatch:
 
 def test_nothing_to_show_before_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for command in ("show", "report"):
+    for command in ("show", "why", "report"):
         result = CliRunner().invoke(app, [command, str(SIMULATED)])
         assert result.exit_code == REFUSED
         assert "holds no trials of study 'simulated'" in result.stderr
@@ -195,6 +196,15 @@ def test_quiet_prints_the_result_only(finished: tuple[Path, str], invoke: Callab
     assert quiet.startswith("Recommended configuration")
     result = printed[printed.index("Recommended configuration") :]
     assert quiet.split("browse")[0] == result.split("browse")[0]
+
+
+@pytest.mark.slow
+def test_why_prints_sentences_or_the_figures_behind_them(invoke: Callable[..., Result]) -> None:
+    page = Why.model_validate_json(invoke("why", "--json", SIMULATED).stdout)
+    assert page.study == "simulated"
+    assert page.sentences
+    said = " ".join(invoke("why", SIMULATED).stdout.split())
+    assert said == " ".join(" ".join(page.sentences).split())
 
 
 @pytest.mark.slow

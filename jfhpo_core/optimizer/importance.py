@@ -1,0 +1,166 @@
+r"""Which hyperparameters matter at the target, from what the trials of all sizes and lengths say about it.
+
+Globally: shares of the variance of the expected value over the search space, failures included (`Beliefs.expected`).
+With f(A) and f(B) at independent uniform points, and A_i the points A with hyperparameter i taken from B (all of its
+coordinates, so that a choice is one hyperparameter),
+
+    first_i = 1 - mean((f(B) - f(A_i))^2) / (2 var f),    total_i = mean((f(A) - f(A_i))^2) / (2 var f).
+
+`first` is what the hyperparameter explains alone, `total` includes its interactions. f is drawn jointly at all points
+from the posterior of every member of the surrogate's ensemble: a share is the median over draws, its interval holds
+95 % of them.
+
+Locally: how far each hyperparameter alone may move from its best value before the expected value has fallen by the
+standard error of one evaluation.
+
+References:
+    Sobol (2001), global sensitivity indices; Jansen (1999) for the estimators; Saltelli et al. (2010) compares them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from pydantic import Field
+from scipy.stats import qmc
+from torch import Tensor
+
+from jfhpo_core.optimizer.beliefs import TARGET, Beliefs
+from jfhpo_core.optimizer.surrogate import ANY_SEED, JITTER, THIS_STUDY
+from jfhpo_core.study.space import ChoiceParameter, Parameter, Vector
+from jfhpo_core.study.trial import Configuration, Record, Value
+
+DRAWS = 64
+"""Functions drawn from each member of the ensemble."""
+
+MOST_POINTS = 1536
+"""Points at which functions are drawn jointly: one Cholesky factor of this size for each member."""
+
+GRID = 65
+"""Values of a hyperparameter that are tried locally, if it has more."""
+
+INTERVAL = (0.025, 0.975)
+"""Ends of intervals, as quantiles."""
+
+
+class Estimate(Record):
+    """A quantity of which the posterior was sampled."""
+
+    value: float = Field(description="Median over posterior draws.")
+    low: float = Field(description="Lower end of the 95 % interval.")
+    high: float = Field(description="Upper end of the 95 % interval.")
+
+    @classmethod
+    def of(cls, draws: Vector) -> Estimate:
+        """From draws, shape (n,)."""
+        low, value, high = np.quantile(draws, [INTERVAL[0], 0.5, INTERVAL[1]])
+        return cls(value=float(value), low=float(low), high=float(high))
+
+
+class Importance(Record):
+    """How much a hyperparameter matters at the target."""
+
+    name: str
+    first: Estimate = Field(description="Share of the variance over the space that it explains alone, in [0, 1].")
+    total: Estimate = Field(description="The same with its interactions, in [0, 1].")
+    best: Value | None = Field(description="Its value in the recommended configuration; null if it is not active.")
+    harmless: tuple[Value, ...] | None = Field(
+        description="Lowest and highest value (of a choice: all values) at which it alone costs less than one standard "
+        "error of the score; null if it is not active."
+    )
+
+
+def expected_draws(beliefs: Beliefs, inputs: Tensor) -> Tensor:
+    """Joint posterior draws of the expected value, failures included, at the target.
+
+    Args:
+        beliefs: What is believed.
+        inputs: At (target, full horizon), shape (m, d + 4).
+
+    Returns:
+        Shape (draws, m).
+    """
+    moments = beliefs.surrogate.moments()
+    predicted = moments.at(inputs)
+    members, points = predicted.mean.shape
+    factor = psd_safe_cholesky(moments.covariance(predicted, predicted) + JITTER * torch.eye(points))
+    normal = torch.from_numpy(np.random.default_rng(0).standard_normal((members, points, DRAWS)))
+    values = predicted.mean.unsqueeze(-1) + beliefs.inflation * factor @ normal
+    draws = values.transpose(-1, -2).reshape(members * DRAWS, points)
+    expected: Tensor = beliefs.failed_value + beliefs.probability(inputs) * (draws - beliefs.failed_value)
+    return expected
+
+
+def importances(beliefs: Beliefs, best: Configuration) -> list[Importance]:
+    """Of every searched hyperparameter, the most important one first.
+
+    Args:
+        beliefs: What is believed.
+        best: The configuration around which to look locally; it lies in the space.
+
+    Raises:
+        NotPSDError: The posterior covariance could not be factored.
+    """
+    space = beliefs.history.study.space
+    slices = space.slices()
+    count = 2 ** int(math.log2(MOST_POINTS / (len(space) + 2)))
+    base, other = np.split(
+        qmc.Sobol(2 * space.dimension, rng=np.random.default_rng(0)).random(count), 2, axis=1
+    )  # each count x d
+    mixed = []
+    for coordinates in slices.values():
+        points = base.copy()
+        points[:, coordinates] = other[:, coordinates]
+        mixed.append(points)
+    inputs = _at_target(space.snap(np.concatenate([base, other, *mixed])))
+    draws = expected_draws(beliefs, inputs).reshape(-1, len(space) + 2, count)
+    variance = draws[:, :2].flatten(1).var(-1).clamp_min(np.finfo(float).tiny)
+    found = []
+    for index, name in enumerate(slices, start=2):
+        first = 1 - (draws[:, 1] - draws[:, index]).square().mean(-1) / (2 * variance)
+        total = (draws[:, 0] - draws[:, index]).square().mean(-1) / (2 * variance)
+        found.append(
+            Importance(
+                name=name,
+                first=Estimate.of(first.clamp(0, 1).numpy()),
+                total=Estimate.of(total.clamp(0, 1).numpy()),
+                best=best.get(name),
+                harmless=_harmless(beliefs, best, name) if name in best else None,
+            )
+        )
+    return sorted(found, key=lambda item: -item.total.value)
+
+
+def _harmless(beliefs: Beliefs, best: Configuration, name: str) -> tuple[Value, ...]:
+    """See `Importance.harmless`."""
+    space = beliefs.history.study.space
+    parameter = space[name]
+    values = _tried_values(parameter, best[name])
+    points = np.tile(space.encode(best), (len(values), 1))
+    points[:, space.slices()[name]] = [parameter.encode(value) for value in values]
+    means = beliefs.expected(_at_target(space.snap(points)))[0]
+    place = values.index(best[name])
+    kept = (means >= means[place] - math.sqrt(beliefs.measurement_variance)).tolist()
+    if isinstance(parameter, ChoiceParameter):
+        return tuple(value for value, keep in zip(values, kept, strict=True) if keep)
+    low = next((i + 1 for i in range(place, -1, -1) if not kept[i]), 0)
+    high = next((i - 1 for i in range(place, len(values)) if not kept[i]), len(values) - 1)
+    return values[low], values[high]
+
+
+def _tried_values(parameter: Parameter, best: Value) -> list[Value]:
+    """All values of a hyperparameter, or `GRID` of them, ascending, the best one among them."""
+    if isinstance(parameter, ChoiceParameter):
+        return [best if value == best and type(value) is type(best) else value for value in parameter.values]
+    decoded = {parameter.decode([share]) for share in np.linspace(0, 1, GRID)}
+    return sorted(decoded | {best}, key=float)
+
+
+def _at_target(points: Vector) -> Tensor:
+    """Inputs at (target, full horizon) of snapped points (m, d), shape (m, d + 4)."""
+    size, progress = TARGET[1:]
+    fidelity = torch.tensor([size, progress, ANY_SEED, THIS_STUDY], dtype=torch.double)
+    return torch.cat([torch.from_numpy(points), fidelity.expand(len(points), -1)], dim=-1)

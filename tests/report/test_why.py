@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
+from jfhpo_core.report.why import Why, boundaries, why
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import SearchResult, conclude, run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Decision, FailureKind, Outcome, Trial
+from tests.studies import simulated_study, trained
+
+COLLAPSE = Decision(stop=True, rule="reward_collapse", signal="reward", value=0.0, threshold=0.1, step=10)
+PROMISE = Decision(stop=True, rule="unpromising", signal="score", value=0.1, threshold=0.2, step=10)
+
+
+def runs(study: Study, limit: float, decision: Decision = COLLAPSE, count: int = 24) -> list[Trial]:
+    """Sobol configurations on the target, of which a rule stops those with a learning rate above the limit."""
+    found = []
+    for number, configuration in enumerate(fresh_configurations(study, [], 0, count)):
+        stopped = {"outcome": Outcome.STOPPED, "decision": decision}
+        changes = stopped if float(configuration["learning_rate"]) > limit else {}
+        found.append(trained(study, configuration, "large", [0.1, 0.2, 0.3, 0.4], number, **changes))
+    return found
+
+
+def test_a_boundary_is_found_where_runs_collapse_and_blamed_on_nothing_else(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    trials = runs(study, 1e-3)
+    (boundary,) = boundaries(study, trials)
+    low, high = boundary.between
+    assert (boundary.name, boundary.side, boundary.model) == ("learning_rate", "above", "large")
+    assert low <= 1e-3 < high
+    assert (boundary.collapsed, boundary.other_collapsed) == (boundary.runs, 0)
+    assert boundary.runs == sum(float(trial.configuration["learning_rate"]) > 1e-3 for trial in trials)
+    assert boundary.runs + boundary.other_runs == len(trials)
+
+
+def test_runs_on_a_proxy_tell_where_the_target_has_none(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    trials = [trial.model_copy(update={"model": "small"}) for trial in runs(study, 1e-3)]
+    assert [boundary.model for boundary in boundaries(study, trials)] == [None]
+
+
+def test_no_boundary_is_claimed_by_chance_or_of_runs_that_others_beat(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    assert boundaries(study, runs(study, 1e-3, PROMISE)) == []
+    assert boundaries(study, runs(study, 1e-3, count=4)) == []
+    scattered = runs(study, 1.0)
+    for number in range(0, len(scattered), 3):
+        (segment,) = scattered[number].segments
+        update = {"outcome": Outcome.INFEASIBLE, "failure": FailureKind.NON_FINITE}
+        scattered[number] = scattered[number].model_copy(update={"segments": (segment.model_copy(update=update),)})
+    assert boundaries(study, scattered) == []
+
+
+def test_runs_out_of_memory_have_not_collapsed(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    trials = []
+    for trial in runs(study, 1.0):
+        (segment,) = trial.segments
+        if float(trial.configuration["learning_rate"]) > 1e-3:
+            update = {"outcome": Outcome.INFEASIBLE, "failure": FailureKind.OUT_OF_MEMORY}
+            segment = segment.model_copy(update=update)
+        trials.append(trial.model_copy(update={"segments": (segment,)}))
+    assert boundaries(study, trials) == []
+
+
+def searched(tmp_path: Path, **changes: object) -> SearchResult:
+    study = simulated_study(tmp_path, **changes)
+    return run_search(study, MemoryLedger(), InlineDispatcher(2))
+
+
+@pytest.mark.slow
+def test_a_search_is_explained_from_what_matters_to_what_more_would_bring(tmp_path: Path) -> None:
+    page = why(searched(tmp_path, budget={"trial_seconds": 900, "max_parallel": 2}))
+    assert page.importance[0].name == "learning_rate"
+    assert page.sentences[0].startswith("learning_rate matters most")
+    (boundary,) = page.boundaries
+    assert boundary.between[0] / 1.5 < 5e-4 * 10**0.6 < 1.5 * boundary.between[1]
+    assert f"{boundary.collapsed} of {boundary.runs} runs on large collapsed" in " ".join(page.sentences)
+    assert page.choice is not None
+    assert page.choice.difference.low <= page.choice.difference.value <= page.choice.difference.high
+    assert f"trial {page.choice.trial}" in " ".join(page.sentences)
+    assert page.more is not None
+    assert page.more.seconds == 900
+    assert page.proxies == ()  # random search has run none
+    assert Why.model_validate_json(page.model_dump_json()) == page
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_of_few_trials_it_says_that_they_are_few(tmp_path: Path, count: int) -> None:
+    study = simulated_study(tmp_path)
+    page = why(conclude(study, runs(study, 1e-3, count=4)[:count], RandomSearch(), complete=False))
+    assert page.importance == ()
+    assert page.choice is None
+    assert f"{count} configurations have been evaluated; 14 are needed" in page.sentences[0]
+    assert Why.model_validate_json(page.model_dump_json()) == page
+
+
+@pytest.mark.slow
+def test_a_study_in_which_everything_scores_alike_or_collapses_is_explained(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, strategy="jfhpo")
+    for limit in (1.0, 1e-6):
+        page = why(conclude(study, runs(study, limit, count=15), RandomSearch(), complete=False))
+        assert page.boundaries == ()
+        assert "nan" not in " ".join(page.sentences)
+        assert Why.model_validate_json(page.model_dump_json()) == page
