@@ -24,6 +24,7 @@ from jfhpo_core.report import text
 from jfhpo_core.report.text import without_credentials
 from jfhpo_core.run.search import SearchResult
 from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import ChoiceParameter
 from jfhpo_core.study.trial import Configuration, StepRecord, Trial, TrialState, Value
 
 REPORT = "report.html"
@@ -136,6 +137,7 @@ def _context(
     written: datetime,
 ) -> dict[str, Any]:
     from jfhpo_core.report import figures
+    from jfhpo_core.report.why import why
 
     study, trials = result.study, result.trials
     sizes = {model.name: size_agreements(study, trials, model.name) for model in study.ladder.proxies}
@@ -162,6 +164,8 @@ def _context(
         "score_text": summary.score_text,
         "interval_text": summary.interval_text,
         "settings": settings_table(result),
+        "why": why(result),
+        "choices": [name for name in study.space if isinstance(study.space[name], ChoiceParameter)],
         "comparison": figure(
             "comparison",
             f"Dot and whisker plot. {summary.verdict(result)}",

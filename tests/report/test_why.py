@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
+from jfhpo_core.report import write_report
 from jfhpo_core.report.why import Why, boundaries, why
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import SearchResult, conclude, run_search
@@ -76,7 +77,8 @@ def searched(tmp_path: Path, **changes: object) -> SearchResult:
 
 @pytest.mark.slow
 def test_a_search_is_explained_from_what_matters_to_what_more_would_bring(tmp_path: Path) -> None:
-    page = why(searched(tmp_path, budget={"trial_seconds": 900, "max_parallel": 2}))
+    result = searched(tmp_path, budget={"trial_seconds": 900, "max_parallel": 2})
+    page = why(result)
     assert page.importance[0].name == "learning_rate"
     assert page.sentences[0].startswith("learning_rate matters most")
     (boundary,) = page.boundaries
@@ -88,6 +90,10 @@ def test_a_search_is_explained_from_what_matters_to_what_more_would_bring(tmp_pa
     assert page.more is not None
     assert page.more.seconds == 900
     assert page.proxies == ()  # random search has run none
+    report = write_report(result, {}, tmp_path).read_text(encoding="utf-8")
+    section = report[report.index('id="matters"') : report.index('id="bill"')]
+    assert section.count("<tr>") == 1 + len(page.importance)
+    assert section.count("<li>") == len(page.sentences)
     assert Why.model_validate_json(page.model_dump_json()) == page
 
 
