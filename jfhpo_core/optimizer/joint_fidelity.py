@@ -162,17 +162,15 @@ class JointFidelity:
         configurations |= {configuration_key(item.configuration): item.configuration for item in candidates}
         targets = beliefs.at_target(configurations.values())
         source, gains = self.acquisition, None if due else self._gains(beliefs, inputs, targets)
-        if due and study.earlier and not any(trial.purpose == "search" for trial in history.on_target):
-            source, gains = (
-                "earlier-studies",
-                beliefs.expected(_at_target(beliefs, candidates))[0] - beliefs.failed_value,
-            )
         if gains is None:
             source, gains = "expected-improvement", _expected_improvement(beliefs, candidates, targets)
         gains = gains * beliefs.probability(inputs) * self._expectation(history, inputs)
         # Among full runs that are due the price does not count: more completions per prompt cost more and are better.
         worth = gains / full_seconds if due else NetCostUtility(lambda _: seconds)(inputs, gains)
         best = int(worth.argmax())
+        if due and not any(trial.purpose == "search" for trial in history.on_target):
+            # The first full run is the best guess: where little is known, improvement is expected at the edges.
+            source, best = "best-expectation", int(beliefs.expected(_at_target(beliefs, candidates))[0].argmax())
         chosen = candidates[best]
         gain, cost = float(gains[best]) * beliefs.scale.unit(), float(seconds[best])
         if float(worth[best]) * beliefs.scale.unit() * full_seconds < self.stop_gain:

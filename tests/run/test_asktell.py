@@ -71,7 +71,8 @@ def advance(optimizer: Optimizer, count: int) -> list[Assignment]:
 
 @pytest.mark.slow
 def test_a_search_continues_trials_and_ends_within_its_budget_with_a_good_configuration() -> None:
-    optimizer = Optimizer(study())
+    budget = 3 * BUDGET
+    optimizer = Optimizer(study(budget={"trial_seconds": budget}))
     assert not optimizer.done
     assert optimizer.recommend() is None
     told: dict[str, Assignment] = {}
@@ -95,7 +96,7 @@ def test_a_search_continues_trials_and_ends_within_its_budget_with_a_good_config
     assert optimizer.done
     assert continued
     assert models == set(SIZES)
-    assert spent_seconds(optimizer.trials) <= 1.1 * BUDGET
+    assert spent_seconds(optimizer.trials) <= 1.1 * budget
     best = optimizer.recommend()
     assert best is not None
     assert 10**-4.5 < float(best.configuration["learning_rate"]) < 10**-3.5
@@ -185,9 +186,17 @@ def test_what_is_told_stands_in_the_ledger() -> None:
     assert [trial.segments[0].committed for trial in optimizer.trials] == [1, 2, 3, 4]
 
 
+def patient() -> dict[str, Any]:
+    """A study that stays on proxies for long, whose segments have floors."""
+    return study(
+        strategy={"name": "jfhpo", "settings": {"target_share": 0.1}},
+        fidelity={"horizon_prompts": 100, "rungs": 4},
+        budget={"trial_seconds": 4 * BUDGET},
+    )
+
+
 def test_work_comes_with_floors_between_its_ends() -> None:
-    patient = study(strategy={"name": "jfhpo", "settings": {"target_share": 0.1}})  # proxies have floors
-    floors = [(work, floor) for work in advance(Optimizer(patient), 9) for floor in work.floors]
+    floors = [(work, floor) for work in advance(Optimizer(patient()), 15) for floor in work.floors]
     assert floors
     for work, (prompts, limit) in floors:
         assert work.from_prompts < prompts < work.to_prompts
@@ -196,8 +205,7 @@ def test_work_comes_with_floors_between_its_ends() -> None:
 
 @pytest.mark.parametrize(("below", "rule"), [(True, "unpromising"), (False, None)])
 def test_a_stop_below_a_floor_is_no_collapse(below: bool, rule: str | None) -> None:
-    patient = study(strategy={"name": "jfhpo", "settings": {"target_share": 0.1}})
-    optimizer = Optimizer(patient)
+    optimizer = Optimizer(patient())
     while not (work := ask(optimizer)).floors:
         tell(optimizer, work)
     prompts, floor = work.floors[0]
