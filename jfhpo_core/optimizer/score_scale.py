@@ -112,9 +112,12 @@ class ScoreScale:
         return self.reference(group) + self.unit(group[0]) * distance
 
     def median_and_deviation(self, group: Group, mean: float, deviation: float) -> tuple[float, float]:
-        """Of the score whose value is normal with this mean and deviation: its median, and half its central 68 %."""
-        low, middle, high = self.score(group, [mean - deviation, mean, mean + deviation])
-        return float(middle), max(float(high - low) / 2, math.ulp(0.0))
+        """Of the score whose value is normal with this mean and deviation: its median, and how far one deviation is up.
+
+        Down it is further, without bound: far below the best the scale is logarithmic.
+        """
+        middle, high = self.score(group, [mean, mean + deviation])
+        return float(middle), max(float(high - middle), math.ulp(0.0))
 
     def reference(self, group: Group) -> float:
         """That of a group, or of the one of its study that comes nearest."""
