@@ -46,6 +46,7 @@ class Board:
         self._study = study
         self._watch = watch
         self._updated = -UPDATE_SECONDS
+        self._newest: Progress | None = None
         self._shown: dict[str, UUID] = {}
 
     def opened(self, ledger: Ledger) -> None:
@@ -56,12 +57,20 @@ class Board:
 
     def progress(self, progress: Progress) -> None:
         """Show a new snapshot, unless the last one is still fresh."""
-        if time.monotonic() - self._updated < UPDATE_SECONDS:
-            return
+        self._newest = progress
+        if time.monotonic() - self._updated >= UPDATE_SECONDS:
+            self._snapshot(progress)
+
+    def asks(self, question: str) -> None:
+        """Show how the study stands, however fresh the last snapshot is, and what a person is asked."""
+        if self._newest is not None:
+            self._snapshot(self._newest, f"\n\n## Waiting for an answer\n\n{question}")
+
+    def _snapshot(self, progress: Progress, more: str = "") -> None:
         self._updated = time.monotonic()
         self._share(100 * self._watch.share_done())
         self._trials(progress.trials)
-        self._text("summary", _progress_page(progress, self._watch), "What the study is doing")
+        self._text("summary", f"{_progress_page(progress, self._watch)}{more}", "What the study is doing")
 
     def close(self, outcome: StudyOutcome) -> None:
         """Show the outcome."""

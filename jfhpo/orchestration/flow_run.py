@@ -100,7 +100,7 @@ def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
     log = get_run_logger()
     display = PlainDisplay(log.info)
     board = Board(spec.study, display.watch)
-    gate = Gate(spec) if approve_target else None
+    gate = Gate(spec, board) if approve_target else None
     ledgers: list[Ledger] = []
 
     def on_open(ledger: Ledger) -> None:
@@ -181,8 +181,8 @@ def _limit(name: str) -> int | None:
 class Gate:
     """Lets no training of the target begin at the end of the search before a person has agreed."""
 
-    def __init__(self, spec: StudySpec) -> None:
-        self._spec = spec
+    def __init__(self, spec: StudySpec, board: Board) -> None:
+        self._spec, self._board = spec, board
         self._approved = False
 
     def check(self, job: Job, trial: Trial) -> None:
@@ -200,6 +200,7 @@ class Gate:
             f"The search of study **{self._spec.study}** is over. Next, **{job.model}** is trained to full length: "
             f"{job.segment.suggestion.explanation}.{cost}"
         )
+        self._board.asks(question)
         answer = suspend_flow_run(
             wait_for_input=Approval.with_initial_data(description=question), timeout=APPROVAL_SECONDS, key="target-run"
         )

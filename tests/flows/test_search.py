@@ -98,7 +98,9 @@ def test_a_person_approves_the_target_run_and_the_page_shows_the_result(prefect:
     run = prefect.submit(study=study, approve_target=True)
     prefect.until(run, "Suspended")
     before = committed(prefect.clone, prefect.clone / study)
-    assert "# gated: search" in prefect.artifacts(run)["summary"]
+    asking = prefect.artifacts(run)["summary"]
+    assert "# gated: search" in asking
+    assert "**large** is trained to full length" in asking
     wait_for(lambda: prefect.told("Suspended"), "the notification")
     wait_for(lambda: not any("flow_run" in name for name in prefect.processes().values()), "the end of the process")
 

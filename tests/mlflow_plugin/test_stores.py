@@ -24,7 +24,7 @@ DIES_AT, BACK_AT = 3, 7
 """Numbers of submitted segments."""
 
 
-SMALL = {"trial_seconds": 100, "max_parallel": 2}
+SMALL = {"trial_seconds": 300, "max_parallel": 2}
 
 
 def study_on(uri: str, folder: Path) -> Study:
@@ -84,6 +84,7 @@ def test_a_guarded_server_that_dies_delays_and_loses_nothing(
             waited = path.exists()
             guarded_server.start()
 
+    assert sum(len(trial.segments) for trial in calm.trials()) > BACK_AT, "the server would stay away"
     outbox = Outbox(MlflowLedger(), path)
     run_search(study, outbox, InlineDispatcher(2, on_submit))
     outbox.deliver()
