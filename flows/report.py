@@ -7,7 +7,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from jfhpo.display import Watch
+from jfhpo.display.watch import Watch
 from jfhpo.orchestration.artifacts import Board
 from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name
 from jfhpo.session import rebuild_report

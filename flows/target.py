@@ -9,7 +9,7 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
-from jfhpo.display import show_configuration
+from jfhpo.display.words import show_configuration
 from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name, run_watched
 from jfhpo.orchestration.nightly_studies import tracking_beside
 from jfhpo.session import recorded

@@ -21,7 +21,7 @@ from jfhpo_core.errors import CheckpointError, InfrastructureError, JfhpoError, 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from jfhpo.display import Display
+    from jfhpo.display.live import Display
     from jfhpo.session import StudyOutcome
     from jfhpo_core.run.search import Progress
     from jfhpo_core.trainers.base import Finding
@@ -143,7 +143,7 @@ def search(
     spec = read_study(study, overrides or ())
     console = _console()
     with _quiet_libraries(study), _interruptible() as check:
-        from jfhpo.display import LiveDisplay, PlainDisplay, SilentDisplay
+        from jfhpo.display.live import LiveDisplay, PlainDisplay, SilentDisplay
         from jfhpo.session import run_study
 
         display: Display
@@ -185,7 +185,7 @@ def plan(
 
     spec = read_study(study, overrides or ())
     with _quiet_libraries(study):
-        from jfhpo.display import plan_view
+        from jfhpo.display.plan import plan_view
         from jfhpo.machine import with_counted_devices
         from jfhpo.places import check_places
         from jfhpo.session import informed, recorded
@@ -226,7 +226,8 @@ def show(study: StudyFile, overrides: Overrides = None) -> None:
 
     spec = read_study(study, overrides or ())
     with _quiet_libraries(study):
-        from jfhpo.display import outlook_view, result_view, trial_table
+        from jfhpo.display.plan import outlook_view
+        from jfhpo.display.result import result_view, trial_table
         from jfhpo.session import look
         from jfhpo_core.optimizer.forecast import forecast, forecast_quality
         from jfhpo_core.optimizer.strategy import load_strategy
@@ -407,7 +408,7 @@ def _print_findings(console: Console, findings: Iterable[Finding]) -> None:
 
 
 def _print_outcome(console: Console, outcome: StudyOutcome) -> None:
-    from jfhpo.display import next_steps, result_view
+    from jfhpo.display.result import next_steps, result_view
 
     console.print(result_view(outcome.result))
     console.print()

@@ -18,7 +18,9 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.runtime import flow_run
 
-from jfhpo.display import Watch, bill, duration, next_steps, show_quality, show_score, show_value, standings
+from jfhpo.display.result import next_steps
+from jfhpo.display.watch import Watch, standings
+from jfhpo.display.words import bill, duration, show_quality, show_score, show_value
 from jfhpo.session import StudyOutcome
 from jfhpo_core.report.findings import NOT_FINISHED, caveats, contrasts, interval_text, verdict
 from jfhpo_core.run.search import Progress, SearchResult

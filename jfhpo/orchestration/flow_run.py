@@ -22,7 +22,8 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import Field
 
-from jfhpo.display import PlainDisplay, duration
+from jfhpo.display.live import PlainDisplay
+from jfhpo.display.words import duration
 from jfhpo.orchestration.artifacts import Board
 from jfhpo.orchestration.study_lock import LEASE_SECONDS, give_back, hold
 from jfhpo.orchestration.task_runs import TaskRuns

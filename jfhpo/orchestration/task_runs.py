@@ -14,7 +14,7 @@ from prefect.client.schemas.objects import State, StateType
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
-from jfhpo.display import describe_end
+from jfhpo.display.words import describe_end
 from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, Suspended
 from jfhpo_core.run.scheduler import Load, Opening
 from jfhpo_core.store.ledger import Ledger

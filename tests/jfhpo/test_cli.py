@@ -339,6 +339,6 @@ def test_exit_codes_tell_how_far_a_search_came(tmp_path: Path, monkeypatch: pyte
 
 
 def test_trial_states_are_what_the_display_shows() -> None:
-    from jfhpo.display import SHOWN_STATES
+    from jfhpo.display.live import SHOWN_STATES
 
     assert set(SHOWN_STATES) == set(TrialState) - {TrialState.PENDING}

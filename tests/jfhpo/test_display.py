@@ -8,18 +8,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console, RenderableType
 
-from jfhpo.display import (
-    LiveDisplay,
-    PlainDisplay,
-    Watch,
-    bill,
-    describe_untrained,
-    duration,
-    plan_view,
-    result_view,
-    trend,
-    trial_table,
-)
+from jfhpo.display.live import LiveDisplay, PlainDisplay
+from jfhpo.display.plan import plan_view
+from jfhpo.display.result import result_view, trial_table
+from jfhpo.display.watch import Watch
+from jfhpo.display.words import bill, describe_untrained, duration, trend
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.run.dispatch import InlineDispatcher
@@ -209,7 +202,7 @@ def test_at_80_columns_every_label_keeps_its_width(study: Study) -> None:
 
 def test_time_left_at_the_start_is_that_of_the_whole_bill(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("jfhpo.display.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("jfhpo.display.watch.time.monotonic", lambda: clock[0])
     _, snapshots = follow(study)
     watch = Watch()
     watch.news(snapshots[0])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jfhpo.display import Watch
+from jfhpo.display.watch import Watch
 from jfhpo.orchestration.artifacts import Board, artifact_key, result_rows, trial_rows
 from jfhpo.orchestration.flow_run import RETRIES, Approval, DeclinedError, Gate, persist, run_name
 from jfhpo.orchestration.task_runs import TaskRuns, task_run_name

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jfhpo.display import comparison_table
+from jfhpo.display.result import comparison_table
 from jfhpo.orchestration.artifacts import result_rows
 from jfhpo.study_facts import facts
 from jfhpo_core.optimizer.strategy import RandomSearch

@@ -1,0 +1,129 @@
+"""What came of a study: its trials, the recommendation with what it is measured against, and where to look next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from jfhpo.display.words import duration, show_configuration, show_score, show_value
+from jfhpo.study_facts import counts
+from jfhpo_core.report.findings import (
+    caveats,
+    contrasts,
+    interval,
+    interval_text,
+    score_text,
+    search_trial_ratio,
+    verdict,
+)
+from jfhpo_core.run.search import SearchResult
+from jfhpo_core.study.trial import Trial
+
+if TYPE_CHECKING:
+    from jfhpo.session import StudyOutcome
+
+SHORTEST_WAIT_SECONDS = 1.0
+
+
+def trial_table(trials: Sequence[Trial]) -> Table:
+    """All trials, one per row."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading, justify in (
+        ("#", "right"), ("purpose", "left"), ("model", "left"), ("state", "left"), ("step", "right"),
+        ("score", "right"), ("cost", "right"), ("configuration", "left"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for trial in trials:
+        state = f"{trial.state} ({trial.decision.rule})" if trial.decision else str(trial.state)
+        state += f", changed {', '.join(trial.changed)}" if trial.changed else ""
+        table.add_row(
+            str(trial.number),
+            f"{trial.purpose}{f' {trial.label}' if trial.label else ''}",
+            trial.model,
+            state,
+            f"{trial.step}/{trial.total_steps}",
+            show_score(trial.evaluations[-1]) if trial.evaluations else "",
+            duration(trial.charge_seconds),
+            Text(show_configuration(trial.configuration)),  # values may hold what Rich takes for markup
+        )
+    return table
+
+
+def comparison_table(result: SearchResult) -> Table:
+    """The recommendation and what it is measured against."""
+    table = Table(
+        box=SIMPLE_HEAD, title=f"Held-out score on {result.study.ladder.target.name}, full length", title_justify="left"
+    )
+    for heading, justify in (
+        ("", "left"), ("score", "right"), ("95 % interval", "right"), ("seeds", "right"),
+        ("recommended is ahead by", "right"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    ahead = {contrast.label: contrast for contrast in contrasts(result)}
+    for row in result.rows:
+        contrast = ahead.get(row.label)
+        least, most = interval(contrast.difference, contrast.standard_error) if contrast else (0.0, 0.0)
+        table.add_row(
+            row.label,
+            score_text(row),
+            interval_text(row),
+            str(row.seeds),
+            f"{contrast.difference:+.3f} ({least:+.3f} to {most:+.3f})" if contrast else "",
+        )
+    return table
+
+
+def result_view(result: SearchResult) -> Group:
+    """The final table with what it does and does not say."""
+    parts: list[RenderableType] = []
+    if not result.complete:
+        parts.append(Text("The study is not finished; these are its figures so far.", style="yellow"))
+    if result.recommended is not None:
+        grid = Table.grid(padding=(0, 2))
+        for name, value in result.study.complete(result.recommended.configuration).items():
+            searched = name in result.recommended.configuration
+            grid.add_row(Text(name, style="bold" if searched else "dim"), Text(show_value(value)))
+        parts += [Text("Recommended configuration (searched in bold, fixed or default below)"), grid]
+    if result.rows:
+        parts.append(comparison_table(result))
+    parts.append(Text(verdict(result)))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    if result.recommended is not None:
+        item = result.recommended
+        facts.add_row("model's belief", f"{item.mean:.3f} ± {item.standard_deviation:.3f} for the recommendation")
+    ratio = search_trial_ratio(result)
+    if ratio is not None:
+        facts.add_row(
+            "cost per trial",
+            f"{duration(ratio[0])} on average against {duration(ratio[1])} for a full target trial "
+            f"({ratio[0] / ratio[1]:.0%})",
+        )
+    budget = result.study.spec.budget
+    facts.add_row("search trials", counts(result.study, result.trials).sentence())
+    facts.add_row(
+        "search spent",
+        f"{duration(result.spent_seconds)} of {duration(budget.device_seconds)}{budget.in_money(result.spent_seconds)}",
+    )
+    waits = [(part.waiting_seconds, trial.number) for trial in result.trials for part in trial.segments]
+    if waits and max(waits)[0] >= SHORTEST_WAIT_SECONDS:
+        longest, number = max(waits)
+        total = duration(sum(seconds for seconds, _ in waits))
+        facts.add_row("waited for devices", f"{total} in all, the longest {duration(longest)} (#{number})")
+    parts += [Text(), facts]
+    parts += [Text(f"Note: {note}", style="dim") for note in caveats(result)]
+    return Group(*parts)
+
+
+def next_steps(outcome: StudyOutcome) -> dict[str, str]:
+    """Where to look next: what to do, and by which command, file or address."""
+    return {
+        "browse": outcome.url or f"mlflow ui --backend-store-uri {outcome.tracking_uri}",
+        "report": str(outcome.report),
+        "model": f"{outcome.model_uri or 'none registered'}, {outcome.model_note}",
+    }

@@ -1,0 +1,117 @@
+"""What is new in a running study, what is best so far, and how long the rest may take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from jfhpo.display.words import describe_end, describe_untrained, show_score
+from jfhpo_core.optimizer.cost import CostEstimate
+from jfhpo_core.optimizer.forecast import Forecast, Quality, forecast, forecast_quality, scaled
+from jfhpo_core.optimizer.strategy import Strategy, load_strategy
+from jfhpo_core.run.search import Progress, rank
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import Evaluation, Trial
+
+ASSUMED_SHARE = 0.1
+"""Share of a bill that counts as spent at full speed before the speed is measured."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The highest score seen so far, on some model."""
+
+    trial: Trial
+    evaluation: Evaluation
+
+    def sentence(self) -> str:
+        """One line for people."""
+        share = self.evaluation.step / self.trial.total_steps
+        label = f" {self.trial.label}" if self.trial.label else ""
+        where = f"#{self.trial.number}{label} on {self.trial.model} at {share:.0%} of full length"
+        return f"{show_score(self.evaluation)}  {where}"
+
+
+def best(trials: Iterable[Trial]) -> Best | None:
+    """The trial with the highest latest score; None if none has been trained and scored."""
+    scored = [Best(trial, trial.evaluations[-1]) for trial in trials if trial.step and trial.evaluations]
+    return max(scored, key=lambda item: item.evaluation.score, default=None)
+
+
+def standings(study: Study, trials: Sequence[Trial]) -> list[tuple[str, Best]]:
+    """Best so far on the target and on the proxies."""
+    target = study.ladder.target.name
+    found = [
+        ("best on the target", best(trial for trial in trials if trial.model == target)),
+        ("best on a proxy", best(trial for trial in trials if trial.model != target)),
+    ]
+    return [(name, item) for name, item in found if item is not None]
+
+
+class Watch:
+    """Follows one call of the search from snapshot to snapshot: what is new, and how long it may still take."""
+
+    def __init__(self) -> None:
+        self._committed: dict[str, int] | None = None
+        self._began = time.monotonic()
+        self._charged_before = 0.0
+        self._charged = 0.0
+        self._devices: int | None = None
+        self._forecast: Forecast | None = None
+        self._timed: set[str] = set()
+        self._strategy: Strategy | None = None
+        self.quality: Quality | None = None
+        """The score that the study should end with, as of the last segment that has ended."""
+
+    def news(self, progress: Progress) -> list[str]:
+        """A sentence for every segment that has ended since the last snapshot; none for the first snapshot."""
+        charged = sum(trial.charge_seconds for trial in progress.trials)
+        ended: list[str] = []
+        if self._committed is None:
+            self._began, self._charged_before = time.monotonic(), charged
+        else:
+            ended = [
+                line
+                for trial in progress.trials
+                for result in trial.segments[self._committed.get(trial.key, 0) :]
+                for line in (*describe_untrained(trial, result), describe_end(trial, result))
+            ]
+        study, trials = progress.study, progress.trials
+        if ended or self._forecast is None:
+            self._strategy = self._strategy or load_strategy(study)
+            self.quality = forecast_quality(study, rank(study, self._strategy, trials), trials)
+        self._devices = progress.load.devices
+        if ended or self._forecast is None or (not self._forecast.measured and self._timed != set(progress.live)):
+            self._timed = set(progress.live)
+            self._forecast = forecast(study, trials, progress.live)
+        self._charged = charged
+        self._committed = {trial.key: len(trial.segments) for trial in progress.trials}
+        return ended
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Wall-clock seconds since the first snapshot."""
+        return time.monotonic() - self._began
+
+    def left(self) -> CostEstimate | None:
+        """Wall-clock seconds that the rest should take, with the cost law's interval; None before the first snapshot.
+
+        The forecast in device-seconds times the wall-clock seconds that each has taken in this call, waiting
+        for devices included. The first few say little about that: to them as many are added as the share
+        `ASSUMED_SHARE` of the bill takes with all devices busy.
+        """
+        if self._forecast is None:
+            return None
+        total, busy = self._forecast.total, self._forecast.wall(self._devices)
+        if total.seconds <= 0:
+            return total
+        charged = self._charged - self._charged_before
+        assumed = ASSUMED_SHARE * (charged + total.seconds)
+        rate = (self.elapsed_seconds + assumed * busy.seconds / total.seconds) / (charged + assumed)
+        return scaled(total, rate) if charged > 0 else busy
+
+    def share_done(self) -> float:
+        """Share of the whole bill that has been spent, in [0, 1]."""
+        left = self._forecast.total.seconds if self._forecast else 0.0
+        return self._charged / (self._charged + left) if self._charged else 0.0
