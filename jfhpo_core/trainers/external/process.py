@@ -59,9 +59,9 @@ def environment(settings: ExternalSettings, base: Mapping[str, str], gpus: int) 
         gpus: How many GPUs a CPU training shall pretend to have.
     """
     # To a worker without GPUs Ray shows none; a job finds its own, and the CPU's are pretended.
-    hidden = ("CUDA_VISIBLE_DEVICES",) if settings.device == "cpu" or settings.jobs_address is not None else ()
+    hidden = ("CUDA_VISIBLE_DEVICES",) if settings.device == "cpu" or settings.jobs is not None else ()
     inherited = {name: value for name, value in base.items() if not name.startswith((*INHERITED_NOT, *hidden))}
-    if settings.jobs_address is not None:
+    if settings.jobs is not None:
         # Of the driver's Ray settings only its credentials count for the cluster.
         ray = {name: value for name, value in base.items() if name.startswith("RAY_AUTH_")}
     else:
@@ -78,7 +78,7 @@ def environment(settings: ExternalSettings, base: Mapping[str, str], gpus: int) 
     cpu: dict[str, str] = {}
     if settings.device == "cpu":
         cpu = {**ON_CPU, "PYTHONPATH": shim_path(CPU_SHIM)}
-        if settings.jobs_address is None:
+        if settings.jobs is None:
             cpu["RAY_OVERRIDE_RESOURCES"] = f'{{"GPU": {gpus}, "CPU": {gpus + 1}}}'
     return {**inherited, **path, **COMMON, **ray, **cpu, **settings.environment}
 

@@ -95,7 +95,7 @@ def build_flags(job: Job, settings: OpenRlhfSettings, placement: Placement, file
     completion_tokens = job.study.task.max_completion_tokens
     tokens = settings.max_prompt_tokens + completion_tokens
     batch = chosen.completions // chosen.mini_batches
-    micro = micro_batch(settings, batch // placement.training_gpus, tokens)
+    micro = micro_batch(placement, batch // placement.training_gpus, tokens)
     sleep = placement.colocated and not on_cpu
     flags: Flags = {
         "actor.model_name_or_path": job.model_path,

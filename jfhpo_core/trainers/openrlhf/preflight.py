@@ -13,7 +13,9 @@ from jfhpo_core.study.models import Model
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.trainers.base import Finding, Level
 from jfhpo_core.trainers.external.ask import SECONDS, VERSIONS, ask
-from jfhpo_core.trainers.external.placement import GIB, WEIGHT_BYTES, Placement, place
+from jfhpo_core.trainers.external.fit import demand_of
+from jfhpo_core.trainers.external.memory import GIB, WEIGHT_BYTES
+from jfhpo_core.trainers.external.placement import Placement, place, whole_gpus
 from jfhpo_core.trainers.external.process import environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 
@@ -88,7 +90,7 @@ def _jobs(settings: OpenRlhfSettings, address: str) -> Finding:
 
 
 def _gpus(study: Study, settings: OpenRlhfSettings, found: list[int]) -> Finding:
-    needed = max(model.devices for model in study.ladder.models)
+    needed = max(whole_gpus(model.devices, study.spec.cluster.gpus_per_device)[0] for model in study.ladder.models)
     here = f"{len(found)} GPUs here" + (f" of {min(found) / GIB:.0f} GiB" if found else "")
     if not found:
         return Finding(Level.WARNING, "gpus", "none on this machine: the trials need nodes that have some")
@@ -104,20 +106,23 @@ def _fit(study: Study, settings: OpenRlhfSettings, model: Model) -> Finding:
     """What a run of a model takes."""
     defaults = study.complete({})
     subject = f"model {model.name}"
+    settings = settings.of_model(model.name)
     try:
-        placement = place(
-            settings, model.parameters, model.devices,
+        demand = demand_of(
+            study.spec, settings, model,
             reference=float(defaults["kl_coefficient"]) > 0, critic=defaults["loss_type"] == "ppo",
-            share=min(1.0, study.spec.cluster.gpus_per_device or 1.0),
         )  # fmt: skip
+        placement = place(settings, demand)
     except SpecError as error:
         return Finding(Level.FAILURE, subject, str(error))
     if settings.device == "cpu":
         return Finding(Level.OK, subject, f"{model.parameters:,} parameters, on CPU")
     layout = (
-        f"{model.devices} GPUs, ZeRO stage {placement.zero_stage}"
+        f"{demand.gpus} GPUs, ZeRO stage {placement.zero_stage}"
         f"{', optimizer in host memory' if placement.offload_optimizer else ''}, {placement.engines} engines of "
-        f"{placement.tensor_parallel}; about {placement.training_bytes / GIB:.1f} GiB per GPU before activations"
+        f"{placement.tensor_parallel}; about {placement.training_bytes / GIB:.1f} GiB per GPU "
+        f"before activations, {placement.tokens} tokens at once, "
+        f"{placement.rollout_bytes / GIB:.1f} GiB in rollouts"
     )
     length = settings.max_prompt_tokens + study.spec.task.max_completion_tokens
     sequences = cached_sequences(model, settings, placement, length)

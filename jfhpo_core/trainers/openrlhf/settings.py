@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -17,28 +17,30 @@ class OpenRlhfSettings(ExternalSettings):
     """Settings of trainer `openrlhf`."""
 
     python_variable: ClassVar[str] = PYTHON_VARIABLE
+    optimizer_sleeps: ClassVar[bool] = True
+    optimizer_on_host: ClassVar[bool] = True
 
     chat_template: bool = Field(
         default=False, description="Give prompts to the model as a user's message, in the model's chat template."
-    )
-    max_prompt_tokens: int = Field(default=1024, ge=1, description="A longer prompt ends the trial with an error.")
-    gradient_checkpointing: bool = Field(
-        default=True, description="Save memory by computing activations twice.", json_schema_extra=OPERATIONAL
-    )
-    attention: str = Field(
-        default="sdpa",
-        description="Implementation of attention in training (GPU): 'sdpa' is torch's own, 'flash_attention_2' needs "
-        "flash-attn in the environment.",
     )
     extra: dict[str, Option] = Field(
         default_factory=dict,
         description="Further options of OpenRLHF's command line, e.g. {ds.use_liger_kernel: true}; the message for an "
         "unknown one lists them.",
     )
-    enforce_eager: bool = Field(
-        default=False,
-        description="vLLM without CUDA graphs: starts faster, samples slower.",
+    jobs_address: str | None = Field(
+        default=None,
+        description="Submit every run to this Ray cluster as a job (http://HEAD:8265): for runs over several "
+        "nodes. None: a run is a group of processes on the node of its worker, with the GPUs that Ray gave it.",
         json_schema_extra=OPERATIONAL,
+    )
+    asynchronous: bool = Field(
+        default=False,
+        description="Generate the next rollouts during training, on GPUs of their own: faster, one step off-policy. A "
+        "trial that a rule stops is then not evaluated at that very step.",
+    )
+    zero_stage: Literal[2, 3] | None = Field(
+        default=None, description="None: the lowest that fits into memory.", json_schema_extra=OPERATIONAL
     )
 
     @field_validator("extra")
@@ -46,3 +48,22 @@ class OpenRlhfSettings(ExternalSettings):
     def _known_options(cls, extra: dict[str, Option]) -> dict[str, Option]:
         check_options(extra)
         return extra
+
+    @property
+    def layouts(self) -> tuple[tuple[int, bool], ...]:
+        """See `ExternalSettings.layouts`."""
+        return tuple(
+            (stage, offload)
+            for stage, offload in ((2, False), (3, False), (3, True))
+            if self.zero_stage in (None, stage) and self.offload_optimizer in (None, offload)
+        ) or ((self.zero_stage or 2, bool(self.offload_optimizer)),)
+
+    @property
+    def apart(self) -> bool:
+        """See `ExternalSettings.apart`."""
+        return self.asynchronous
+
+    @property
+    def jobs(self) -> str | None:
+        """See `ExternalSettings.jobs`."""
+        return self.jobs_address

@@ -17,7 +17,8 @@ from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import check_heldout, load_task
 from jfhpo_core.trainers.base import Finding, Job, Observer, TrainingResult, read_settings
-from jfhpo_core.trainers.external.placement import place
+from jfhpo_core.trainers.external.fit import check_models, demand_of
+from jfhpo_core.trainers.external.placement import place, whole_gpus
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
 from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE, OpenRlhfSettings
 
@@ -62,6 +63,7 @@ class OpenRlhfTrainer:
                 f"of its own: build it (`make openrlhf-env{' GPU=1' if chosen.device == 'cuda' else ''}` in a clone) "
                 f"and name its python, or set {PYTHON_VARIABLE}"
             )
+        check_models(study, chosen)
         _check_gpus(study, chosen)
         workspace = str(Path(study.tracking.workspace).absolute())
         if any(mark in workspace for mark in SEPARATORS):
@@ -74,13 +76,16 @@ class OpenRlhfTrainer:
         models = build_ladder(study).models
         for where, hyperparameters in combinations(study):
             for model in models:
+                own = chosen.of_model(model.name)
                 placement = place(
-                    chosen,
-                    model.parameters,
-                    model.devices,
-                    reference=hyperparameters.kl_coefficient > 0,
-                    critic=hyperparameters.recipe.critic,
-                    share=min(1.0, study.cluster.gpus_per_device or 1.0),
+                    own,
+                    demand_of(
+                        study,
+                        own,
+                        model,
+                        reference=hyperparameters.kl_coefficient > 0,
+                        critic=hyperparameters.recipe.critic,
+                    ),
                 )
                 batch = hyperparameters.completions // hyperparameters.mini_batches
                 if batch % placement.training_gpus:
@@ -136,16 +141,12 @@ def _check_gpus(study: StudySpec, chosen: OpenRlhfSettings) -> None:
             "small trials on a GPU (or trainer.settings.jobs_address to submit runs as Ray jobs)"
         )
     for model in build_ladder(study).models:
-        if chosen.jobs_address is None and model.devices > chosen.gpus_per_node:
+        gpus, _ = whole_gpus(model.devices, counted)
+        if chosen.jobs_address is None and gpus > chosen.gpus_per_node:
             raise SpecError(
-                f"family: model {model.name!r} asks for {model.devices} devices, more than a node has "
+                f"family: model {model.name!r} asks for {gpus} GPUs, more than a node has "
                 f"({chosen.gpus_per_node}, trainer.settings.gpus_per_node); set trainer.settings.jobs_address to train "
                 "over several nodes"
-            )
-        if 0 < counted < 1 and model.devices > 1:
-            raise SpecError(
-                f"family: model {model.name!r} asks for {model.devices} devices of {counted:g} GPU each; only trials "
-                "on one device can share a GPU"
             )
 
 

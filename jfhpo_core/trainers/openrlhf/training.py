@@ -26,8 +26,8 @@ from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.external.compile_locks import remove_stale_locks
+from jfhpo_core.trainers.external.fit import Fit
 from jfhpo_core.trainers.external.log import StepLine, read_line
-from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.external.process import TrainingProcess, environment
 from jfhpo_core.trainers.external.watch import Watch
 from jfhpo_core.trainers.openrlhf.command import MODULE, Files, build_flags, evaluation_interval, to_argv
@@ -67,14 +67,8 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
     """See `Trainer.run`."""
     began = time.monotonic()
     chosen = OpenRlhfHyperparameters.model_validate(job.configuration)
-    placement = place(
-        settings,
-        job.parameters,
-        job.devices,
-        reference=chosen.kl_coefficient > 0,
-        critic=chosen.recipe.critic,
-        share=min(1.0, job.study.cluster.gpus_per_device or 1.0),
-    )
+    settings = settings.of_model(job.model)
+    fit = Fit.of(job, settings, critic=chosen.recipe.critic)
     files = Files(folder=new_folder(job), work=stage.absolute().with_name(f"{stage.name}.work"))
     files.work.mkdir()
     try:
@@ -85,15 +79,15 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
         if job.study.task.overlong_prompts == "drop":
             task = _without_overlong(job, settings, task)
         tokens = _prepare(job, settings, task, start, files)
-        argv = to_argv(build_flags(job, settings, placement, files, resume=start is not None))
-        variables = environment(settings, os.environ, job.devices)
+        argv = to_argv(build_flags(job, settings, fit.placement, files, resume=start is not None))
+        variables = environment(settings, os.environ, fit.demand.gpus)
         if settings.device == "cuda":
             own = settings.environment.get("PYTHONPATH")
             variables["PYTHONPATH"] = os.pathsep.join([str(GPU_SHIM), *([own] if own else [])])
             remove_stale_locks(variables)
         command, stop = _launch(settings, argv, variables, job.environment, files)
         (files.folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
-        with TrainingProcess(command, variables, files.log, stop) as process:
+        with fit.answering_for_memory(), TrainingProcess(command, variables, files.log, stop) as process:
             loop = _Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
             loop.run()
             if not loop.stopped:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from jfhpo_core.trainers.base import Job
 from jfhpo_core.trainers.external.placement import Placement
 from jfhpo_core.trainers.verl.options import ACTOR, MODEL, ROLLOUT, Option
-from jfhpo_core.trainers.verl.settings import VerlHyperparameters, VerlSettings
+from jfhpo_core.trainers.verl.settings import Algorithm, VerlHyperparameters, VerlSettings
 
 MAIN = Path(__file__).with_name("inside") / "main.py"
 """verl's main program, held after every step."""
@@ -16,17 +17,33 @@ MAIN = Path(__file__).with_name("inside") / "main.py"
 Overrides = dict[str, Option]
 """By dotted name."""
 
-AGGREGATION = {
-    "grpo": "seq-mean-token-mean",
-    "dapo": "token-mean",
-    "bnpo": "token-mean",
-    "dr_grpo": "seq-mean-token-sum-norm",
-    "rloo": "token-mean",
-}
-"""Of the loss over tokens, by algorithm."""
 
-TOKENS_PER_GPU = 16_384
-"""Tokens that go through the model at once."""
+@dataclass(frozen=True)
+class Recipe:
+    """What an algorithm is to verl.
+
+    Attributes:
+        estimator: `algorithm.adv_estimator`.
+        aggregation: `loss_agg_mode`, of the loss over tokens.
+        kl_in_loss: The KL penalty as a term of the loss, by its estimator; None: it is taken off the reward.
+    """
+
+    estimator: str
+    aggregation: str = "token-mean"
+    kl_in_loss: str | None = "low_var_kl"
+
+
+RECIPES: dict[Algorithm, Recipe] = {
+    "grpo": Recipe("grpo", "seq-mean-token-mean"),
+    "dapo": Recipe("grpo"),
+    "bnpo": Recipe("grpo"),
+    "dr_grpo": Recipe("grpo", "seq-mean-token-sum-norm"),
+    "rloo": Recipe("rloo", kl_in_loss=None),
+    "reinforce": Recipe("reinforce_plus_plus", kl_in_loss=None),
+    "reinforce_baseline": Recipe("reinforce_plus_plus_baseline", kl_in_loss="mse"),
+    "ppo": Recipe("gae", kl_in_loss=None),
+}
+"""By what OpenRLHF's recipes mean; see `openrlhf/hyperparameters.py` for the papers."""
 
 ON_CPU: Overrides = {
     "trainer.device": "cpu",
@@ -69,9 +86,9 @@ def build_overrides(
 ) -> Overrides:
     """The overrides of a segment. The full horizon stands in every segment's command, as with OpenRLHF."""
     chosen = VerlHyperparameters.model_validate(job.configuration)
-    in_reward = chosen.loss_type == "rloo" and chosen.kl_coefficient > 0
+    recipe = RECIPES[chosen.loss_type]
+    in_loss = recipe.kl_in_loss is not None and chosen.kl_coefficient > 0
     completion_tokens = job.study.task.max_completion_tokens
-    tokens = max(TOKENS_PER_GPU, settings.max_prompt_tokens + completion_tokens)
     overrides: Overrides = {
         f"{MODEL}.path": job.model_path,
         f"{MODEL}.enable_gradient_checkpointing": settings.gradient_checkpointing,
@@ -88,16 +105,18 @@ def build_overrides(
         "reward.custom_reward_function.path": str(files.reward),
         "reward.custom_reward_function.name": "compute_score",
         "reward.num_workers": settings.workers,
-        "algorithm.adv_estimator": "rloo" if chosen.loss_type == "rloo" else "grpo",
+        "algorithm.adv_estimator": recipe.estimator,
+        "algorithm.gamma": 1.0,
+        "algorithm.lam": chosen.gae_lambda,
         "algorithm.norm_adv_by_std_in_grpo": chosen.loss_type != "dr_grpo",
-        "algorithm.use_kl_in_reward": in_reward,
+        "algorithm.use_kl_in_reward": chosen.kl_coefficient > 0 and not in_loss,
         "algorithm.kl_penalty": "kl",
         "algorithm.kl_ctrl.kl_coef": chosen.kl_coefficient,
         f"{ACTOR}.strategy": "fsdp2",
-        f"{ACTOR}.use_kl_loss": chosen.kl_coefficient > 0 and not in_reward,
+        f"{ACTOR}.use_kl_loss": in_loss,
         f"{ACTOR}.kl_loss_coef": chosen.kl_coefficient,
-        f"{ACTOR}.kl_loss_type": "low_var_kl",
-        f"{ACTOR}.loss_agg_mode": AGGREGATION[chosen.loss_type],
+        f"{ACTOR}.kl_loss_type": recipe.kl_in_loss or "low_var_kl",
+        f"{ACTOR}.loss_agg_mode": recipe.aggregation,
         f"{ACTOR}.clip_ratio": chosen.clip_low,
         f"{ACTOR}.clip_ratio_low": chosen.clip_low,
         f"{ACTOR}.clip_ratio_high": chosen.clip_high,
@@ -109,7 +128,7 @@ def build_overrides(
         # In prompts.
         f"{ACTOR}.ppo_mini_batch_size": chosen.prompts_per_step // chosen.mini_batches,
         f"{ACTOR}.use_dynamic_bsz": True,
-        f"{ACTOR}.ppo_max_token_len_per_gpu": tokens,
+        f"{ACTOR}.ppo_max_token_len_per_gpu": placement.tokens,
         f"{ACTOR}.optim.lr": chosen.learning_rate,
         f"{ACTOR}.optim.lr_scheduler_type": chosen.scheduler,
         f"{ACTOR}.optim.lr_warmup_steps_ratio": chosen.warmup_ratio,
@@ -148,7 +167,33 @@ def build_overrides(
         "+ray_kwargs.ray_init.include_dashboard": False,
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": settings.workers,
     }
+    if chosen.trains_critic:
+        overrides |= _critic(job, settings, placement, chosen)
     return overrides | (ON_CPU if settings.device == "cpu" else {}) | settings.extra | chosen.extra
+
+
+def _critic(job: Job, settings: VerlSettings, placement: Placement, chosen: VerlHyperparameters) -> Overrides:
+    """PPO's value model: as the policy, but for its learning rate. What is left out it takes from the policy's."""
+    return {
+        "critic.enable": True,
+        "critic.strategy": "fsdp2",
+        "critic.model.path": job.model_path,
+        "critic.model.enable_gradient_checkpointing": settings.gradient_checkpointing,
+        "critic.model.use_remove_padding": settings.attention.startswith("flash_attention"),
+        "+critic.model.override_config.attn_implementation": settings.attention,
+        "critic.ppo_max_token_len_per_gpu": placement.tokens,
+        "critic.cliprange_value": chosen.value_clip,
+        "critic.grad_clip": chosen.max_grad_norm,
+        "critic.data_loader_seed": job.seed,
+        "critic.optim.lr": chosen.critic_learning_rate,
+        "critic.optim.lr_scheduler_type": chosen.scheduler,
+        "critic.optim.lr_warmup_steps_ratio": chosen.warmup_ratio,
+        "critic.optim.weight_decay": chosen.weight_decay,
+        "critic.fsdp.param_offload": placement.offload_optimizer,
+        "critic.fsdp.optimizer_offload": placement.offload_optimizer,
+        "trainer.critic_warmup": 0,
+        "trainer.max_critic_ckpt_to_keep": 2,
+    }
 
 
 def to_argv(overrides: Overrides) -> list[str]:

@@ -10,7 +10,8 @@ from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.trainers.base import Finding, Level
 from jfhpo_core.trainers.external.ask import VERSIONS, ask
-from jfhpo_core.trainers.external.placement import GIB
+from jfhpo_core.trainers.external.memory import GIB
+from jfhpo_core.trainers.external.placement import whole_gpus
 from jfhpo_core.trainers.verl.settings import VerlSettings
 from jfhpo_core.trainers.verl.training import ray_cpus
 
@@ -58,7 +59,7 @@ def preflight(study: Study, settings: VerlSettings) -> Iterator[Finding]:
         yield Finding(Level.FAILURE, "trainer", str(error))
         return
     yield from _versions(probe["versions"], settings)
-    needed = max(model.devices for model in study.ladder.models)
+    needed = max(whole_gpus(model.devices, study.spec.cluster.gpus_per_device)[0] for model in study.ladder.models)
     if settings.device == "cuda":
         yield _gpus(needed, settings, probe["gpus"])
         yield _cpus(ray_cpus(settings, needed))

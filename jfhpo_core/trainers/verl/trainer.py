@@ -15,6 +15,8 @@ from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import check_heldout, load_task
 from jfhpo_core.trainers.base import Finding, Job, Observer, TrainingResult, read_settings
+from jfhpo_core.trainers.external.fit import check_models, demand_of
+from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.verl.command import to_argv
 from jfhpo_core.trainers.verl.settings import PYTHON_VARIABLE, VerlHyperparameters, VerlSettings
 
@@ -44,17 +46,21 @@ class VerlTrainer:
                 f"its own: build it (`make verl-env`; for GPUs see the how-to on verl) and name its python, or set "
                 f"{PYTHON_VARIABLE}"
             )
-        if chosen.device == "cuda" and study.cluster.gpus_per_device != 1:
+        if chosen.device == "cuda" and study.cluster.gpus_per_device == 0:
             raise SpecError(
-                f"cluster.gpus_per_device: trainer 'verl' needs whole GPUs that Ray gives to its workers; set 1 "
-                f"instead of {study.cluster.gpus_per_device:g}"
+                "cluster.gpus_per_device: with 0 trials would share GPUs uncounted; set 1, or a fraction to pack "
+                "several small trials on a GPU"
             )
+        check_models(study, chosen)
         for model in build_ladder(study).models:
-            if model.devices > chosen.gpus_per_node:
+            own = chosen.of_model(model.name)
+            demand = demand_of(study, own, model, reference=True, critic=_trains_critic(study))
+            if demand.gpus > chosen.gpus_per_node:
                 raise SpecError(
-                    f"family: model {model.name!r} asks for {model.devices} devices, and a run of trainer 'verl' "
-                    f"stays within a node of {chosen.gpus_per_node} (trainer.settings.gpus_per_node)"
+                    f"family: model {model.name!r} asks for {demand.gpus} GPUs, and a run of trainer 'verl' stays "
+                    f"within a node of {chosen.gpus_per_node} (trainer.settings.gpus_per_node)"
                 )
+            place(own, demand)
         task = load_task(study.task)
         check_heldout(task)
         _check_options(study, chosen)
@@ -87,6 +93,13 @@ def settings(study: StudySpec) -> VerlSettings:
         SpecError: A setting is unknown or out of bounds.
     """
     return read_settings(VerlSettings, study, "verl")
+
+
+def _trains_critic(study: StudySpec) -> bool:
+    """Whether a trial of the study may train a value model."""
+    searched = study.space.options("loss_type") if "loss_type" in set(study.space) else ()
+    configurations = [study.trainer.fixed, *(baseline.configuration for baseline in study.baselines)]
+    return "ppo" in (*searched, *(configuration.get("loss_type") for configuration in configurations))
 
 
 def _check_options(study: StudySpec, chosen: VerlSettings) -> None:

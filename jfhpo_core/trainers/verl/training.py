@@ -23,14 +23,13 @@ from jfhpo_core.study.data import Row, messages_of
 from jfhpo_core.study.tasks import load_task
 from jfhpo_core.study.trial import Evaluation, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.external.fit import Fit
 from jfhpo_core.trainers.external.log import LogTail
-from jfhpo_core.trainers.external.placement import Placement, place
 from jfhpo_core.trainers.external.process import TrainingProcess, environment, shim_path
 from jfhpo_core.trainers.external.watch import Watch
-from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from jfhpo_core.trainers.openrlhf.training import PROGRESS, link, new_folder, prompt_order, score
 from jfhpo_core.trainers.verl.command import MAIN, VerlFiles, build_overrides, to_argv
-from jfhpo_core.trainers.verl.settings import VerlSettings
+from jfhpo_core.trainers.verl.settings import VerlHyperparameters, VerlSettings
 
 REWARD = Path(__file__).with_name("inside") / "reward.py"
 CPU_SHIM = Path(__file__).with_name("cpu_shim")
@@ -40,15 +39,18 @@ LATEST = "latest_checkpointed_iteration.txt"
 def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
     """See `Trainer.run`."""
     began = time.monotonic()
+    settings = settings.of_model(job.model)
+    fit = Fit.of(job, settings, critic=VerlHyperparameters.model_validate(job.configuration).trains_critic)
     folder = new_folder(job)
     files = VerlFiles(folder, stage.absolute().with_name(f"{stage.name}.work"))
     try:
         tokens = prepare(job, start, files)
-        overrides = build_overrides(job, settings, placement(job, settings), files, fresh=start is None)
+        overrides = build_overrides(job, settings, fit.placement, files, fresh=start is None)
         assert settings.interpreter is not None
         command = [settings.interpreter, str(MAIN), *to_argv(overrides)]
         (folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
-        with TrainingProcess(command, variables(settings, files, os.environ, job.devices), files.log) as process:
+        own = variables(settings, files, os.environ, fit.demand.gpus)
+        with fit.answering_for_memory(), TrainingProcess(command, own, files.log) as process:
             loop = Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
             loop.run()
         if not loop.stopped:
@@ -83,28 +85,12 @@ def variables(settings: VerlSettings, files: VerlFiles, base: Mapping[str, str],
             "VERL_ENGINE_DEVICE": "cuda",  # verl registers no engine for CPUs; that of GPUs asks the platform
             "VERL_PLATFORM": "cpu",
         }
-    common = OpenRlhfSettings(
-        python=settings.interpreter, device=settings.device, environment={**own, **settings.environment}
-    )
-    return environment(common, base, gpus)
+    return environment(settings.model_copy(update={"environment": {**own, **settings.environment}}), base, gpus)
 
 
 def ray_cpus(settings: VerlSettings, gpus: int) -> int:
     """CPUs that verl asks Ray for; without them it waits for ever. Three per GPU, and the transfer queue's."""
     return 3 * gpus + settings.workers + 1
-
-
-def placement(job: Job, settings: VerlSettings) -> Placement:
-    """FSDP shares weights, gradients and optimizer as ZeRO stage 3 does."""
-    chosen = OpenRlhfSettings(
-        gpus_per_node=settings.gpus_per_node,
-        gpu_memory_gib=settings.gpu_memory_gib,
-        tensor_parallel=settings.tensor_parallel,
-        vllm_memory_share=settings.vllm_memory_share,
-        zero_stage=3,
-    )
-    reference = float(job.configuration["kl_coefficient"]) > 0
-    return place(chosen, job.parameters, job.devices, reference=reference, critic=False)
 
 
 def prepare(job: Job, start: Path | None, files: VerlFiles) -> int:

@@ -13,6 +13,9 @@ from jfhpo_core import embedded
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Configuration, Segment, Suggestion
 from jfhpo_core.trainers import Job
+from jfhpo_core.trainers.external.memory import Shape
+from jfhpo_core.trainers.external.placement import Demand, Placement, place
+from jfhpo_core.trainers.external.settings import ExternalSettings
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
 from jfhpo_core.trainers.openrlhf.settings import PYTHON_VARIABLE
 
@@ -53,6 +56,11 @@ def study(**changes: Any) -> StudySpec:
             **changes,
         }
     )
+
+
+def placed(settings: ExternalSettings, gpus: int = 1, parameters: int = 600_000, *, critic: bool = False) -> Placement:
+    """Where a typical model goes."""
+    return place(settings, Demand(Shape.typical(parameters), gpus, tokens=1536, reference=True, critic=critic))
 
 
 def job(spec: StudySpec, folder: Path, *, start: int = 0, stop: int = 2, devices: int = 1, **hyper: Any) -> Job:

@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 
 from jfhpo_core.study.spec import StudySpec
-from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.openrlhf.command import Files, Flags, build_flags, evaluation_interval, to_argv
 from jfhpo_core.trainers.openrlhf.options import OPTIONS
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
-from tests.trainers.openrlhf.conftest import job, study
+from tests.trainers.openrlhf.conftest import job, placed, study
 
 FILES = Files(Path("/folder"), Path("/work"))
 
@@ -21,13 +20,13 @@ def flags(
     chosen = OpenRlhfSettings.model_validate(settings or {})
     task = job(spec or study(), Path("/store"), devices=devices, **hyper)
     critic = task.configuration["loss_type"] == "ppo"
-    placement = place(chosen, task.parameters, devices, reference=True, critic=critic)
+    placement = placed(chosen, devices, critic=critic)
     return build_flags(task, chosen, placement, FILES, resume=False)
 
 
 def test_the_full_horizon_stands_in_every_segment() -> None:
     chosen, spec = OpenRlhfSettings(), study()
-    placement = place(chosen, 600_000, 1, reference=True, critic=False)
+    placement = placed(chosen)
     first = build_flags(job(spec, Path("/s"), stop=2), chosen, placement, FILES, resume=False)
     second = build_flags(job(spec, Path("/s"), start=2, stop=6), chosen, placement, FILES, resume=True)
     differing = {name for name in first | second if first.get(name) != second.get(name)}

@@ -10,12 +10,11 @@ from typing import Any, get_args
 
 import pytest
 
-from jfhpo_core.trainers.external.placement import place
 from jfhpo_core.trainers.external.process import SHARED_SHIM, environment
 from jfhpo_core.trainers.openrlhf.command import MODULE, Files, Flags, build_flags, to_argv
 from jfhpo_core.trainers.openrlhf.hyperparameters import SCHEDULERS, Algorithm, OpenRlhfHyperparameters
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
-from tests.trainers.openrlhf.conftest import job, study
+from tests.trainers.openrlhf.conftest import job, placed, study
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.slow]
 
@@ -62,7 +61,7 @@ def command_lines() -> list[Flags]:
     def add(settings: dict[str, Any] | None = None, devices: int = 1, parameters: int = 600_000, **hyper: Any) -> None:
         chosen = OpenRlhfSettings.model_validate(settings or {})
         full = OpenRlhfHyperparameters.model_validate(hyper)
-        placement = place(chosen, parameters, devices, reference=full.kl_coefficient > 0, critic=full.recipe.critic)
+        placement = placed(chosen, devices, parameters, critic=full.recipe.critic)
         task = job(study(), Path("/store"), devices=devices, **hyper)
         lines.append(build_flags(task, chosen, placement, FILES, resume=devices > 1))
 

@@ -8,10 +8,10 @@ import pytest
 
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.trainers.base import Finding, Level
-from jfhpo_core.trainers.external.placement import GIB, place
+from jfhpo_core.trainers.external.memory import GIB
 from jfhpo_core.trainers.openrlhf.preflight import TESTED, _versions, cached_sequences
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
-from tests.trainers.openrlhf.conftest import study
+from tests.trainers.openrlhf.conftest import placed, study
 
 
 def findings(python: str, **settings: Any) -> list[Finding]:
@@ -42,7 +42,7 @@ def test_the_cache_is_estimated_from_the_models_configuration() -> None:
         study(trainer={**study().trainer.model_dump(), "settings": {"device": "cpu", "python": "python3"}})
     )
     model, settings = resolved.ladder.target, OpenRlhfSettings()
-    placement = place(settings, model.parameters, 1, reference=True, critic=False)
+    placement = placed(settings, parameters=model.parameters)
     # Four layers, six heads of 32: 2 x 4 x 6 x 32 x 2 bytes per token.
     memory = 80 * GIB * placement.vllm_memory_share - 2 * model.parameters
     assert cached_sequences(model, settings, placement, 100) == pytest.approx(memory / (3072 * 100))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -16,7 +17,7 @@ from jfhpo_core.trainers.external.process import SHARED_SHIM
 from jfhpo_core.trainers.verl import VerlTrainer
 from jfhpo_core.trainers.verl.command import MAIN, VerlFiles, to_argv
 from jfhpo_core.trainers.verl.preflight import refusal
-from jfhpo_core.trainers.verl.settings import VerlSettings
+from jfhpo_core.trainers.verl.settings import Algorithm, VerlSettings
 from jfhpo_core.trainers.verl.training import variables
 from tests.trainers.verl.conftest import cpu_study
 from tests.trainers.verl.test_verl import overrides
@@ -32,7 +33,7 @@ def run_inside(python: str, program: str, text: str = "") -> subprocess.Complete
 
 
 def test_verls_configuration_knows_every_override(trainer_python: str, tmp_path: Path) -> None:
-    lines = [to_argv(overrides(tmp_path, loss_type=kind)) for kind in ("grpo", "dapo", "dr_grpo", "rloo")]
+    lines = [to_argv(overrides(tmp_path, loss_type=kind)) for kind in get_args(Algorithm)]
     lines.append(to_argv(overrides(tmp_path / "it's a=b", fresh=False, start=2, stop=4, scheduler="cosine")))
     for line in lines:
         assert refusal(trainer_python, tuple(line)) is None
@@ -51,10 +52,11 @@ with initialize_config_module("verl.trainer.config", version_base=None):
 validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
 omega_conf_to_dataclass(config.actor_rollout_ref.actor)
 omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
+omega_conf_to_dataclass(config.critic)
 found = {name: OmegaConf.select(config, name) for name in wanted}
 print("WRONG" + json.dumps({name: str(found[name]) for name in wanted if found[name] != wanted[name]}))
 """
-    built = overrides(tmp_path)
+    built = overrides(tmp_path, loss_type="ppo")
     wanted = {name.lstrip("+"): value for name, value in built.items()}
     done = run_inside(trainer_python, program, f"{json.dumps(wanted)}\n{json.dumps(to_argv(built))}\n")
     assert "WRONG{}" in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
@@ -88,6 +90,7 @@ def test_the_trainer_waits_for_the_driver(trainer_python: str, tmp_path: Path) -
     program = f"""
 import importlib.util, json, os, threading, time
 from pathlib import Path
+from typing import get_args
 spec = importlib.util.spec_from_file_location("held_main", {str(MAIN)!r})
 main = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(main)

@@ -31,7 +31,6 @@ from jfhpo_core.trainers.verl.settings import VerlHyperparameters, VerlSettings
 from jfhpo_core.trainers.verl.training import (
     REWARD,
     Loop,
-    placement,
     prepare,
     take_checkpoint,
     tell,
@@ -101,9 +100,7 @@ def files(tmp_path: Path) -> VerlFiles:
 
 def overrides(folder: Path, *, fresh: bool = True, start: int = 0, stop: int = 2, **hyper: Any) -> dict[str, Any]:
     task = job(folder, start=start, stop=stop, **hyper)
-    return build_overrides(
-        task, VerlSettings(), placement(task, VerlSettings()), VerlFiles(folder, folder), fresh=fresh
-    )
+    return build_overrides(task, VerlSettings(), common.placed(VerlSettings()), VerlFiles(folder, folder), fresh=fresh)
 
 
 def test_it_is_registered() -> None:
@@ -122,6 +119,20 @@ def test_algorithms(tmp_path: Path) -> None:
     rloo = overrides(tmp_path, loss_type="rloo")
     assert (rloo["algorithm.adv_estimator"], rloo["algorithm.use_kl_in_reward"]) == ("rloo", True)
     assert rloo["actor_rollout_ref.actor.use_kl_loss"] is False
+    assert not any(name.startswith("critic.") for name in rloo)
+    plus = overrides(tmp_path, loss_type="reinforce", n_samples=1)
+    assert (plus["algorithm.adv_estimator"], plus["algorithm.use_kl_in_reward"]) == ("reinforce_plus_plus", True)
+    group = overrides(tmp_path, loss_type="reinforce_baseline")
+    assert group["algorithm.adv_estimator"] == "reinforce_plus_plus_baseline"
+    assert (group["actor_rollout_ref.actor.use_kl_loss"], group["actor_rollout_ref.actor.kl_loss_type"]) == (
+        True,
+        "mse",
+    )
+    ppo = overrides(tmp_path, loss_type="ppo", critic_learning_rate=1e-5, gae_lambda=0.95)
+    assert (ppo["algorithm.adv_estimator"], ppo["algorithm.lam"]) == ("gae", 0.95)
+    assert (ppo["critic.optim.lr"], ppo["critic.model.path"]) == (1e-5, ppo["actor_rollout_ref.model.path"])
+    with pytest.raises(ValueError, match="compares completions of one prompt"):
+        VerlHyperparameters(n_samples=1)
     plain = overrides(tmp_path, loss_type="dr_grpo", kl_coefficient=0.0)
     assert plain["algorithm.norm_adv_by_std_in_grpo"] is False
     assert plain["actor_rollout_ref.actor.use_kl_loss"] is False
@@ -136,14 +147,14 @@ def test_values_in_hydras_notation() -> None:
 def test_options_reach_the_command_line(tmp_path: Path) -> None:
     task = job(tmp_path, **{"actor_rollout_ref.actor.entropy_coeff": 0.01})
     chosen = VerlSettings.model_validate({"extra": {"actor_rollout_ref.model.use_liger": True}})
-    built = build_overrides(task, chosen, placement(task, chosen), VerlFiles(tmp_path, tmp_path), fresh=True)
+    built = build_overrides(task, chosen, common.placed(chosen), VerlFiles(tmp_path, tmp_path), fresh=True)
     assert built["actor_rollout_ref.actor.entropy_coeff"] == 0.01
     assert built["actor_rollout_ref.model.use_liger"] is True
 
 
 def test_what_jfhpo_sets_cannot_be_set_otherwise(tmp_path: Path) -> None:
     free = {"clip_ratio_c", "entropy_coeff", "ppo_max_token_len_per_gpu"}
-    for name in overrides(tmp_path):
+    for name in overrides(tmp_path, loss_type="ppo"):
         if name.rpartition(".")[2] not in free:
             with pytest.raises(ValueError, match="cannot be set here"):
                 refuse_owned(name)
@@ -292,7 +303,7 @@ def test_a_checkpoint_comes_and_goes(tmp_path: Path, files: VerlFiles) -> None:
     ("settings", "cluster", "message"),
     [
         ({"python": "/no/such"}, 1, "is no Python here"),
-        ({"python": sys.executable}, 0, "whole GPUs"),
+        ({"python": sys.executable}, 0, "would share GPUs"),
         ({"python": sys.executable, "engines": 2}, 1, "settings.engines"),
     ],
 )
