@@ -77,6 +77,11 @@ class Files:
         return self.work / "checkpoints"
 
 
+def final_segment(job: Job) -> bool:
+    """Whether the segment ends with the training, so that nothing will continue from its checkpoint."""
+    return job.segment.stop_step == job.total_steps
+
+
 def evaluation_interval(job: Job) -> int:
     """Steps between OpenRLHF's evaluations: they fall on every step asked for (more often if rungs are uneven)."""
     return math.gcd(job.segment.stop_step, *(step for step in job.evaluation_steps if step > 0))
@@ -174,6 +179,7 @@ def build_flags(job: Job, settings: OpenRlhfSettings, placement: Placement, file
         "ckpt.output_dir": str(files.work / "final"),
         "ckpt.save_steps": job.segment.stop_step,
         "ckpt.save_hf": True,
+        "ckpt.disable_ds": final_segment(job),
         "ckpt.max_num": 2,
         "ckpt.best_metric_key": "none",
         "ckpt.load_enable": resume,
@@ -194,7 +200,8 @@ def build_flags(job: Job, settings: OpenRlhfSettings, placement: Placement, file
             "critic.freezing_steps": -1,
         }
     # Last: some of them have a default above.
-    flags |= {name: tuple(value) if isinstance(value, list) else value for name, value in settings.extra.items()}
+    options = settings.extra | chosen.extra
+    flags |= {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     return flags
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from jfhpo_core.trainers.openrlhf.options import check_options
 
 Algorithm = Literal["grpo", "dapo", "bnpo", "dr_grpo", "gspo", "rloo", "reinforce", "reinforce_baseline", "ppo"]
 Estimator = Literal["k1", "k2", "k3"]
@@ -67,9 +69,12 @@ SCHEDULERS: dict[Scheduler, str] = {
 
 
 class OpenRlhfHyperparameters(BaseModel):
-    """Hyperparameters of trainer `openrlhf`. Those that other trainers have, too, mean the same there."""
+    """Hyperparameters of trainer `openrlhf`, and any option of `OPTIONS` by its dotted name.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Those that other trainers have, too, mean the same there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     learning_rate: float = Field(default=1e-6, gt=0, le=1, description="Peak learning rate of AdamW.")
     scheduler: Scheduler = Field(default="constant", description="Learning-rate schedule over the full horizon.")
@@ -118,6 +123,21 @@ class OpenRlhfHyperparameters(BaseModel):
     def completions(self) -> int:
         """Completions of a step."""
         return self.prompts_per_step * self.n_samples
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """Options of OpenRLHF's command line among them, by dotted name."""
+        return self.model_extra or {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: dict[str, Any]) -> dict[str, Any]:
+        names = values.keys() - cls.model_fields.keys()
+        for name in sorted(names):
+            if "." not in name:
+                raise ValueError(f"{name!r} is no hyperparameter; these are {', '.join(cls.model_fields)}")
+        check_options({name: values[name] for name in names})
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,4 +1,6 @@
-"""Options of OpenRLHF's command line that a study may set itself (`trainer.settings.extra`), with their types.
+"""Options of OpenRLHF's command line that a study may set itself, with their types.
+
+For all trials in `trainer.settings.extra`, or as a hyperparameter in `trainer.fixed`, the space or a baseline.
 
 All others are set by jfhpo from the study, or would break what it relies on: one pass over its prompts, rewards by its
 agent, every step in the log, checkpoints at rungs. Names and types are those of OpenRLHF 0.11.2's parser

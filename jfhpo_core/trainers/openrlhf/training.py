@@ -30,7 +30,7 @@ from jfhpo_core.trainers.external.fit import Fit
 from jfhpo_core.trainers.external.log import StepLine, read_line
 from jfhpo_core.trainers.external.process import TrainingProcess, environment
 from jfhpo_core.trainers.external.watch import Watch
-from jfhpo_core.trainers.openrlhf.command import MODULE, Files, build_flags, evaluation_interval, to_argv
+from jfhpo_core.trainers.openrlhf.command import MODULE, Files, build_flags, evaluation_interval, final_segment, to_argv
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 
@@ -93,7 +93,7 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
             if not loop.stopped:
                 loop.await_checkpoint()
         if not loop.stopped:
-            _take_checkpoint(files, stage, job.segment.stop_step, loop.tokens)
+            _take_checkpoint(files, stage, job.segment.stop_step, loop.tokens, resumable=not final_segment(job))
     finally:
         shutil.rmtree(files.work, ignore_errors=True)
     return TrainingResult(
@@ -263,17 +263,15 @@ class _Loop:
     def await_checkpoint(self) -> None:
         """Wait until OpenRLHF has written the checkpoint of the segment's end."""
         tag = f"global_step{self.step}"
-        parts = [
-            self.files.checkpoints / f"{tag}_hf" / HF_LAST,
-            *(folder / tag / "metric.json" for folder in self.files.checkpoints.glob("_*")),
-        ]
+        model = self.files.checkpoints / f"{tag}_hf" / HF_LAST
         before: dict[str, int] | None = None
         while True:
             now = _sizes(self.files.checkpoints)
-            if all(part.is_file() for part in parts) and len(parts) > 1 and now == before:
+            state = [folder / tag / "metric.json" for folder in self.files.checkpoints.glob("_*")]
+            complete = final_segment(self.job) or (state and all(part.is_file() for part in state))
+            if complete and model.is_file() and now == before:
                 return
             before = now
-            parts[1:] = [folder / tag / "metric.json" for folder in self.files.checkpoints.glob("_*")]
             settled = time.monotonic() + SETTLE_SECONDS
             while time.monotonic() < settled:
                 self._poll(may_end=self.step == self.job.total_steps)
@@ -400,12 +398,12 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
-def _take_checkpoint(files: Files, stage: Path, step: int, tokens: int) -> None:
-    """Move a checkpoint into the stage: OpenRLHF's own state below `checkpoints`, the model itself at the top."""
+def _take_checkpoint(files: Files, stage: Path, step: int, tokens: int, *, resumable: bool) -> None:
+    """Move a checkpoint into the stage: the model at the top, below `checkpoints` what continuing needs, if it may."""
     tag = f"global_step{step}"
     for path in (files.checkpoints / f"{tag}_hf").iterdir():
         path.rename(stage / path.name)
-    for part in files.checkpoints.glob("_*"):
+    for part in files.checkpoints.glob("_*") if resumable else ():
         target = stage / "checkpoints" / part.name
         target.mkdir(parents=True)
         (part / tag).rename(target / tag)

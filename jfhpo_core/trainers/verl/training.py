@@ -54,7 +54,8 @@ def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, obs
             loop = Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
             loop.run()
         if not loop.stopped:
-            take_checkpoint(files, stage, job.segment.stop_step, loop.tokens)
+            last = job.segment.stop_step == job.total_steps
+            take_checkpoint(files, stage, job.segment.stop_step, loop.tokens, resumable=not last)
     finally:
         shutil.rmtree(files.checkpoints.parent, ignore_errors=True)
     return TrainingResult(
@@ -276,10 +277,11 @@ def _groups(path: Path) -> dict[str, list[float]]:
     return groups
 
 
-def take_checkpoint(files: VerlFiles, stage: Path, step: int, tokens: int) -> None:
-    """Move a checkpoint into the stage: verl's own state below `checkpoints`, the model itself at the top."""
+def take_checkpoint(files: VerlFiles, stage: Path, step: int, tokens: int, *, resumable: bool) -> None:
+    """Move a checkpoint into the stage: the model at the top, below `checkpoints` what continuing needs, if it may."""
     source = files.checkpoints / f"global_step_{step}"
     for path in (source / "actor" / "huggingface").iterdir():
         path.rename(stage / path.name)
-    source.rename(stage / "checkpoints")
+    if resumable:
+        source.rename(stage / "checkpoints")
     (stage / PROGRESS).write_text(json.dumps({"step": step, "tokens": tokens}), encoding="utf-8")

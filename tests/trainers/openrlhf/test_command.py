@@ -30,7 +30,9 @@ def test_the_full_horizon_stands_in_every_segment() -> None:
     first = build_flags(job(spec, Path("/s"), stop=2), chosen, placement, FILES, resume=False)
     second = build_flags(job(spec, Path("/s"), start=2, stop=6), chosen, placement, FILES, resume=True)
     differing = {name for name in first | second if first.get(name) != second.get(name)}
-    assert differing == {"ckpt.load_enable", "ckpt.save_steps", "eval.steps"}
+    assert differing == {"ckpt.load_enable", "ckpt.save_steps", "eval.steps", "ckpt.disable_ds"}
+    # Nothing continues after the last step, so the optimizer's state is not written there.
+    assert (first["ckpt.disable_ds"], second["ckpt.disable_ds"]) == (False, True)
     # Six steps of 8 prompts x 4 completions in two updates each: 12 updates set the schedule.
     built = flags(mini_batches=2)
     assert built["train.batch_size"] == 16
@@ -121,6 +123,12 @@ def test_further_options_reach_the_command_line() -> None:
 def test_options_that_jfhpo_sets_and_wrong_ones_are_refused(extra: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OpenRlhfSettings.model_validate({"extra": extra})
+
+
+def test_an_option_may_be_a_hyperparameter() -> None:
+    name = "algo.kl.target"
+    built = flags(settings={"extra": {name: 0.5, "ref.offload": True}}, **{name: 0.1})
+    assert (built[name], built["ref.offload"]) == (0.1, True)
 
 
 def test_a_study_may_set_no_option_that_jfhpo_sets() -> None:

@@ -28,6 +28,8 @@ def test_names_that_trainers_share_have_the_same_defaults() -> None:
         ({"mini_batches": 3}, "cannot be parted into mini_batches=3"),
         ({"dual_clip": 0.5}, "neither 0"),
         ({"clip_low": 1.5}, "clip_low"),
+        ({"actor.adam.lr": 1e-6}, "no option that a study may set"),
+        ({"algo.kl.horizon": 0.5}, "type int"),
     ],
 )
 def test_what_is_unknown_or_contradictory_is_refused(changes: dict[str, object], message: str) -> None:

@@ -124,11 +124,22 @@ def checkpoint(files: Files, step: int) -> None:
     (files.checkpoints / "_actor" / "latest").write_text(tag)
 
 
+def test_the_last_checkpoint_is_the_model_alone(files: Files, tmp_path: Path) -> None:
+    # Of the segment before it DeepSpeed's state still lies there.
+    checkpoint(files, 4)
+    (files.checkpoints / "global_step4_hf").rename(files.checkpoints / "global_step6_hf")
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    _take_checkpoint(files, stage, 6, tokens=99, resumable=False)
+    assert (stage / "model.safetensors").is_file()
+    assert not (stage / "checkpoints").exists()
+
+
 def test_a_checkpoint_holds_the_model_and_all_that_resuming_needs(files: Files, tmp_path: Path) -> None:
     checkpoint(files, 4)
     stage = tmp_path / "stage"
     stage.mkdir()
-    _take_checkpoint(files, stage, 4, tokens=99)
+    _take_checkpoint(files, stage, 4, tokens=99, resumable=True)
     assert (stage / "model.safetensors").is_file()
     assert (stage / "checkpoints" / "_actor" / "latest").read_text() == "global_step4"
     assert json.loads((stage / PROGRESS).read_text()) == {"step": 4, "tokens": 99}

@@ -290,7 +290,7 @@ def test_a_checkpoint_comes_and_goes(tmp_path: Path, files: VerlFiles) -> None:
     (actor / "model_world_size_1_rank_0.pt").write_text("shard")
     stage = tmp_path / "stage"
     stage.mkdir()
-    take_checkpoint(files, stage, 2, tokens=7)
+    take_checkpoint(files, stage, 2, tokens=7, resumable=True)
     assert (stage / "model.safetensors").read_text() == "weights"
 
     again = VerlFiles(tmp_path / "folder", tmp_path / "again")
