@@ -6,14 +6,19 @@ TensorBoard gets the same numbers, but its writer keeps them back for up to two 
 from __future__ import annotations
 
 import ast
+import gzip
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 STEP = re.compile(r"Global step (\d+): (\{.*\})")
 EVALUATED = re.compile(r"(?:Evaluation completed in \S+, global_step|Eval at step) (\d+)")
 NOT_A_NUMBER = re.compile(r"(?<=: )(-?)(nan|inf)\b")
+
+COMPRESSED_BYTES = 2**20
+"""Shorter logs stay as they are."""
 
 Metrics = dict[str, float]
 
@@ -54,6 +59,15 @@ def _metrics(text: str) -> Metrics:
     except (ValueError, SyntaxError) as error:
         raise ValueError(f"the metrics of a step cannot be read: {text[:200]}") from error
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
+
+
+def compress(log: Path) -> None:
+    """Replace a long log of a run that has ended well by `NAME.gz`: 270,000 lines of a 7B run become a few MB."""
+    if log.stat().st_size < COMPRESSED_BYTES:
+        return
+    with log.open("rb") as plain, gzip.open(f"{log}.gz", "wb") as packed:
+        shutil.copyfileobj(plain, packed)
+    log.unlink()
 
 
 class LogTail:

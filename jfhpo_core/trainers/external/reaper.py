@@ -3,8 +3,9 @@
     python reaper.py PARENT_PID COMMAND...
 
 Orphans of the command become children of this process (Linux: subreaper). When the command ends, or SIGTERM comes, or
-the thread that started this process dies (by SIGKILL, too), everything below is killed and collected; only then does
-this process end, with the command's exit code. Should this process itself be killed (Ray does so to the children of a
+the thread that started this process dies (by SIGKILL, too), everything below is ended (SIGTERM, and SIGKILL after some
+seconds: who compiles an extension shall release its lock) and collected; only then does this process end, with the
+command's exit code. Should this process itself be killed (Ray does so to the children of a
 killed worker), the kernel kills the command, and with it what the command has tied to itself, as Ray's daemons are.
 It imports nothing but the standard library.
 """
@@ -22,6 +23,9 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+
+GRACE_SECONDS = 5.0
+"""From SIGTERM to SIGKILL."""
 
 
 class _Stop(BaseException):
@@ -45,12 +49,17 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def kill_descendants() -> None:
-    """Kill all processes below this one and wait until there is none."""
+def end_descendants() -> None:
+    """End all processes below this one and wait until there is none."""
+    told: set[int] = set()
+    patience = time.monotonic() + GRACE_SECONDS
     while below := descendants(os.getpid()):
+        late = time.monotonic() > patience
         for pid in below:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            if late or pid not in told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+                told.add(pid)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG) != (0, 0):
                 pass
@@ -80,7 +89,7 @@ def main(parent: int, command: list[str]) -> int:
     except _Stop:
         pass
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    kill_descendants()
+    end_descendants()
     return code if code >= 0 else 128 - code
 
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_
 from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
-from jfhpo_core.trainers.external.compile_locks import remove_stale_locks
+from jfhpo_core.trainers.external.compile_locks import build_extensions, remove_stale_locks
 from jfhpo_core.trainers.external.fit import Fit
-from jfhpo_core.trainers.external.log import StepLine, read_line
+from jfhpo_core.trainers.external.log import StepLine, compress, read_line
 from jfhpo_core.trainers.external.process import TrainingProcess, environment
+from jfhpo_core.trainers.external.ray_session import ray_session
 from jfhpo_core.trainers.external.watch import Watch
 from jfhpo_core.trainers.openrlhf.command import MODULE, Files, build_flags, evaluation_interval, final_segment, to_argv
 from jfhpo_core.trainers.openrlhf.hyperparameters import OpenRlhfHyperparameters
@@ -85,14 +87,19 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
             own = settings.environment.get("PYTHONPATH")
             variables["PYTHONPATH"] = os.pathsep.join([str(GPU_SHIM), *([own] if own else [])])
             remove_stale_locks(variables)
+            if settings.jobs is None and settings.interpreter is not None:
+                adam = "CPUAdamBuilder" if fit.placement.offload_optimizer else "FusedAdamBuilder"
+                build_extensions(settings.interpreter, variables, [adam])
         command, stop = _launch(settings, argv, variables, job.environment, files)
         (files.folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
-        with fit.answering_for_memory(), TrainingProcess(command, variables, files.log, stop) as process:
+        own_ray = ray_session(variables, files.folder) if settings.jobs is None else nullcontext()
+        with fit.answering_for_memory(), own_ray, TrainingProcess(command, variables, files.log, stop) as process:
             loop = _Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
             loop.run()
             if not loop.stopped:
                 loop.await_checkpoint()
         if not loop.stopped:
+            compress(files.log)
             _take_checkpoint(files, stage, job.segment.stop_step, loop.tokens, resumable=not final_segment(job))
     finally:
         shutil.rmtree(files.work, ignore_errors=True)

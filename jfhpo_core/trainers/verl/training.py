@@ -24,8 +24,9 @@ from jfhpo_core.study.tasks import load_task
 from jfhpo_core.study.trial import Evaluation, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.external.fit import Fit
-from jfhpo_core.trainers.external.log import LogTail
+from jfhpo_core.trainers.external.log import LogTail, compress
 from jfhpo_core.trainers.external.process import TrainingProcess, environment, shim_path
+from jfhpo_core.trainers.external.ray_session import ray_session
 from jfhpo_core.trainers.external.watch import Watch
 from jfhpo_core.trainers.openrlhf.training import PROGRESS, link, new_folder, prompt_order, score
 from jfhpo_core.trainers.verl.command import MAIN, VerlFiles, build_overrides, to_argv
@@ -50,11 +51,16 @@ def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, obs
         command = [settings.interpreter, str(MAIN), *to_argv(overrides)]
         (folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
         own = variables(settings, files, os.environ, fit.demand.gpus)
-        with fit.answering_for_memory(), TrainingProcess(command, own, files.log) as process:
+        with (
+            fit.answering_for_memory(),
+            ray_session(own, folder),
+            TrainingProcess(command, own, files.log) as process,
+        ):
             loop = Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
             loop.run()
         if not loop.stopped:
             last = job.segment.stop_step == job.total_steps
+            compress(files.log)
             take_checkpoint(files, stage, job.segment.stop_step, loop.tokens, resumable=not last)
     finally:
         shutil.rmtree(files.checkpoints.parent, ignore_errors=True)

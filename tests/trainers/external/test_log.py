@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 from pathlib import Path
 
 import pytest
 
-from jfhpo_core.trainers.external.log import EvaluationLine, LogTail, StepLine, read_line
+from jfhpo_core.trainers.external.log import EvaluationLine, LogTail, StepLine, compress, read_line
 
 PREFIX = "\x1b[36m(PPOTrainer pid=25826)\x1b[0m INFO 11-23 06:46:29 ppo_trainer.py:551] \u2728 "
 STEP = (
@@ -63,3 +64,14 @@ def test_lines_come_once_and_whole(tmp_path: Path) -> None:
         file.write("o\u2728\nthr".encode())
     assert tail.read() == ["two\u2728"]
     assert tail.read() == []
+
+
+def test_long_logs_are_compressed(tmp_path: Path) -> None:
+    short, long = tmp_path / "short.log", tmp_path / "long.log"
+    short.write_text("a line\n")
+    long.write_text("a line\n" * 200_000)
+    compress(short)
+    compress(long)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.log.gz", "short.log"]
+    with gzip.open(tmp_path / "long.log.gz", "rt") as packed:
+        assert packed.read() == "a line\n" * 200_000

@@ -63,6 +63,34 @@ def test_leaving_ends_even_daemons(log: Path) -> None:
     assert not alive(daemon)
 
 
+def test_processes_are_asked_to_end_before_they_are_killed(log: Path) -> None:
+    # As torch's compiler does: a lock is released on the way out.
+    holder = """
+import signal, sys, time
+from pathlib import Path
+lock = Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+lock.touch()
+try:
+    time.sleep(600)
+finally:
+    lock.unlink()
+"""
+    lock = log.with_name("lock")
+    with TrainingProcess([sys.executable, "-c", holder, str(lock)], {}, log):
+        while not lock.exists():
+            time.sleep(0.05)
+    assert not lock.exists()
+
+
+@pytest.mark.slow  # it has some seconds to end by itself
+def test_who_does_not_listen_is_killed(log: Path) -> None:
+    deaf = "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(600)"
+    with TrainingProcess([sys.executable, "-c", deaf], {}, log):
+        pid = wait_for(log)
+    assert not alive(pid)
+
+
 def test_the_exit_code_comes_after_the_last_process(log: Path) -> None:
     with TrainingProcess(program(0, 3), {}, log) as process:
         while process.exit_code is None:

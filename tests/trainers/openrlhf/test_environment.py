@@ -147,3 +147,8 @@ except ImportError as error:
 def test_without_the_shim_nothing_is_replaced(trainer_python: str) -> None:
     program = "import sys, torch; print('openrlhf_on_cpu' in sys.modules, torch.cuda.current_device.__module__)"
     assert run_inside(trainer_python, program, PYTHONPATH="").stdout.split() == ["False", "torch.cuda"]
+
+
+def test_deepspeed_has_the_extensions_that_are_built_beforehand(trainer_python: str) -> None:
+    done = run_inside(trainer_python, "from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder")
+    assert done.returncode == 0, done.stderr[-2000:]
