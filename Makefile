@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast coverage openrlhf-env test-openrlhf verl-env test-verl lint docs clean
+.PHONY: help setup demo test test-fast coverage openrlhf-env test-openrlhf verl-env test-verl locks lint docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -99,6 +99,22 @@ test-verl: export DO_NOT_TRACK = true
 test-verl: export HF_HUB_OFFLINE = 1
 test-verl: $(READY) $(VERL_ENV)/.ready ## Run a real search with verl, vLLM and FSDP on CPU (about 10 minutes)
 	@JFHPO_VERL_PYTHON=$(abspath $(VERL_ENV))/bin/python $(BIN)/pytest --quiet -m verl tests/trainers/verl
+
+# A lock is resolved again from what it holds: it changes if one of its files has left the registry, or its hash.
+RESOLVE = $(BIN)/uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --python-version 3.11 \
+  --generate-hashes --no-annotate --no-header
+
+locks: $(READY) ## Check that the registry still has what the locks for GPUs name (downloads metadata only)
+	@$(HAND_ON_PIP_SETTINGS); unset UV_TORCH_BACKEND; cd deployments; \
+	for name in openrlhf verl; do \
+	  fresh=$$(mktemp); cp $$name-gpu.txt $$fresh; \
+	  override=; [ ! -f $$name-gpu.override ] || override="--override $$name-gpu.override"; \
+	  ../$(RESOLVE) $$name-gpu.in $$override --output-file $$fresh; \
+	  grep -v '^#' $$name-gpu.txt | diff - $$fresh || { \
+	    echo "deployments/$$name-gpu.txt is no longer what $$name-gpu.in resolves to (see above): try the new one on GPUs," \
+	      "then replace it" >&2; exit 1; }; \
+	  rm $$fresh; echo "deployments/$$name-gpu.txt is up to date"; \
+	done
 
 lint: $(READY) ## Check style, format, types and the layering of the packages
 	@$(BIN)/ruff check --quiet .

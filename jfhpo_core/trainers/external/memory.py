@@ -90,8 +90,9 @@ def _configuration(path: str) -> Mapping[str, Any]:
             file = Path(found) if isinstance(found, str) else None
     if file is None or not file.is_file():
         return {}
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return config.get("text_config", config)
+    whole: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    language: dict[str, Any] = whole.get("text_config", whole)
+    return language
 
 
 def training_bytes(

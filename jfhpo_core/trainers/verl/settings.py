@@ -60,7 +60,9 @@ class VerlHyperparameters(Hyperparameters):
         default="constant", description="Learning-rate schedule over the full horizon."
     )
     n_samples: int = Field(default=8, ge=1, description="Completions sampled per prompt (group size).")
-    loss_type: Algorithm = Field(default="grpo", description="Algorithm: loss and advantage estimator.")
+    loss_type: Algorithm = Field(  # type: ignore[assignment]  more of them than all trainers know
+        default="grpo", description="Algorithm: loss and advantage estimator."
+    )
     critic_learning_rate: float = Field(default=9e-6, gt=0, le=1, description="Of PPO's value model.")
     value_clip: float = Field(default=0.5, gt=0, description="Clip range of PPO's value loss.")
     gae_lambda: float = Field(default=1.0, ge=0, le=1, description="PPO: lambda of the advantage estimation.")
