@@ -32,6 +32,9 @@ KEY = re.compile(r"[0-9a-f]{16}")
 STEP = re.compile(r"step-(\d{8})")
 QUARANTINE = "quarantine"
 OBJECTS = "objects"
+PARALLEL_BYTES = 64 * 2**20
+"""Less than this is hashed faster than threads start."""
+
 HASHING_THREADS = 16
 """At most; a disk that reads faster than so many cores hash is rare."""
 
@@ -198,7 +201,9 @@ class CheckpointStore:
 
 
 def file_digests(files: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of several files, by the same names. Files are read by several threads: hashing one takes a core."""
+    """SHA-256 of several files, by the same names. Large ones are read by several threads: hashing one takes a core."""
+    if sum(path.stat().st_size for path in files.values()) < PARALLEL_BYTES:
+        return {name: file_digest(path) for name, path in files.items()}
     with ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1)) as threads:
         return dict(zip(files, threads.map(file_digest, files.values()), strict=True))
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -361,3 +362,12 @@ def test_only_checkpoints_of_the_store_are_deleted(store: CheckpointStore, tmp_p
         with pytest.raises(CheckpointError, match="no checkpoint of"):
             store.delete(folder)
     assert (store.root / KEY / "step-00000005").is_dir()
+
+
+def test_threads_hash_what_one_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    files = {name: tmp_path / name for name in FILES}
+    alone = checkpoints.file_digests(files)
+    monkeypatch.setattr(checkpoints, "PARALLEL_BYTES", 0)
+    assert checkpoints.file_digests(files) == alone
+    assert alone["trainer.json"] == hashlib.sha256(FILES["trainer.json"]).hexdigest()

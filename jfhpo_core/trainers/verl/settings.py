@@ -60,7 +60,8 @@ class VerlHyperparameters(Hyperparameters):
         default="constant", description="Learning-rate schedule over the full horizon."
     )
     n_samples: int = Field(default=8, ge=1, description="Completions sampled per prompt (group size).")
-    loss_type: Algorithm = Field(  # type: ignore[assignment]  more of them than all trainers know
+    # More of them than all trainers know.
+    loss_type: Algorithm = Field(  # type: ignore[assignment]
         default="grpo", description="Algorithm: loss and advantage estimator."
     )
     critic_learning_rate: float = Field(default=9e-6, gt=0, le=1, description="Of PPO's value model.")
