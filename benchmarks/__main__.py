@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from benchmarks import ablations, prices, report, reproduction, runner, store
+from benchmarks import ablations, prices, report, reproduction, runner, store, warm_start
 from benchmarks.foreign.commands import app as foreign
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.timing import FILE, Timing, measure
@@ -98,6 +98,22 @@ def run_ablations(
     found = store.load_all(results)
     if any(seed >= report.FIRST_SEED for known in found.values() for _, seed in known):
         ablations.write(found, folder)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("warm-start")
+def start_warm(
+    seeds: Annotated[str, typer.Option(help="1000:1020 or 3,5,8. Tuning: 0 to 99; publication: from 1000.")] = "0:3",
+    workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
+    redo: Annotated[bool, typer.Option(help="Replace results that older code has made.")] = False,
+    folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
+    results: Folder = warm_start.RESULTS,
+) -> None:
+    """Begin studies from nothing, from an earlier study and from one that misleads, and write the page of the docs."""
+    failed = runner.run(warm_start.runs(_seeds(seeds)), results, workers, redo)
+    if any(seed >= report.FIRST_SEED for known in store.load_all(results).values() for _, seed in known):
+        warm_start.write(store.load_all(results), folder)
     if failed:
         raise typer.Exit(1)
 

@@ -18,7 +18,7 @@ from scipy.stats import qmc, spearmanr
 from benchmarks import functions
 from jfhpo_core.optimizer.strategy import fresh_configurations
 from jfhpo_core.study.models import build_ladder
-from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.resolved import EarlierStudy, Study
 from jfhpo_core.study.space import Vector
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Configuration
@@ -77,6 +77,7 @@ class Problem:
         training_seconds: Simulated seconds of such a training of a typical configuration.
         known_best: The highest true score in the space; None: it is found numerically.
         trainings: Budget of a search, in such trainings.
+        earlier: Studies that the search starts from.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Problem:
     training_seconds: float = TRAINING_SECONDS
     known_best: float | None = None
     trainings: int = TRAININGS
+    earlier: tuple[EarlierStudy, ...] = ()
 
     def study(
         self,
@@ -123,7 +125,7 @@ class Problem:
                 "tracking": {"workspace": str(workspace)},
             }
         )
-        return Study(spec, build_ladder(spec), self.trainer)
+        return Study(spec, build_ladder(spec), self.trainer, self.earlier)
 
     @cached_property
     def _reference(self) -> Study:
@@ -358,9 +360,14 @@ def load_problem(landscape: str, seed: int) -> Problem:
     """A landscape's instance, remembered in this process: to find its best score takes a second.
 
     Args:
-        landscape: Name in `LANDSCAPES`, or 'NAME@BUDGET' of the foreign benchmark.
+        landscape: Name in `LANDSCAPES`, 'NAME@BUDGET' of the foreign benchmark, or 'NAME@BUDGET:START:FIRST' of
+            `warm_start`.
         seed: Which of its instances.
     """
+    if ":" in landscape:
+        from benchmarks import warm_start
+
+        return warm_start.problem(landscape, seed)
     if "@" in landscape:
         from benchmarks.foreign.settings import problem
 

@@ -26,6 +26,7 @@ from benchmarks import store
 from benchmarks.landscapes import LANDSCAPES, Problem, load_problem
 from benchmarks.store import Result
 from jfhpo_core.optimizer.cost import CostModel
+from jfhpo_core.optimizer.forecast import forecast_quality
 from jfhpo_core.optimizer.strategy import Proposal, Recommendation, Strategy, fresh_configurations, load_strategy
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
@@ -44,6 +45,9 @@ NICENESS = 10
 
 MEMORY = Path("/dev/shm")
 """Where checkpoints go if the system has it: on a disk, flushing them takes longer than the simulated trainings."""
+
+FORECAST_SHARES = (0.2, 0.4, 0.6, 0.8)
+"""Shares of the budget at which the forecast of the final score is looked at."""
 
 Answer = TypeVar("Answer")
 
@@ -93,6 +97,10 @@ class Timed:
 
     Args:
         inner: The strategy.
+
+    Attributes:
+        deliveries: What it would deliver, in the order of the search.
+        forecasts: See `Result.forecasts`; the first one after each of `FORECAST_SHARES`.
     """
 
     name: ClassVar[str] = "timed"
@@ -102,6 +110,7 @@ class Timed:
         self.seconds = 0.0
         self.suggestions = 0
         self.deliveries: list[Delivery] = []
+        self.forecasts: dict[float, tuple[float, float, float] | None] = {}
 
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
@@ -115,6 +124,11 @@ class Timed:
             history = History.of(study, trials)
             finished = [item for item in ranked if history.final(item.configuration)]
             self.deliveries.append(delivery(history, (finished or ranked)[0].configuration))
+        spent = spent_seconds(trials) / study.spec.budget.device_seconds
+        share = max((share for share in FORECAST_SHARES if share <= spent < 1), default=None)
+        if share is not None and share not in self.forecasts:
+            quality = forecast_quality(study, ranked, trials)
+            self.forecasts[share] = None if quality is None else (quality.low, quality.score, quality.high)
         return ranked
 
     def _time(self, call: Callable[[], Answer]) -> Answer:
@@ -169,6 +183,9 @@ def run_one(
         ),
         segments={model.name: sum(trial.model == model.name for trial, _ in done) for model in study.ladder.models},
         infeasible=sum(segment.outcome is Outcome.INFEASIBLE for _, segment in done),
+        forecasts=tuple(
+            (share, *(round(value, 5) for value in shown)) for share, shown in timed.forecasts.items() if shown
+        ),
         suggestions=timed.suggestions,
         cpu_seconds_per_suggestion=round(timed.seconds / max(1, timed.suggestions), 5),
     )

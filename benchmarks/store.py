@@ -44,6 +44,10 @@ class Result(BaseModel):
     recommended_score: float = Field(description="True score of the final recommendation, or of the defaults.")
     segments: dict[str, int] = Field(description="Segments trained per model.")
     infeasible: int = Field(description="Segments that ended infeasible.")
+    forecasts: tuple[tuple[float, float, float, float], ...] = Field(
+        default=(),
+        description="(share of the budget spent, low, median, high) of the forecast that is shown of the final score.",
+    )
     suggestions: int = Field(description="Calls of the strategy's `suggest`.")
     cpu_seconds_per_suggestion: float = Field(description="CPU seconds in the strategy, per suggestion.")
 

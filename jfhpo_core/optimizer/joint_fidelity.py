@@ -24,6 +24,7 @@ from torch import Tensor
 
 from jfhpo_core.optimizer.acquisition import NetCostUtility, expected_improvement
 from jfhpo_core.optimizer.acquisitions import load_acquisition
+from jfhpo_core.optimizer.allocation import Allocation, Offer, Priced
 from jfhpo_core.optimizer.beliefs import NUMERICAL_ERRORS, Beliefs
 from jfhpo_core.optimizer.candidates import (
     Candidate,
@@ -52,12 +53,32 @@ from jfhpo_core.stopping.rules import Unpromising, build_rules
 from jfhpo_core.study.history import History
 from jfhpo_core.study.models import progress
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import Suggestion, Trial, committed_seconds, configuration_key
+from jfhpo_core.study.trial import Suggestion, Trial, configuration_key
 
 logger = logging.getLogger(__name__)
 
-LEAD_RUNS = 0.7
-"""Full runs of the target that may be spent on cheaper segments before the first one is due."""
+TARGET_PROSPECT = 0.1
+"""A full run of the target ends where less than this is left of its chance to be better than the best one known: what
+is then saved pays for another. On proxies the rule's own, smaller probability holds, as little is saved there."""
+
+FINISHED_FIRST = 2
+"""Full runs of the target that are finished before any is ended for its prospects."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What is bought.
+
+    Attributes:
+        source: What chose it.
+        gain: How much it should raise the best expected score at the target.
+        worth: The same for each device-second.
+    """
+
+    item: Priced
+    source: str
+    gain: float
+    worth: float
 
 
 @dataclass(frozen=True)
@@ -77,7 +98,7 @@ class JointFidelity:
             expected to raise the final score by less than this. 0: it spends its budget. The knowledge gradient sees
             one step ahead and is an underestimate: at 0.0005 half of the searches of a benchmark ended too early.
         target_share: Full runs of the target are due so often that they take this share of the spending: see
-            `_target_is_due`.
+            `allocation`.
     """
 
     name: ClassVar[str] = "jfhpo"
@@ -111,10 +132,7 @@ class JointFidelity:
     ) -> Proposal | None:
         """See `Selective.suggest_among`."""
         history, costs = History.of(study, trials), CostModel.fit(study, trials)
-        target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
-        full_seconds = costs.estimate(study.space.middle(), target, 0, horizon).seconds
-        lead = _lead(history, full_seconds)
-        budget = study.spec.budget
+        allocation, budget = Allocation.of(history, costs), study.spec.budget
         design = InitialDesign(
             self.initial_trials, self.choice, self.anchors, budget.initial_share * budget.device_seconds
         ).following(history, costs)
@@ -136,62 +154,18 @@ class JointFidelity:
             (item, costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts))
             for item in candidates
         ]
-        priced = [(item, estimate.seconds) for item, estimate in estimates if estimate.high <= remaining_seconds]
-        priced = [(item, cost) for item, cost in priced if admits(item.model, cost)]
-        if not priced:
+        affordable = [
+            Priced(item, cost.seconds)
+            for item, cost in estimates
+            if cost.high <= remaining_seconds and admits(item.model, cost.seconds)
+        ]
+        offer = allocation.offer(affordable, remaining_seconds, self._wanted_share(beliefs))
+        if not offer.items:
             return None
-        share = self._wanted_share(beliefs)
-        full_runs = [(item, cost) for item, cost in priced if (item.model, item.stop_prompts) == (target, horizon)]
-        due = bool(full_runs) and _target_is_due(history, lead, full_seconds, share)
-        # What is learned from a cheaper segment is worth nothing without the means to train what it recommends.
-        priced = (
-            full_runs
-            if due
-            else [
-                (item, cost)
-                for item, cost in priced
-                if (item, cost) in full_runs or cost + full_seconds <= remaining_seconds
-            ]
-        )
-        if not priced:
+        choice = self._choose(beliefs, ranked, offer, allocation.full_seconds)
+        if choice.worth * allocation.full_seconds < self.stop_gain:
             return None
-        candidates = [item for item, _ in priced]
-        seconds = torch.tensor([cost for _, cost in priced], dtype=torch.double)
-        inputs = candidate_inputs(study, candidates)
-        configurations = {configuration_key(item.configuration): item.configuration for item in ranked}
-        configurations |= {configuration_key(item.configuration): item.configuration for item in candidates}
-        targets = beliefs.at_target(configurations.values())
-        source, gains = self.acquisition, None if due else self._gains(beliefs, inputs, targets)
-        if gains is None:
-            source, gains = "expected-improvement", _expected_improvement(beliefs, candidates, targets)
-        gains = gains * beliefs.probability(inputs) * self._expectation(history, inputs)
-        # Among full runs that are due the price does not count: more completions per prompt cost more and are better.
-        worth = gains / full_seconds if due else NetCostUtility(lambda _: seconds)(inputs, gains)
-        best = int(worth.argmax())
-        if due and not any(trial.purpose == "search" for trial in history.on_target):
-            # The first full run is the best guess: where little is known, improvement is expected at the edges.
-            source, best = "best-expectation", int(beliefs.expected(_at_target(beliefs, candidates))[0].argmax())
-        chosen = candidates[best]
-        gain, cost = float(gains[best]) * beliefs.scale.unit(), float(seconds[best])
-        if float(worth[best]) * beliefs.scale.unit() * full_seconds < self.stop_gain:
-            return None
-        verb = "continue" if chosen.trial < len(trials) else "train" if chosen.seed is None else "train another seed"
-        return Proposal(
-            chosen.configuration,
-            chosen.model,
-            chosen.stop_prompts,
-            seed=chosen.seed,
-            suggestion=Suggestion(
-                source=f"jfhpo/{source}",
-                explanation=f"{verb} on {chosen.model} to {progress(study.spec, chosen.stop_prompts):.0%}: "
-                f"should raise the best expected target score by {gain:.4f} for {cost:.1f} device-seconds, "
-                f"the most per second of {len(candidates)} candidates"
-                f"{' that are full runs of the target, of which one is due' if due else ''}",
-                expected_gain=gain,
-                expected_cost_seconds=cost,
-            ),
-            floors=_floors(beliefs, ranked, chosen),
-        )
+        return _chosen(beliefs, ranked, offer, choice)
 
     @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
     def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
@@ -208,6 +182,30 @@ class JointFidelity:
         if self.untried and ranked:
             ranked = self._better_untried(beliefs, ranked) + ranked
         return [Recommendation(item.configuration, *beliefs.score(item.mean, item.deviation)) for item in ranked]
+
+    def _choose(self, beliefs: Beliefs, ranked: Sequence[Expectation], offer: Offer, full_seconds: float) -> _Choice:
+        """The candidate worth most per second; among full runs that are due, the one worth most.
+
+        There the price does not count: more completions per prompt cost more and are better.
+        """
+        history, candidates = beliefs.history, [item.candidate for item in offer.items]
+        seconds = torch.tensor([item.seconds for item in offer.items], dtype=torch.double)
+        inputs = candidate_inputs(history.study, candidates)
+        source, gains = self.acquisition, None
+        if not offer.due:
+            considered = [item.configuration for item in ranked] + [item.configuration for item in candidates]
+            different = {configuration_key(item): item for item in considered}
+            gains = self._gains(beliefs, inputs, beliefs.at_target(different.values()))
+        if gains is None:
+            source, gains = "expected-improvement", _expected_improvement(beliefs, candidates)
+        gains = gains * beliefs.probability(inputs) * self._expectation(history, inputs)
+        worth = gains / full_seconds if offer.due else NetCostUtility(lambda _: seconds)(inputs, gains)
+        best = int(worth.argmax())
+        if offer.due and not any(trial.purpose == "search" for trial in history.on_target):
+            # The first full run is the best guess: where little is known, improvement is expected at the edges.
+            source, best = "best-expectation", int(beliefs.expected(_at_target(beliefs, candidates))[0].argmax())
+        unit = beliefs.scale.unit()
+        return _Choice(offer.items[best], source, float(gains[best]) * unit, float(worth[best]) * unit)
 
     def _gains(self, beliefs: Beliefs, inputs: Tensor, targets: Tensor) -> Tensor | None:
         """Worth of each candidate in values; None if it cannot be computed."""
@@ -255,57 +253,45 @@ def _at_target(beliefs: Beliefs, candidates: Sequence[Candidate]) -> Tensor:
     return beliefs.at_target(item.configuration for item in candidates)
 
 
-def _expected_improvement(beliefs: Beliefs, candidates: Sequence[Candidate], targets: Tensor) -> Tensor:
+def _expected_improvement(beliefs: Beliefs, candidates: Sequence[Candidate]) -> Tensor:
     """Expected improvement at (target, full horizon) of each candidate's configuration, whatever it is run on.
 
-    The incumbent is the best of what has finished there; of all that is considered, as long as nothing has.
+    The incumbent is the best of what has finished there; of the candidates, as long as nothing has.
     """
-    means, deviations = beliefs.values(_at_target(beliefs, candidates))
-    target = beliefs.history.study.ladder.target.name
-    finished = beliefs.at_target(
-        trial.configuration for trial in beliefs.history.evidence if trial.model == target and trial.final is not None
-    )
-    incumbent = float(beliefs.expected(finished if len(finished) else targets)[0].max())
+    inputs = _at_target(beliefs, candidates)
+    means, deviations = beliefs.values(inputs)
+    finished = beliefs.at_target(trial.configuration for trial in beliefs.history.finished)
+    incumbent = float(beliefs.expected(finished if len(finished) else inputs)[0].max())
     return expected_improvement(means, deviations, incumbent)
 
 
-def _lead(history: History, full_seconds: float) -> float:
-    """Device-seconds for cheaper segments before the first full run of the target is due; none with earlier studies."""
-    budget = history.study.spec.budget
-    if history.study.earlier:
-        return 0.0
-    return min(LEAD_RUNS * full_seconds, budget.initial_share * budget.device_seconds)
-
-
-def _target_is_due(history: History, lead: float, full_seconds: float, share: float) -> bool:
-    """Whether the next segment should be a full run of the target.
-
-    The first one is due after a short lead, and further ones so often that they take a share of the spending: a search
-    can be cut short at any time, and what it has to show then are full runs of the target.
-
-    Args:
-        history: What was trained.
-        lead: See `_lead`.
-        full_seconds: Price of a full run of the target.
-        share: See `JointFidelity.target_share`.
-    """
-    own = [trial for trial in history.trials if trial.purpose == "search"]
-    ahead = committed_seconds(own) - lead
-    target = history.study.ladder.target.name
-    complete = sum(trial.model == target and _planned_step(trial) >= trial.total_steps for trial in own)
-    return ahead >= 0 and complete < 1 + share * ahead / full_seconds
-
-
-def _planned_step(trial: Trial) -> int:
-    """The step that a trial has reached, or will have when its running segment ends."""
-    return trial.step if trial.open_segment is None else trial.open_segment.stop_step
+def _chosen(beliefs: Beliefs, ranked: Sequence[Expectation], offer: Offer, choice: _Choice) -> Proposal:
+    """The proposal of a choice, with the reason for it and its floors."""
+    history, chosen, seconds = beliefs.history, choice.item.candidate, choice.item.seconds
+    is_known = chosen.trial < len(history.trials)
+    verb = "continue" if is_known else "train" if chosen.seed is None else "train another seed"
+    return Proposal(
+        chosen.configuration,
+        chosen.model,
+        chosen.stop_prompts,
+        seed=chosen.seed,
+        suggestion=Suggestion(
+            source=f"jfhpo/{choice.source}",
+            explanation=f"{verb} on {chosen.model} to {progress(history.study.spec, chosen.stop_prompts):.0%}: "
+            f"should raise the best expected target score by {choice.gain:.4f} for {seconds:.1f} device-seconds, "
+            f"the most per second of {len(offer.items)} candidates"
+            f"{' that are full runs of the target, of which one is due' if offer.due else ''}",
+            expected_gain=choice.gain,
+            expected_cost_seconds=seconds,
+        ),
+        floors=_floors(beliefs, ranked, chosen),
+    )
 
 
 def _floors(beliefs: Beliefs, ranked: Sequence[Expectation], chosen: Candidate) -> tuple[tuple[int, float], ...]:
     """Scores at the rungs before the candidate's last one below which it has too little prospect to beat others.
 
-    None for the target itself: what is measured there at full length is what the model, which sets the floors, is
-    corrected by.
+    On the target itself none before some full runs have finished: they correct the model, which sets the floors.
     """
     study = beliefs.history.study
     rule = next((rule for rule in build_rules(study.spec.stopping) if isinstance(rule, Unpromising)), None)
@@ -317,7 +303,10 @@ def _floors(beliefs: Beliefs, ranked: Sequence[Expectation], chosen: Candidate) 
         if chosen.start_prompts < rung < chosen.stop_prompts
         and (group := (THIS_STUDY, size, progress(study.spec, rung))) in beliefs.scale.references
     }
-    if rule is None or chosen.model == study.ladder.target.name or not groups or incumbent is None:
+    if rule is None or not groups or incumbent is None:
+        return ()
+    on_target = chosen.model == study.ladder.target.name
+    if on_target and len(beliefs.history.finished) < FINISHED_FIRST:
         return ()
     rows = [point(study, chosen.configuration, chosen.model, rung, chosen.trial) for rung in groups]
     values = value_floors(
@@ -325,7 +314,7 @@ def _floors(beliefs: Beliefs, ranked: Sequence[Expectation], chosen: Candidate) 
         beliefs.at_target([chosen.configuration]),
         torch.tensor(rows, dtype=torch.double),
         incumbent,
-        rule.probability,
+        max(rule.probability, TARGET_PROSPECT) if on_target else rule.probability,
         beliefs.measurement_variance,
         beliefs.inflation,
     )

@@ -24,6 +24,9 @@ MAX_OBSERVATIONS = 240
 CURVE_POINTS = 2
 """Evaluations of one curve that are used: the last one and others at about equal distances."""
 
+TARGET_CURVE_POINTS = 4
+"""The same on the target, where the model has to judge short runs by what long ones became."""
+
 EXACT_REFITS = 12
 """Up to this many commits the parameters are fitted anew at every one."""
 
@@ -211,7 +214,7 @@ def _curve(
             evaluation.step,
             last=evaluation is curve[-1],
         )
-        for evaluation in thinned(curve)
+        for evaluation in thinned(curve, TARGET_CURVE_POINTS if size == 0 else CURVE_POINTS)
     ]
 
 
@@ -232,11 +235,11 @@ def trained_evaluations(trial: Trial) -> list[Evaluation]:
     return [evaluation for evaluation in trial.evaluations if evaluation.step > 0]
 
 
-def thinned(evaluations: list[Evaluation]) -> list[Evaluation]:
-    """At most `CURVE_POINTS` of a curve's evaluations, the last one among them."""
-    if len(evaluations) <= CURVE_POINTS:
+def thinned(evaluations: list[Evaluation], count: int = CURVE_POINTS) -> list[Evaluation]:
+    """At most `count` of a curve's evaluations, the last one among them."""
+    if len(evaluations) <= count:
         return evaluations
-    places = np.linspace(len(evaluations) - 1, 0, CURVE_POINTS, endpoint=False)
+    places = np.linspace(len(evaluations) - 1, 0, count, endpoint=False)
     return [evaluations[round(place)] for place in reversed(places)]
 
 

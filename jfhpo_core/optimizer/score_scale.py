@@ -37,6 +37,9 @@ QUANTILE = 0.75
 LARGE_GROUP = 4
 """Scores that a group needs for its own quantile to mean something."""
 
+LOWEST = 700.0
+"""Values below minus this stand for the same score: the exponential of more has no float."""
+
 EQUAL = 1e-9
 """Scores that differ by less than this share of all differences count as equal."""
 
@@ -108,7 +111,7 @@ class ScoreScale:
             values: On the scale.
         """
         found = np.asarray(list(values), dtype=float)
-        distance = np.where(found >= 0, found, -np.expm1(-np.minimum(found, 0.0)))
+        distance = np.where(found >= 0, found, -np.expm1(-found.clip(-LOWEST, 0.0)))
         return self.reference(group) + self.unit(group[0]) * distance
 
     def median_and_deviation(self, group: Group, mean: float, deviation: float) -> tuple[float, float]:

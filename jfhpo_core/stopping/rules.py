@@ -548,9 +548,9 @@ class Unpromising(StoppingRule):
     Its evaluation lies below the floor of that step: the score at which the search's model of all trials leaves its
     configuration with just that probability of being better, on the target at full length, than the best one known.
     The floors are worked out when the segment is chosen (`jfhpo_core.optimizer.floors`), so that workers need no
-    model; only segments that the strategy `jfhpo` has chosen on proxies have them. Neither the paper nor practice has
-    this rule; the idea is that of Swersky et al. (2014), Freeze-thaw Bayesian optimization, with a probability in
-    place of an acquisition.
+    model; only segments that the strategy `jfhpo` has chosen have them, on the target once two full runs have finished
+    (and at a probability of at least 0.1). Neither the paper nor practice has this rule; the idea is that of Swersky et
+    al. (2014), Freeze-thaw Bayesian optimization, with a probability in place of an acquisition.
     """
 
     name: ClassVar[str] = "unpromising"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from benchmarks import runner, store
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.runner import Delivery, Run, run_one, trace
+from jfhpo_core.optimizer.strategy import RandomSearch, Recommendation
 from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Checkpoint, SegmentResult, Trial
@@ -112,3 +114,25 @@ def test_the_trace_has_the_true_score_of_what_would_be_delivered() -> None:
     true = [round(problem.true_score(item), 5) for item in (problem.default, first, second)]
     points = trace(problem, [Delivery(300.0, first), Delivery(350.0, first), Delivery(400.0, second)])
     assert points == ((0.0, true[0]), (300.0, true[1]), (400.0, true[2]))
+
+
+def test_forecasts_are_those_of_the_first_ranking_after_each_share_of_the_budget(study: Study) -> None:
+    full = result(0, 0, 64, seconds=1.0)
+    budget = study.spec.budget.device_seconds
+
+    class Fixed(RandomSearch):
+        def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
+            return [Recommendation(trial.configuration, 0.5 + 0.01 * trial.number, 0.01) for trial in trials[::-1]]
+
+    timed = runner.Timed(Fixed())
+    trials: list[Trial] = []
+    for number in range(12):
+        seconds = budget / 10
+        done = full.model_copy(update={"seconds": seconds, "evaluations": (evaluation(64, 0.5 + 0.01 * number),)})
+        trials.append(trained(study, number, 1e-6 * (1 + number), "7b", done))
+        timed.rank(study, trials)
+    assert list(timed.forecasts) == [0.2, 0.4, 0.6, 0.8]
+    assert timed.forecasts[0.2] is None, "two configurations are too few"
+    shown = timed.forecasts[0.8]
+    assert shown is not None
+    assert shown[0] < shown[1] < shown[2]
