@@ -158,6 +158,17 @@ def check_prices(
     prices.write(folder)
 
 
+@app.command("recipe")
+def recipes(
+    limit: Annotated[int | None, typer.Option(min=0, help="Do at most so many of the missing cases.")] = None,
+    folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
+) -> None:
+    """Ask for recipes at sizes that were left out, and write the page of the docs. Needs `foreign fetch`."""
+    from benchmarks import recipe
+
+    recipe.write(recipe.run(limit), folder)
+
+
 @app.command("faults")
 def inject_faults(
     faults: Annotated[int, typer.Option(help="Seeds are run until so many faults are on record.")] = 200,

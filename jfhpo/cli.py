@@ -266,6 +266,35 @@ def why(
 
 
 @app.command()
+def recipe(
+    study: StudyFile,
+    size: Annotated[
+        str,
+        typer.Option("--size", metavar="SIZE", help="Parameters (72B, 494M), a model of the study, or a checkpoint."),
+    ],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures behind the sentences as JSON.")] = False,
+) -> None:
+    """Say what to use on a model of another size, with intervals, or that it cannot be told. Writes nothing."""
+    from jfhpo.overrides import read_study
+
+    spec = read_study(study, overrides or ())
+    with _quiet_libraries(study):
+        from jfhpo.session import look
+        from jfhpo_core.report.recipe import parse_size
+        from jfhpo_core.report.recipe import recipe as advise
+
+        result = look(spec)
+        page = advise(result, parse_size(size, result.study))
+    if as_json:
+        typer.echo(page.model_dump_json(indent=2))
+    else:
+        _console().print("\n".join(page.sentences), markup=False, highlight=False)
+    if page.refusal is not None:
+        raise typer.Exit(NOTHING)
+
+
+@app.command()
 def report(study: StudyFile, overrides: Overrides = None) -> None:
     """Write a study's report again, from the ledger."""
     from jfhpo.overrides import read_study

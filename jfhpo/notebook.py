@@ -12,6 +12,8 @@ from jfhpo.overrides import read_study
 from jfhpo.session import StudyOutcome, look, recorded, run_study
 from jfhpo_core.report.findings import interval, verdict
 from jfhpo_core.report.page import PLOTS, write_plots
+from jfhpo_core.report.recipe import Recipe, parse_size, recipe
+from jfhpo_core.report.why import Why, why
 from jfhpo_core.run.search import Progress, SearchResult
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
@@ -91,6 +93,29 @@ class Study:
         """
         result = self.result
         return write_plots(result, Path(folder) if folder is not None else result.study.folder / PLOTS)
+
+    def recipe(self, size: str | int) -> Recipe:
+        """What to use on a model of another size, as `jfhpo recipe` prints it.
+
+        Args:
+            size: Parameters (`72_000_000_000` or "72B"), a model of the study, or a folder with a checkpoint.
+
+        Raises:
+            LedgerError: Nothing has been recorded yet.
+            SpecError: The size cannot be read.
+        """
+        result = self.result
+        page: Recipe = recipe(result, parse_size(str(size), result.study))
+        return page
+
+    def why(self) -> Why:
+        """What matters, where runs collapsed, and why this recommendation, as `jfhpo why` prints it.
+
+        Raises:
+            LedgerError: Nothing has been recorded yet.
+        """
+        page: Why = why(self.result)
+        return page
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the outcome in a sentence, the comparison, and the newest trials."""

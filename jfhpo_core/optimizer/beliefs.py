@@ -23,6 +23,7 @@ from jfhpo_core.optimizer.observations import (
 )
 from jfhpo_core.optimizer.score_scale import Group, ScoreScale
 from jfhpo_core.optimizer.surrogate import (
+    DRAWS,
     FIDELITY_COLUMNS,
     THIS_STUDY,
     JointStructure,
@@ -56,8 +57,13 @@ class Beliefs:
     feasibility: Feasibility | None
 
     @classmethod
-    def form(cls, history: History) -> Beliefs | None:
-        """From the trials alone; None if nothing has been evaluated, here or in an earlier study."""
+    def form(cls, history: History, draws: int = DRAWS) -> Beliefs | None:
+        """From the trials alone; None if nothing has been evaluated, here or in an earlier study.
+
+        Args:
+            history: The trials.
+            draws: Members of the surrogate's ensemble.
+        """
         rows = observed_rows(history)
         if not rows:
             return None
@@ -69,6 +75,7 @@ class Beliefs:
             observe(rows, scale, study.space.dimension),
             observe(basis, scale_of(basis), study.space.dimension),
             structure,
+            draws,
         )
         inputs, feasible = verdicts(history)
         ruined = bool((feasible == 0).any())

@@ -11,7 +11,8 @@ What is modelled are scores on the scale of `score_scale`, which has no units:
   t multiplies `shared` and `residual`, for curves that cross.
 * `shared` is a Matern-5/2 process common to all sizes. `beta` moves the best learning rate (and what else is marked
   `shifts_with_size`) linearly in log parameters: the scaling that recipes for different sizes show.
-* `residual` is a Wiener process in -z: nothing at the target, and the further away a model is the more it may differ.
+* `residual` is a Wiener process in |z|: nothing at the target, and the further away a model is the more it may differ;
+  of models above the target (`best_values` asks for them) those below say nothing here.
   It makes a proxy worth exactly as much as its agreement with larger models has shown. On the scale that is modelled,
   agreement among good configurations is what counts.
 * `seed` is one deviation for each run. Points with trial = -1 stand for the expectation over seeds.
@@ -201,7 +202,7 @@ class JointStructure:
             residual = self._scale(parameters, "residual") * matern52(
                 distances(first[..., :d] / scale, second[..., :d] / scale) / self._scale(parameters, "stretch")
             )
-            both = both + torch.minimum(-z1, -z2).clamp_min(0) * residual
+            both = both + torch.where(z1 * z2 > 0, torch.minimum(z1.abs(), z2.abs()), 0.0) * residual
         t1, t2 = first[..., d + 1].unsqueeze(-1), _constant(second[..., d + 1]).unsqueeze(-2)
         both = matern52((t1 - t2).abs() / self._scale(parameters, "time")) * both
         study1, study2 = first[..., d + 3].unsqueeze(-1), _constant(second[..., d + 3]).unsqueeze(-2)
@@ -234,8 +235,8 @@ class JointStructure:
         def scale(name: str) -> Tensor:
             return self.value(parameters, name).exp()
 
-        below = (-inputs[..., d]).clamp_min(0)
-        spread = scale("shared") + below * scale("residual") + scale("seed") * (inputs[..., d + 2] != ANY_SEED)
+        away = inputs[..., d].abs()
+        spread = scale("shared") + away * scale("residual") + scale("seed") * (inputs[..., d + 2] != ANY_SEED)
         return self.amplitude(parameters, inputs[..., d + 1]).square() * spread + scale("offset")
 
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from jfhpo.cli import INFRASTRUCTURE, INTERRUPTED, NOTHING, REFUSED, UNFINISHED, app
 from jfhpo_core.errors import InfrastructureError, LedgerError, LedgerUnavailable, SpecError
+from jfhpo_core.report.recipe import Recipe
 from jfhpo_core.report.why import Why
 from jfhpo_core.stopping.rules import RULES
 from jfhpo_core.study.spec import StudySpec
@@ -40,7 +41,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("search", "plan", "show", "why", "report", "schema", "rules", "version"):
+    for command in ("search", "plan", "show", "why", "recipe", "report", "schema", "rules", "version"):
         assert re.search(rf"^ +{command} ", result.stdout, re.MULTILINE)
 
 
@@ -205,6 +206,19 @@ def test_why_prints_sentences_or_the_figures_behind_them(invoke: Callable[..., R
     assert page.sentences
     said = " ".join(invoke("why", SIMULATED).stdout.split())
     assert said == " ".join(" ".join(page.sentences).split())
+
+
+@pytest.mark.slow
+def test_recipe_prints_sentences_or_the_figures_behind_them(invoke: Callable[..., Result]) -> None:
+    done = invoke("recipe", "--size", "3B", "--json", SIMULATED)
+    page = Recipe.model_validate_json(done.stdout)
+    assert (page.study, page.parameters) == ("simulated", 3_000_000_000)
+    assert done.exit_code == (NOTHING if page.refusal else 0)
+    said = " ".join(invoke("recipe", "--size", "3B", SIMULATED).stdout.split())
+    assert said == " ".join(" ".join(page.sentences).split())
+    refused = invoke("recipe", "--size", "many", SIMULATED)
+    assert refused.exit_code == REFUSED
+    assert "'many' is no number of parameters" in refused.stderr
 
 
 @pytest.mark.slow
