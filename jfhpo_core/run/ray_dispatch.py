@@ -36,6 +36,7 @@ from typing import Any
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.run.dispatch import Event, Finished, Streamed, Suspended, request, too_large
 from jfhpo_core.run.parts import Paused
+from jfhpo_core.run.ray_versions import version_mismatch
 from jfhpo_core.run.scheduler import POOL, Load, Opening, Request, Scheduler
 from jfhpo_core.run.worker import Cancelled, run_job
 from jfhpo_core.study.spec import DEFAULT_PARALLEL, ClusterSpec
@@ -296,9 +297,9 @@ class RayDispatcher:
             self._look_at_nodes()
             self._idle += [self._start_worker(str(trainer), 1, POOL) for _ in range(warm)]
         except BaseException as error:  # noqa: BLE001  whatever it is, the driver must hear of it
-            message = f"Ray did not start (cluster.address {self._address!r}): {_last_line(error)}"
             remedy = "try again, or run without Ray by `cluster: {address: inline}`"
-            self._events.put(InfrastructureError(f"{message}; {remedy}"))
+            why = version_mismatch(error) or f"{_last_line(error)}; {remedy}"
+            self._events.put(InfrastructureError(f"Ray did not start (cluster.address {self._address!r}): {why}"))
         else:
             self._started.set()
             while not self._closing.wait(NODES_SECONDS):
@@ -682,7 +683,7 @@ def _start(ray: Any, address: str) -> None:
         except Exception as error:
             logger.warning("attempt %d of %d to start Ray failed: %s", attempt, START_ATTEMPTS, _last_line(error))
             ray.shutdown()
-            if attempt == START_ATTEMPTS:
+            if attempt == START_ATTEMPTS or version_mismatch(error):
                 raise
         else:
             _hear_of_children()

@@ -15,7 +15,8 @@ from jfhpo_core.trainers.base import Finding, Level
 from jfhpo_core.trainers.external.ask import SECONDS, VERSIONS, ask
 from jfhpo_core.trainers.external.fit import demand_of
 from jfhpo_core.trainers.external.memory import GIB, WEIGHT_BYTES
-from jfhpo_core.trainers.external.placement import Placement, place, whole_gpus
+from jfhpo_core.trainers.external.placement import Placement, place
+from jfhpo_core.trainers.external.preflight import FLASH_ATTENTION, check_gpus, check_versions, needed_gpus
 from jfhpo_core.trainers.external.process import environment
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 
@@ -35,35 +36,19 @@ def preflight(study: Study, settings: OpenRlhfSettings, ineffective: dict[str, s
     """
     assert settings.interpreter is not None
     try:
-        probe = ask(settings.interpreter, VERSIONS, [*TESTED, "flash-attn"], environment(settings, os.environ, 1))
+        probe = ask(settings.interpreter, VERSIONS, [*TESTED, FLASH_ATTENTION], environment(settings, os.environ, 1))
     except InfrastructureError as error:
         yield Finding(Level.FAILURE, "trainer", str(error))
     else:
-        yield from _versions(probe["versions"], settings)
+        yield from check_versions(probe["versions"], TESTED, settings, "the how-to on OpenRLHF")
         if settings.device == "cuda" and settings.jobs_address is None:
-            yield _gpus(study, settings, probe["gpus"])
+            yield check_gpus(needed_gpus(study), settings, probe["gpus"])
         if settings.jobs_address is not None:
             yield _jobs(settings, settings.jobs_address)
     for model in study.ladder.models:
         yield _fit(study, settings, model)
     for name, reason in ineffective.items():
         yield Finding(Level.WARNING, "space", f"{name} is searched but has no effect: {reason}")
-
-
-def _versions(versions: dict[str, str | None], settings: OpenRlhfSettings) -> Iterator[Finding]:
-    missing = [name for name in TESTED if versions[name] is None]
-    if settings.device == "cuda" and settings.attention.startswith("flash_attention") and not versions["flash-attn"]:
-        missing.append("flash-attn")
-    if missing:
-        yield Finding(
-            Level.FAILURE, "trainer",
-            f"{', '.join(missing)} not installed for {settings.interpreter}; see the how-to on OpenRLHF",
-        )  # fmt: skip
-    other = {name: own for name, own in versions.items() if name in TESTED and own not in (None, TESTED[name])}
-    for name, own in other.items():
-        yield Finding(Level.WARNING, "trainer", f"{name} is {own}; the adapter was tested with {TESTED[name]}")
-    if not missing and not other:
-        yield Finding(Level.OK, "trainer", ", ".join(f"{name} {versions[name]}" for name in TESTED))
 
 
 def _jobs(settings: OpenRlhfSettings, address: str) -> Finding:
@@ -87,19 +72,6 @@ def _jobs(settings: OpenRlhfSettings, address: str) -> Finding:
         f"no use of the job server at {address}: {last}; check trainer.settings.jobs_address, and RAY_AUTH_MODE and "
         "RAY_AUTH_TOKEN if the cluster asks for a token",
     )  # fmt: skip
-
-
-def _gpus(study: Study, settings: OpenRlhfSettings, found: list[int]) -> Finding:
-    needed = max(whole_gpus(model.devices, study.spec.cluster.gpus_per_device)[0] for model in study.ladder.models)
-    here = f"{len(found)} GPUs here" + (f" of {min(found) / GIB:.0f} GiB" if found else "")
-    if not found:
-        return Finding(Level.WARNING, "gpus", "none on this machine: the trials need nodes that have some")
-    if len(found) < needed or min(found) / GIB < settings.gpu_memory_gib * 0.95:
-        return Finding(
-            Level.WARNING, "gpus",
-            f"{here}; the study asks for {needed} of {settings.gpu_memory_gib:g} GiB (trainer.settings.gpu_memory_gib)",
-        )  # fmt: skip
-    return Finding(Level.OK, "gpus", here)
 
 
 def _fit(study: Study, settings: OpenRlhfSettings, model: Model) -> Finding:

@@ -10,8 +10,7 @@ from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.trainers.base import Finding, Level
 from jfhpo_core.trainers.external.ask import VERSIONS, ask
-from jfhpo_core.trainers.external.memory import GIB
-from jfhpo_core.trainers.external.placement import whole_gpus
+from jfhpo_core.trainers.external.preflight import FLASH_ATTENTION, check_gpus, check_versions, needed_gpus
 from jfhpo_core.trainers.verl.settings import VerlSettings
 from jfhpo_core.trainers.verl.training import ray_cpus
 
@@ -53,43 +52,16 @@ def preflight(study: Study, settings: VerlSettings) -> Iterator[Finding]:
     assert settings.interpreter is not None
     try:
         probe = ask(
-            settings.interpreter, VERSIONS, [*LOCKED["cpu"], "flash-attn"], dict(os.environ) | {"PYTHONPATH": ""}
+            settings.interpreter, VERSIONS, [*LOCKED["cpu"], FLASH_ATTENTION], dict(os.environ) | {"PYTHONPATH": ""}
         )
     except InfrastructureError as error:
         yield Finding(Level.FAILURE, "trainer", str(error))
         return
-    yield from _versions(probe["versions"], settings)
-    needed = max(whole_gpus(model.devices, study.spec.cluster.gpus_per_device)[0] for model in study.ladder.models)
+    yield from check_versions(probe["versions"], LOCKED[settings.device], settings, "the how-to on verl")
     if settings.device == "cuda":
-        yield _gpus(needed, settings, probe["gpus"])
+        needed = needed_gpus(study)
+        yield check_gpus(needed, settings, probe["gpus"])
         yield _cpus(ray_cpus(settings, needed))
-
-
-def _versions(versions: dict[str, str | None], settings: VerlSettings) -> Iterator[Finding]:
-    locked = LOCKED[settings.device]
-    missing = [name for name in locked if versions[name] is None]
-    if settings.attention.startswith("flash_attention") and not versions["flash-attn"]:
-        missing.append("flash-attn")
-    if missing:
-        yield Finding(
-            Level.FAILURE, "trainer",
-            f"{', '.join(missing)} not installed for {settings.interpreter}; see the how-to on verl",
-        )  # fmt: skip
-    other = {name: own for name, own in versions.items() if name in locked and own not in (None, locked[name])}
-    for name, own in other.items():
-        yield Finding(Level.WARNING, "trainer", f"{name} is {own}; the lock of `make verl-env` has {locked[name]}")
-    if not missing and not other:
-        yield Finding(Level.OK, "trainer", ", ".join(f"{name} {versions[name]}" for name in locked))
-
-
-def _gpus(needed: int, settings: VerlSettings, found: list[int]) -> Finding:
-    if not found:
-        return Finding(Level.WARNING, "gpus", "none on this machine: the trials need nodes that have some")
-    here = f"{len(found)} GPUs here of {min(found) / GIB:.0f} GiB"
-    if len(found) < needed or min(found) / GIB < settings.gpu_memory_gib * 0.95:
-        wanted = f"{needed} of {settings.gpu_memory_gib:g} GiB (trainer.settings.gpu_memory_gib)"
-        return Finding(Level.WARNING, "gpus", f"{here}; the study asks for {wanted}")
-    return Finding(Level.OK, "gpus", here)
 
 
 def _cpus(needed: int) -> Finding:

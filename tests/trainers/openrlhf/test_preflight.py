@@ -9,7 +9,7 @@ import pytest
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.trainers.base import Finding, Level
 from jfhpo_core.trainers.external.memory import GIB
-from jfhpo_core.trainers.openrlhf.preflight import TESTED, _versions, cached_sequences
+from jfhpo_core.trainers.openrlhf.preflight import cached_sequences
 from jfhpo_core.trainers.openrlhf.settings import OpenRlhfSettings
 from tests.trainers.openrlhf.conftest import placed, study
 
@@ -25,16 +25,6 @@ def test_an_environment_without_openrlhf_fails() -> None:
     found = [finding for finding in findings(sys.executable) if finding.subject == "trainer"]
     assert found[0].level is Level.FAILURE
     assert "openrlhf" in found[0].message
-
-
-def test_other_versions_are_a_warning() -> None:
-    versions: dict[str, str | None] = {**TESTED, "flash-attn": "2.8.3"}
-    assert [finding.level for finding in _versions(versions, OpenRlhfSettings())] == [Level.OK]
-    (finding,) = _versions({**versions, "openrlhf": "0.12.0"}, OpenRlhfSettings())
-    assert (finding.level, "0.12.0" in finding.message) == (Level.WARNING, True)
-    assert all(item.level is Level.OK for item in _versions({**versions, "flash-attn": None}, OpenRlhfSettings()))
-    (finding,) = _versions({**versions, "flash-attn": None}, OpenRlhfSettings(attention="flash_attention_2"))
-    assert finding.level is Level.FAILURE
 
 
 def test_the_cache_is_estimated_from_the_models_configuration() -> None:
