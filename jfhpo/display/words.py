@@ -48,7 +48,7 @@ def paid_bill(cost: CostEstimate, budget: BudgetSpec) -> str:
 def show_quality(quality: Quality | None) -> str:
     """A forecast of the final score for people: '0.712 (80 % interval 0.671 to 0.745)'."""
     if quality is None:
-        return f"cannot be forecast before {FEWEST_CONFIGURATIONS} configurations have scores, one on the target"
+        return f"cannot be forecast before {FEWEST_CONFIGURATIONS} full runs of the target"
     return f"{quality.score:.3f} (80 % interval {quality.low:.3f} to {quality.high:.3f})"
 
 

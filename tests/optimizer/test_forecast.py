@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import (
     FEWEST_CONFIGURATIONS,
+    WIDER,
     Quality,
     forecast,
     forecast_quality,
@@ -29,7 +31,11 @@ from tests.studies import simulated_study, trained
 
 TRIED: Configuration = {"learning_rate": 1e-4}
 
-BELIEFS = [Recommendation(TRIED, mean, 0.03) for mean in (0.7, 0.65, 0.6, 0.4, 0.1)]
+BELIEFS = [
+    Recommendation({"learning_rate": 1e-4 * (1 + index)}, mean, 0.03)
+    for index, mean in enumerate((0.7, 0.65, 0.6, 0.4, 0.1))
+]
+WIDE = (0.9, 0.8, 0.5, 0.2, 0.15)
 SEARCHES = 10
 MARKS = (0.4, 0.7)
 """Shares of the budget at which the end of each search is forecast."""
@@ -113,9 +119,14 @@ def test_several_devices_at_a_time_shorten_the_wait_and_not_the_bill(tmp_path: P
     assert forecast(study, proxies).items[1].devices == 1
 
 
-def spent(study: Study, share: float) -> list[Trial]:
-    """Trials of a search that has spent a share of its budget."""
-    return [trained(study, TRIED, "large", [0.1, 0.5], seconds=share * study.spec.budget.device_seconds)]
+def spent(study: Study, share: float, ends: Sequence[float] = (0.1, 0.5)) -> list[Trial]:
+    """Full runs of the target, one for each of `BELIEFS`, that have spent a share of the budget."""
+    scores = np.linspace(*ends, len(study.spec.fidelity.levels) + 1).tolist()
+    seconds = share * study.spec.budget.device_seconds / len(BELIEFS)
+    return [
+        trained(study, item.configuration, "large", scores, number, seconds=seconds)
+        for number, item in enumerate(BELIEFS)
+    ]
 
 
 def forecast_at(study: Study, share: float, beliefs: list[Recommendation] = BELIEFS) -> Quality:
@@ -129,43 +140,68 @@ def test_the_final_score_cannot_be_forecast_from_nothing(study: Study) -> None:
     assert forecast_quality(study, strategy.rank(study, []), []) is None
     few = BELIEFS[: FEWEST_CONFIGURATIONS - 1]
     assert forecast_quality(study, few, spent(study, 0.5)) is None
-    cheap = [trained(study, TRIED, "small", [0.1, 0.5], seconds=0.5 * study.spec.budget.device_seconds)]
-    assert forecast_quality(study, BELIEFS, cheap) is None
+    proxies = [trained(study, item.configuration, "small", [0.1, 0.5], seconds=10.0) for item in BELIEFS]
+    assert forecast_quality(study, BELIEFS, proxies) is None
+    unfinished = [trained(study, item.configuration, "large", [0.1], seconds=10.0) for item in BELIEFS]
+    assert forecast_quality(study, BELIEFS, unfinished) is None
+
+
+def logit(share: float) -> float:
+    return float(np.log(share / (1 - share)))
+
+
+def share_of(value: float) -> float:
+    return float(1 / (1 + np.exp(-value)))
 
 
 def test_with_nothing_left_to_spend_the_forecast_is_the_belief_in_the_best(study: Study) -> None:
     quality = forecast_at(study, 1.0)
     assert quality.further == 0
     assert quality.score == pytest.approx(0.7)
-    assert (quality.low, quality.high) == pytest.approx((0.7 - 1.2816 * 0.03, 0.7 + 1.2816 * 0.03), abs=1e-4)
+    doubt = 1.2816 * WIDER * 0.03 / (0.7 * 0.3)
+    ends = share_of(logit(0.7) - doubt), share_of(logit(0.7) + doubt)
+    assert (quality.low, quality.high) == pytest.approx(ends, abs=1e-4)
     assert forecast_at(study, 1.2) == quality
 
 
-def test_shares_are_forecast_as_shares(study: Study) -> None:
-    beliefs = [Recommendation(TRIED, mean, 0.3) for mean in (0.9, 0.8, 0.5, 0.2)]
-    quality = forecast_at(study, 0.1, beliefs)
-    assert (quality.score, quality.high) == (1.0, 1.0)
-    points = [trained(study, TRIED, "large", [-1.0, 2.0], seconds=0.1 * study.spec.budget.device_seconds)]
-    unbounded = forecast_quality(study, beliefs, points)
-    assert unbounded is not None
-    assert unbounded.high > unbounded.score > 1
+def test_shares_are_forecast_as_shares_and_losses_in_their_own_units(study: Study) -> None:
+    wide = [Recommendation(item.configuration, mean, 0.3) for item, mean in zip(BELIEFS, WIDE, strict=True)]
+    quality = forecast_at(study, 0.1, wide)
+    assert 0 < quality.low < quality.score < quality.high < 1
+    large, small = (
+        forecast_quality(
+            study,
+            [Recommendation(item.configuration, factor * item.mean - 4, factor * 0.3) for item in wide],
+            spent(study, 0.1, (-4.0, factor - 4)),
+        )
+        for factor in (1.0, 1e-4)
+    )
+    assert large is not None
+    assert small is not None
+    assert large.high + 4 > large.score + 4 > 1
+    for one, other in ((large.low, small.low), (large.score, small.score), (large.high, small.high)):
+        assert other + 4 == pytest.approx(1e-4 * (one + 4))
 
 
-def test_an_untried_configuration_promises_nothing(study: Study) -> None:
-    untried = Recommendation({"learning_rate": 2e-4}, 0.95, 0.01)
+def test_a_configuration_that_has_not_finished_on_the_target_promises_nothing(study: Study) -> None:
+    untried = Recommendation({"learning_rate": 9e-4}, 0.95, 0.01)
     assert forecast_at(study, 0.5, [untried, *BELIEFS]) == forecast_at(study, 0.5)
 
 
 def test_the_forecast_is_the_larger_of_what_is_known_and_what_is_still_bought(study: Study) -> None:
-    # A third of the budget bought five configurations: the rest buys ten. The same by drawing them.
+    # A third of the budget bought five runs: the rest buys ten. The same by drawing them.
     quality = forecast_at(study, 1 / 3)
     assert quality.further == pytest.approx(10)
     random = np.random.default_rng(0)
-    upper = np.array([0.1, 0.05, 0.0])
-    spread = np.sqrt((np.mean(upper**2) + 0.03**2) * 1.2)
-    further = 0.6 + spread * random.standard_t(4, size=(200_000, 10))
-    final = np.maximum(random.normal(0.7, 0.03, size=200_000), further.max(axis=1))
-    assert (quality.low, quality.score, quality.high) == pytest.approx(np.quantile(final, [0.1, 0.5, 0.9]), abs=0.002)
+    means = np.array([item.mean for item in BELIEFS])
+    values, doubts = np.log(means / (1 - means)), WIDER * 0.03 / (means * (1 - means))
+    middle = np.median(values)
+    upper = WIDER * (values[values >= middle] - middle)
+    spread = np.sqrt((np.mean(upper**2) + np.mean(doubts**2)) * 1.2)
+    further = middle + spread * random.standard_t(4, size=(200_000, 10))
+    final = np.maximum(random.normal(values.max(), doubts[values.argmax()], size=200_000), further.max(axis=1))
+    expected = [share_of(value) for value in np.quantile(final, [0.1, 0.5, 0.9])]
+    assert (quality.low, quality.score, quality.high) == pytest.approx(expected, abs=0.002)
 
 
 def test_more_budget_promises_more_but_by_less_and_less(study: Study) -> None:
@@ -190,11 +226,11 @@ def test_the_last_bit_of_a_budget_buys_nothing(study: Study) -> None:
 
 
 def test_one_sure_belief_is_no_certainty_about_the_end(study: Study) -> None:
-    sure = [Recommendation(TRIED, item.mean, 0.0) for item in BELIEFS]
+    sure = [Recommendation(item.configuration, item.mean, 0.0) for item in BELIEFS]
     quality = forecast_at(study, 0.5, sure)
     assert quality.low >= 0.699
     assert quality.high > quality.score > 0.7
-    alike = [Recommendation(TRIED, 0.5, 0.0)] * FEWEST_CONFIGURATIONS
+    alike = [Recommendation(item.configuration, 0.5, 0.0) for item in BELIEFS]
     assert forecast_at(study, 0.5, alike).score == pytest.approx(0.5, abs=0.01)
 
 
@@ -239,7 +275,7 @@ def forecasts_and_end(study: Study) -> tuple[list[Quality], float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "budget"),
-    [("random", 300), ({"name": "jfhpo", "settings": {"initial_trials": 5, "pool": 64, "fresh": 6, "local": 6}}, 150)],
+    [("random", 300), ({"name": "jfhpo", "settings": {"initial_trials": 5, "pool": 64, "fresh": 6, "local": 6}}, 300)],
 )
 def test_forecasts_hold_what_simulated_searches_end_with(strategy: object, budget: float, tmp_path: Path) -> None:
     space = {
