@@ -43,8 +43,8 @@ SMALLEST_DEVIATION = 1e-3
 """No score is known better than this share of the range of all."""
 
 WIDER = 1.25
-"""Factor on the deviations of beliefs and of further runs. Without it 24 of 34 forecasts held on settings of the foreign
-benchmark that are for tuning, with as many too high as too low."""
+"""Factor on the deviations of beliefs and of further runs. Without it 24 of 34 forecasts held on the settings of the
+foreign benchmark that are for tuning, with as many too high as too low."""
 
 SMALLEST_SHARE = 1e-3
 """A share that is nearer to 0 or 1 counts as this far from it."""
