@@ -195,7 +195,8 @@ def plan(
         from jfhpo_core.run.search import rank
         from jfhpo_core.study.resolved import resolve
 
-        resolved = informed(resolve(spec))
+        notes: list[str] = []
+        resolved = informed(resolve(spec), notes.append)
         check_places(spec)
         resolved = with_counted_devices(resolved)
         findings = refuse_unusable(resolved)
@@ -213,6 +214,8 @@ def plan(
         )
     console = _console()
     console.print(view)
+    for note in notes:
+        console.print(note, highlight=False)
     _print_findings(console, findings)
     if measure:
         with _quiet_libraries(study):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
+from jfhpo.earlier_studies import earlier_studies
 from jfhpo.places import check_places
 from jfhpo.study_facts import facts
 from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
@@ -24,8 +25,7 @@ from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.store.outbox import Outbox
 from jfhpo_core.store.retention import Judgement, judge
-from jfhpo_core.study.models import build_ladder
-from jfhpo_core.study.resolved import EarlierStudy, Study, resolve
+from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import canonical_json
 
@@ -89,7 +89,7 @@ def run_study(
         SpecError: The study is not usable; nothing has been started then.
         LedgerError: Another process runs the study, or the ledger holds a different one of its name.
     """
-    study = informed(resolve(spec))
+    study = informed(resolve(spec), on_status)
     check_places(spec)
     strategy = load_strategy(study)
     # A study with a report has most likely been finished: look into its ledger before starting workers for nothing.
@@ -121,8 +121,12 @@ def run_study(
             return outbox.wait_for(lambda: _publish(study, ledger, result))
 
 
-def informed(study: Study) -> Study:
-    """The study with the earlier ones that it names in `warm_start`.
+def informed(study: Study, on_status: Callable[[str], None] = lambda _: None) -> Study:
+    """The study with the earlier ones that its `warm_start` stands for.
+
+    Args:
+        study: As its file has it.
+        on_status: Told which they are, and why.
 
     Raises:
         LedgerError: The ledger does not hold one of them.
@@ -130,14 +134,12 @@ def informed(study: Study) -> Study:
     """
     if not study.spec.warm_start:
         return study
-    from mlflow_plugin.ledger import MlflowLedger
-
-    earlier = []
-    for name in study.spec.warm_start:
-        ledger = MlflowLedger()
-        spec = ledger.recall(study.spec, name)
-        earlier.append(EarlierStudy(spec, build_ladder(spec), tuple(ledger.trials())))
-    return replace(study, earlier=tuple(earlier))
+    found = earlier_studies(study)
+    for item in found:
+        on_status(f"learning from study {item.name!r}: {item.why}")
+    if not found:
+        on_status("warm_start: no earlier study in the ledger fits this one")
+    return replace(study, earlier=tuple(item.study for item in found))
 
 
 def recorded(study: Study) -> MlflowLedger | None:

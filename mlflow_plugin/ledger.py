@@ -860,6 +860,27 @@ def _study_anywhere(client: MlflowClient, study: StudySpec, name: str) -> tuple[
     return None
 
 
+def recorded_before(study: StudySpec) -> list[str]:
+    """Names of the studies in the store of `study` that began before it, newest first; of all, if it has not begun.
+
+    Raises:
+        LedgerError: The store does not answer.
+    """
+    if not _exists(study):
+        return []
+    client = connect(study)
+    try:
+        experiments = client.search_experiments(filter_string="name LIKE 'jfhpo/%'")
+        own = client.get_experiment_by_name(_experiment_name(study))
+        places = {item.experiment_id for item in (*experiments, *filter(None, [own]))}
+        runs = [run for place in sorted(places) for run in _search(client, place, f"tags.`{STUDY}` != ''")]
+    except MlflowException as error:
+        raise LedgerError(f"warm_start: earlier studies cannot be looked up: {error.message}") from error
+    begun = min((run.info.start_time for run in runs if run.data.tags[STUDY] == study.study), default=math.inf)
+    earlier = [run for run in runs if run.info.start_time < begun]
+    return [run.data.tags[STUDY] for run in sorted(earlier, key=lambda run: -run.info.start_time)]
+
+
 def _refuse_deleted_study(client: MlflowClient, experiment_id: str, study: StudySpec) -> None:
     """Refuse to begin a study anew whose run was deleted.
 

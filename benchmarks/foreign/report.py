@@ -87,6 +87,12 @@ Rank correlations with the target are over random configurations, and over the t
 regret of a proxy's best is what the configuration lacks on the target that is the best of 1,024 random ones on the
 proxy. Published recipes: GPT-3 with a cool-down, DataComp, the README of ScAn-Bench."""
 
+FORECASTS = """\
+The [forecast of the final score](../explanation/method.md#the-forecast) is looked at when shares of the budget are
+spent. It holds if the true score of what the search recommends in the end lies in the 80 % interval; it is too high if
+that score lies below. The error is the distance of the median, in halves of the interval, median over displays. All
+budgets are taken together; with small ones there are never enough full runs for a forecast."""
+
 COMMANDS = """\
     python -m benchmarks foreign fetch
     python -m benchmarks foreign run --strategy ... --settings tuning --seeds 2001:2021
@@ -281,6 +287,9 @@ def findings(evidence: Evidence) -> list[str]:
         "## At every cost",
         f"![Mean regret over the recipe's against cost on each setting]({CURVES})",
         RULES.format(most=BUDGETS[-1]),
+        "## Forecasts",
+        FORECASTS,
+        _forecasts(evidence),
         *regrets,
     ]
 
@@ -327,6 +336,38 @@ def _comparison(evidence: Evidence) -> list[str]:
         markdown_table(["", "setting", *(f"cost {cost}" for cost in BUDGETS)], rows),
         "\n".join(lines),
     ]
+
+
+def _forecasts(evidence: Evidence) -> str:
+    """How often the forecasts of the final score hold, by group of settings and share of the budget spent."""
+    own = evidence.results.get(evidence.own, {}).values()
+    rows = []
+    for label, settings in evidence.settings.items():
+        mine = [result for result in own if result.landscape.partition("@")[0] in settings]
+        shares = sorted({shown[0] for result in mine for shown in result.forecasts})
+        for some in (*([share] for share in shares), shares):
+            found = [
+                (result.recommended_score, *shown[1:])
+                for result in mine
+                for shown in result.forecasts
+                if shown[0] in some
+            ]
+            if found:
+                truth, low, middle, high = np.array(found).T
+                held = (low <= truth) & (truth <= high)
+                error = float(np.median(2 * np.abs(truth - middle) / (high - low)))
+                rows.append(
+                    [
+                        label,
+                        "all" if some is shares else f"{some[0]:.0%}",
+                        f"{len(found)} of {len(mine) * len(some)}",
+                        f"{held.mean():.0%}",
+                        f"{(truth < low).mean():.0%}",
+                        f"{(truth > high).mean():.0%}",
+                        f"{error:.2f}",
+                    ]
+                )
+    return markdown_table(["settings", "spent", "shown", "holds", "too high", "too low", "error"], rows)
 
 
 def _regrets(evidence: Evidence, cost: float) -> str:

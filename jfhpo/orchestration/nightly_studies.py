@@ -9,7 +9,7 @@ from datetime import date
 from itertools import count, islice
 
 from jfhpo_core.errors import LedgerError, SpecError
-from jfhpo_core.study.spec import NAME, StudySpec, TrackingSpec
+from jfhpo_core.study.spec import AUTO, NAME, StudySpec, TrackingSpec
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,15 @@ def _names(study: str, day: date) -> Iterable[str]:
 
 
 def _night(base: StudySpec, name: str, learned: Sequence[str], number: int) -> StudySpec:
-    """A study of its own name that is otherwise `base`; the seed of its search differs from night to night."""
+    """A study of its own name that is otherwise `base`; the seed of its search differs from night to night.
+
+    With `warm_start: auto` it learns from the nights alone: they fit best.
+    """
+    named = [] if base.warm_start == AUTO else base.warm_start
     return base.model_copy(
         update={
             "study": name,
-            "warm_start": list(dict.fromkeys([*base.warm_start, *learned])),
+            "warm_start": list(dict.fromkeys([*named, *learned])),
             "seeds": base.seeds.model_copy(update={"search": base.seeds.search + number}),
             "tracking": tracking_beside(base),
         }

@@ -27,6 +27,9 @@ DEFAULT_BATCH = 16
 DEFAULT_PARALLEL = 2
 """Trials at the same time where neither the study nor a number of devices says."""
 
+AUTO = "auto"
+"""Of `warm_start`: the earlier studies that fit."""
+
 RESERVED_NAMES = {"recommended", "random_search"}
 """Rows of the final table, in MLflow `score.NAME`, that are no baselines."""
 
@@ -486,10 +489,11 @@ class StudySpec(_Section):
     strategy: Annotated[StrategySpec, BeforeValidator(_strategy)] = Field(
         default=StrategySpec(), json_schema_extra=OPERATIONAL
     )
-    warm_start: list[Name] = Field(
+    warm_start: list[Name] | Literal["auto"] = Field(
         default_factory=list,
         json_schema_extra=OPERATIONAL,
-        description="Earlier studies in the same ledger that the strategy `jfhpo` learns from, as far as they agree.",
+        description="Earlier studies in the same ledger that the strategy `jfhpo` learns from, as far as they agree; "
+        "'auto' finds those that fit: same trainer, at least half of the hyperparameters.",
     )
     seeds: SeedSpec = Field(default=SeedSpec(), json_schema_extra=OPERATIONAL)
     cluster: ClusterSpec = Field(default=ClusterSpec(), json_schema_extra=OPERATIONAL)
@@ -509,7 +513,7 @@ class StudySpec(_Section):
                 for name in wanted:
                     if name not in names:
                         raise _fault(field, f"{name!r} is not in the family ({', '.join(names)})")
-        if self.study in self.warm_start:
+        if self.warm_start != AUTO and self.study in self.warm_start:
             raise _fault("warm_start", f"{self.study!r} is this study itself; name earlier ones")
         baselines = [baseline.name for baseline in self.baselines]
         if len(set(baselines)) < len(baselines):

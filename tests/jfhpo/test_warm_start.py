@@ -54,6 +54,45 @@ def test_an_earlier_study_is_learned_from(tmp_path: Path) -> None:
     assert outcome.result.recommended.mean > first.result.recommended.mean - 0.1
 
 
+def recorded(tmp_path: Path, name: str, **changes: Any) -> StudySpec:
+    """A study by random search, in the ledger."""
+    budget = {"trial_seconds": 150, "max_parallel": 1}
+    made = spec(tmp_path, study=name, strategy="random", baselines=[], budget=budget, **changes)
+    run_study(made)
+    return made
+
+
+@pytest.mark.slow
+def test_auto_finds_the_studies_that_fit_and_says_why(tmp_path: Path) -> None:
+    said: list[str] = []
+    wanted = spec(tmp_path, study="second", warm_start="auto", baselines=[])
+    assert informed(resolve(wanted), said.append).earlier == ()
+    assert said == ["warm_start: no earlier study in the ledger fits this one"]
+
+    recorded(tmp_path, "alike")
+    other = {"temperature": {"type": "float", "low": 0.7, "high": 1.3}}
+    recorded(tmp_path, "another-space", space=other)
+    recorded(tmp_path, "third", warm_start="auto")
+    recorded(tmp_path, "later")
+
+    said.clear()
+    count = len(resolve(wanted).space)
+    study = informed(resolve(wanted), said.append)
+    names = [earlier.spec.study for earlier in study.earlier]
+    assert names == ["later", "third", "alike"], "of equally fitting ones the newest first"
+    assert said[0] == (
+        f"learning from study 'later': same task, 3 of 3 models of the same size, {count} of {count} hyperparameters"
+    )
+    third = informed(resolve(spec(tmp_path, study="third", warm_start="auto", baselines=[])))
+    assert [earlier.spec.study for earlier in third.earlier] == ["alike"], "what began later is none of its past"
+
+
+def test_auto_is_no_name_of_a_study(tmp_path: Path) -> None:
+    assert spec(tmp_path, study="auto", warm_start="auto").warm_start == "auto"
+    with pytest.raises(ValueError, match="warm_start"):
+        spec(tmp_path, warm_start="another")
+
+
 def test_an_unknown_earlier_study_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="holds no study 'never'"):
         run_study(spec(tmp_path, warm_start=["never"]))
