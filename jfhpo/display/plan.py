@@ -9,6 +9,7 @@ from rich.text import Text
 
 from jfhpo.display.words import bill, duration, paid_bill, show_quality
 from jfhpo_core.optimizer.forecast import Forecast, Quality
+from jfhpo_core.optimizer.price import prices
 from jfhpo_core.stopping.rules import build_rules
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import BudgetSpec
@@ -69,6 +70,11 @@ def plan_view(
     grid.add_row("searched", ", ".join(spec.space))
     grid.add_row("full length", f"{spec.fidelity.horizon_prompts} prompts")
     grid.add_row("rungs", ", ".join(str(level) for level in spec.fidelity.levels))
+    if (price := prices(study)) is not None:
+        target = study.ladder.target
+        written = duration(price.checkpoint(target.name))
+        evaluated = duration(price.rung(target.name) - price.checkpoint(target.name))
+        grid.add_row("", f"at each {target.name} is evaluated ({evaluated}) and saved ({written}), by estimates")
     grid.add_row("stopping", ", ".join(rule.name for rule in build_rules(spec.stopping)))
     grid.add_row("in parallel", in_parallel(bills))
     parts: list[RenderableType] = [Text(f"Study {spec.study} is usable."), models, grid]

@@ -188,6 +188,10 @@ class Prices:
         completions = float(evaluation.prompts or EVALUATED_PROMPTS) * evaluation.samples_per_prompt
         return setup.generation_seconds(self._work(completions)) + setup.checkpoint_seconds()
 
+    def checkpoint(self, model: str) -> float:
+        """Writing a checkpoint from which a run can go on."""
+        return self._setup(model).checkpoint_seconds()
+
     def startup(self, model: str) -> float:
         """Start of a segment."""
         return self._setup(model).startup_seconds()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.scheduler import Load
 from jfhpo_core.run.search import Progress, SearchResult, run_search
 from jfhpo_core.store.ledger import MemoryLedger
-from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.trial import Example
 from tests.studies import simulated_study, step_record, trained
+from tests.trainers.openrlhf.conftest import study as openrlhf_study
 
 
 @pytest.fixture
@@ -241,3 +243,14 @@ def test_a_plan_says_how_many_runs_of_each_size_the_budget_buys(study: Study) ->
         bought = int(study.spec.budget.device_seconds / cost.seconds)
         assert re.search(rf"{model.name} +{model.parameters:,} .* {bought} \(\d+ to \d+\)", plan)
     assert bills.full_trial == bills.full_runs["large"]
+
+
+def test_a_plan_says_what_a_rung_takes() -> None:
+    base = openrlhf_study()
+    family = [model.model_dump(exclude_none=True) for model in base.family.models]
+    family[-1]["parameters"] = 7_000_000_000
+    settings = {**base.trainer.settings, "python": sys.executable}
+    study = resolve(openrlhf_study(family=family, trainer={**base.trainer.model_dump(), "settings": settings}))
+    plan = text_of(plan_view(study, forecast(study, [])))
+    # 16 bytes for each of seven billion parameters, at 1 GB/s.
+    assert re.search(r"at each l is evaluated \(.+\) and saved \(1 min 52 s\)", plan)
