@@ -2,76 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
-from jfhpo_core import embedded
 from jfhpo_core.errors import SpecError
-from jfhpo_core.optimizer.strategy import Proposal, Recommendation
 from jfhpo_core.run.ray_dispatch import RayDispatcher
 from jfhpo_core.run.search import Progress, SearchResult, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
-from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState
+from jfhpo_core.study.trial import Configuration, Trial, TrialState
 from jfhpo_core.trainers.openrlhf.command import MODULE
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.registry import register_target
+from tests.trainers.external.real_search import STOPPING, Script, main_processes, write_task
 from tests.trainers.openrlhf.conftest import study
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.slow, pytest.mark.timeout(3000)]
 
-REWARD = """
-from pathlib import Path
-
-def reward(prompts, completions, *, answer, **columns):
-    if Path(__file__).with_name("broken").exists():
-        raise ValueError("the verifier is broken")
-    return [float(completion == right) for completion, right in zip(completions, answer)]
-"""
-
 GOOD: Configuration = {"learning_rate": 1e-5}
 WILD: Configuration = {"learning_rate": 3e-2}
 UNLUCKY: Configuration = {"learning_rate": 2e-5}
-
-
-@dataclass
-class Script:
-    """Proposes a fixed sequence of segments; the reward is broken during one of them."""
-
-    broken: Path
-    segments: list[tuple[Configuration, str, int]] = field(
-        default_factory=lambda: [
-            (GOOD, "m", 16),
-            (WILD, "m", 48),
-            (GOOD, "m", 48),
-            (UNLUCKY, "m", 16),
-            (GOOD, "l", 48),
-        ]
-    )
-    name: ClassVar[str] = "script"
-
-    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
-        done = sum(len(trial.segments) for trial in trials)
-        if done >= len(self.segments):
-            return None
-        configuration, model, prompts = self.segments[done]
-        if configuration is UNLUCKY:
-            self.broken.touch()
-        else:
-            self.broken.unlink(missing_ok=True)
-        suggestion = Suggestion(source="script", explanation="", expected_cost_seconds=1.0)
-        return Proposal(configuration, model, prompts, suggestion)
-
-    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
-        return [Recommendation(GOOD, 0.5, 0.1)]
 
 
 @dataclass
@@ -87,20 +43,9 @@ class Watcher:
             self.streamed.add((key, record.step))
             trial = next(trial for trial in progress.trials if trial.key == key)
             if (trial.configuration, trial.model) == (GOOD, "m") and 3 <= record.step < 6 and not self.killed:
-                for pid in trainings(self.folder):
+                for pid in main_processes(self.folder, [b"-m", MODULE.encode()]):
                     os.kill(pid, signal.SIGKILL)
                     self.killed.append(pid)
-
-
-def trainings(workspace: Path) -> list[int]:
-    """OpenRLHF's main processes that train for a workspace."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            if arguments[1:3] == [b"-m", MODULE.encode()] and str(workspace).encode() in b"".join(arguments):
-                found.append(int(folder.name))
-    return found
 
 
 @dataclass(frozen=True)
@@ -119,27 +64,16 @@ class Searched:
 @pytest.fixture(scope="module")
 def searched(trainer_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
     folder = tmp_path_factory.mktemp("on-cpu")
-    (folder / "reward.py").write_text(REWARD)
-    task = embedded.task_folder("instruct")
-    for name in ("train.jsonl", "heldout.jsonl"):
-        shutil.copyfile(task / name, folder / name)
     spec = study(
-        task={
-            "prompts": str(folder / "train.jsonl"),
-            "heldout": str(folder / "heldout.jsonl"),
-            "reward": str(folder / "reward.py"),
-            "max_completion_tokens": 6,
-        },
+        task=write_task(folder),
         tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}", "workspace": str(folder / "workspace")},
-        # Stops what has left the reference by half a nat, from its third step on. Not by growth: OpenRLHF's estimate
-        # is clamped, so that of a collapsed policy may stand still.
-        stopping={"rules": "none", "override": {"absolute_kl": {"threshold": 0.5, "window": 3}}},
+        stopping=STOPPING,
         cluster={"address": "local"},
     )
     resolved = resolve(spec)
     ledger, watcher = MlflowLedger(), Watcher(folder)
     ledger.open(spec)
-    script = Script(folder / "broken")
+    script = Script(folder, GOOD, WILD, UNLUCKY)
     dispatcher = RayDispatcher(spec.cluster, slots=1, trainer="openrlhf")
     try:
         with pytest.raises(SpecError) as failure:
@@ -220,7 +154,7 @@ def test_a_failing_reward_ended_the_search_and_a_mended_one_went_on(searched: Se
 
 
 def test_nothing_is_left_of_the_trainings(searched: Searched) -> None:
-    assert trainings(searched.folder) == []
+    assert main_processes(searched.folder, [b"-m", MODULE.encode()]) == []
     assert list((searched.study.store / "staging").iterdir()) == []
 
 

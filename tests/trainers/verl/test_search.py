@@ -2,79 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 
-from jfhpo_core import embedded
 from jfhpo_core.errors import InfrastructureError, SpecError
-from jfhpo_core.optimizer.strategy import Proposal, Recommendation
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import SearchResult, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
-from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState
+from jfhpo_core.study.trial import Configuration, Trial, TrialState
 from jfhpo_core.trainers.base import Job
 from jfhpo_core.trainers.verl.command import MAIN
 from mlflow_plugin.ledger import MlflowLedger
+from tests.trainers.external.real_search import STOPPING, Script, main_processes, write_task
 from tests.trainers.verl.conftest import cpu_study
 
 pytestmark = [pytest.mark.verl, pytest.mark.slow, pytest.mark.timeout(3600)]
 
-REWARD = """
-from pathlib import Path
-
-def reward(prompts, completions, *, answer, **columns):
-    if Path(__file__).with_name("broken").exists():
-        raise ValueError("the verifier is broken")
-    return [float(completion == right) for completion, right in zip(completions, answer)]
-"""
-
 GOOD: Configuration = {"learning_rate": 1e-5, "actor_rollout_ref.actor.entropy_coeff": 1e-3}
 WILD: Configuration = {"learning_rate": 3e-2, "actor_rollout_ref.actor.entropy_coeff": 0.0}
 UNLUCKY: Configuration = {"learning_rate": 2e-5, "actor_rollout_ref.actor.entropy_coeff": 0.0}
-
-
-@dataclass
-class Script:
-    """Proposes a fixed sequence of segments; the reward is broken during one of them."""
-
-    broken: Path
-    segments: list[tuple[Configuration, str, int]] = field(
-        default_factory=lambda: [
-            (GOOD, "m", 16),
-            (WILD, "m", 48),
-            (GOOD, "m", 48),
-            (UNLUCKY, "m", 16),
-            (GOOD, "l", 48),
-        ]
-    )
-    name: ClassVar[str] = "script"
-
-    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
-        done = sum(len(trial.segments) for trial in trials)
-        if done >= len(self.segments):
-            return None
-        configuration, model, prompts = self.segments[done]
-        if configuration is UNLUCKY:
-            self.broken.touch()
-        else:
-            self.broken.unlink(missing_ok=True)
-        suggestion = Suggestion(source="script", explanation="", expected_cost_seconds=1.0)
-        return Proposal(configuration, model, prompts, suggestion)
-
-    def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
-        return [Recommendation(GOOD, 0.5, 0.1)]
 
 
 class Retrying(InlineDispatcher):
@@ -105,19 +61,8 @@ class Retrying(InlineDispatcher):
     def _kill(self) -> None:
         while not any('"step":3,' in path.read_text() for path in self._folder.glob("**/01-*/metrics.jsonl")):
             time.sleep(0.1)
-        for pid in trainings(self._folder):
+        for pid in main_processes(self._folder, [bytes(MAIN)]):
             os.kill(pid, signal.SIGKILL)
-
-
-def trainings(workspace: Path) -> list[int]:
-    """verl's main processes that train for a workspace."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            if arguments[1:2] == [bytes(MAIN)] and str(workspace).encode() in b"".join(arguments):
-                found.append(int(folder.name))
-    return found
 
 
 @dataclass(frozen=True)
@@ -136,32 +81,22 @@ class Searched:
 @pytest.fixture(scope="module")
 def searched(trainer_python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searched]:
     folder = tmp_path_factory.mktemp("verl-on-cpu")
-    (folder / "reward.py").write_text(REWARD)
-    task = embedded.task_folder("instruct")
-    for name in ("train.jsonl", "heldout.jsonl"):
-        shutil.copyfile(task / name, folder / name)
     spec = cpu_study(
         folder,
         trainer_python,
-        task={
-            "prompts": str(folder / "train.jsonl"),
-            "heldout": str(folder / "heldout.jsonl"),
-            "reward": str(folder / "reward.py"),
-            "max_completion_tokens": 6,
-        },
+        task=write_task(folder),
         space={
             "learning_rate": {"type": "float", "low": 1e-6, "high": 1e-1, "log": True},
             "actor_rollout_ref.actor.entropy_coeff": {"type": "float", "low": 0.0, "high": 0.01},
         },
         tracking={"uri": f"sqlite:///{folder / 'mlflow.db'}", "workspace": str(folder / "workspace")},
-        # Stops what has left the reference by half a nat, from its third step on.
-        stopping={"rules": "none", "override": {"absolute_kl": {"threshold": 0.5, "window": 3}}},
+        stopping=STOPPING,
         cluster={"address": "inline"},
     )
     resolved = resolve(spec)
     ledger, dispatcher = MlflowLedger(), Retrying(folder)
     ledger.open(spec)
-    script = Script(folder / "broken")
+    script = Script(folder, GOOD, WILD, UNLUCKY)
     with pytest.raises(SpecError) as failure:
         run_search(resolved, ledger, dispatcher, lambda _: None, script)
     script.broken.unlink()
@@ -241,7 +176,7 @@ def test_an_option_of_verl_was_searched(searched: Searched) -> None:
 
 
 def test_nothing_is_left_of_the_trainings(searched: Searched) -> None:
-    assert trainings(searched.folder) == []
+    assert main_processes(searched.folder, [bytes(MAIN)]) == []
     assert list((searched.study.store / "staging").iterdir()) == []
 
 
