@@ -116,7 +116,9 @@ class ExternalSettings(BaseModel):
 
     def of_model(self, name: str) -> Self:
         """The settings as they apply to a model of the family."""
-        return self.model_copy(update=self.models.get(name, {}))
+        own = self.models.get(name, {})
+        valid = type(self).model_validate(own)
+        return self.model_copy(update={field: getattr(valid, field) for field in own})
 
     @property
     def interpreter(self) -> str | None:
