@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from statistics import fmean
 
 from jfhpo_core.errors import InfrastructureError, SpecError
@@ -172,19 +173,19 @@ def plan_next(
         give_up_after: See `patience`.
         opening: What one more job may be; None: anything.
     """
-    spec = study.spec
+    spec, history = study.spec, History.of(study, trials)
     running = any(trial.open_segment is not None for trial in trials)
     first, *further = spec.seeds.training
     for baseline in spec.baselines:
         step = _full_length(
-            study, trials, baseline.configuration, first, "baseline", Phase.BASELINES,
+            history, baseline.configuration, first, "baseline", Phase.BASELINES,
             f"baseline {baseline.name}", baseline.name,
         )  # fmt: skip
         if step is not None and _is_due(study, step, opening):
             return step
 
-    history = History.of(study, trials)
-    remaining = spec.budget.device_seconds - _reserve(history, strategy) - history.committed_seconds
+    standing = _Standing(history, strategy)
+    remaining = spec.budget.device_seconds - _reserve(standing) - history.committed_seconds
     comparing = any(trial.purpose in ("confirmation", "random-search") for trial in trials)
     enough = REOPEN_SHARE * spec.budget.device_seconds if comparing else 0.0
     if remaining > enough and not _hopeless(trials, give_up_after):
@@ -194,22 +195,22 @@ def plan_next(
             proposal = _suggest(study, strategy, trials, math.inf, opening)
         if proposal is not None:
             step = _step(study, trials, proposal, Phase.SEARCH)
-            if _is_affordable(study, strategy, trials, step, remaining):
+            if _is_affordable(standing, step, remaining):
                 return step if _is_admitted(study, step, opening) else Step(Phase.SEARCH)
     if any(_is_search(trial.open_segment) for trial in trials if trial.purpose == "search"):
         return Step(Phase.SEARCH)
 
-    step = _validate(history, strategy)
+    step = _validate(standing)
     if step is not None:
         return step if _is_due(study, step, opening) else Step(step.phase)
-    recommended = recommend(study, strategy, trials)
+    recommended = standing.recommended
     candidates = [(baseline.name, baseline.configuration) for baseline in spec.baselines]
     if recommended is not None:
         candidates.insert(0, ("recommended", recommended.configuration))
     for seed in further:
         for label, configuration in candidates:
             step = _full_length(
-                study, trials, configuration, seed, "confirmation", Phase.COMPARISON, f"{label}, seed {seed}", label
+                history, configuration, seed, "confirmation", Phase.COMPARISON, f"{label}, seed {seed}", label
             )
             if step is not None:
                 return step if _is_due(study, step, opening) else Step(step.phase)
@@ -219,7 +220,7 @@ def plan_next(
         if not any(history.judges(trial) for trial in runs):
             seed = max(spec.seeds.training[-1], *(trial.seed for trial in runs)) + 1
             step = _full_length(
-                study, trials, recommended.configuration, seed, "confirmation", Phase.COMPARISON,
+                history, recommended.configuration, seed, "confirmation", Phase.COMPARISON,
                 f"recommended, seed {seed}", "recommended",
             )  # fmt: skip
             if step is not None:
@@ -269,15 +270,16 @@ def _size(study: Study, step: Step) -> tuple[int, float]:
     return devices, math.inf if cost is None else cost / devices
 
 
-def _reserve(history: History, strategy: Strategy) -> float:
+def _reserve(standing: _Standing) -> float:
     """Device-seconds held back for validation, within the budget's share and what is left.
 
     They are what the top k may still need on the target (the upper end of the estimate), of those as many as can be
     paid for; as long as nothing has finished there, the whole room if not even one can.
     """
+    history = standing.history
     study, spec = history.study, history.study.spec
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
-    best = [(item.configuration, known) for item, known in _finalists(history, strategy)]
+    best = [(item.configuration, known) for item, known in standing.finalists]
     best = best or [(study.space.middle(), None)]
     best += best[-1:] * (spec.budget.top_k - len(best))
     costs = CostModel.fit(study, history.trials)
@@ -298,22 +300,6 @@ def _planned_prompts(trial: Trial) -> int:
     """Prompts that a trial has consumed, or will have when its running segment ends."""
     running = trial.open_segment
     return trial.kept_prompts if running is None else running.stop_step * trial.prompts_per_step
-
-
-def _finalists(history: History, strategy: Strategy) -> list[tuple[Recommendation, Trial | None]]:
-    """The best-ranked configurations, as many as are validated, and what was trained of them on the target.
-
-    Those that a rule stopped or that failed on the target are passed over.
-    """
-    on_target = _first_seed_on_target(history)
-    ranked = (
-        (item, on_target.get(configuration_key(item.configuration)))
-        for item in rank(history.study, strategy, history.trials)
-    )
-    ruined = (TrialState.STOPPED, TrialState.INFEASIBLE)
-    return [(item, known) for item, known in ranked if known is None or known.state not in ruined][
-        : history.study.spec.budget.top_k
-    ]
 
 
 def _first_seed_on_target(history: History) -> dict[str, Trial]:
@@ -345,7 +331,7 @@ def _is_timed(trials: Sequence[Trial]) -> bool:
     return any(result.outcome not in (Outcome.INFEASIBLE, Outcome.LOST) for result in results)
 
 
-def _is_affordable(study: Study, strategy: Strategy, trials: Sequence[Trial], step: Step, remaining: float) -> bool:
+def _is_affordable(standing: _Standing, step: Step, remaining: float) -> bool:
     """Whether a step of the search may begin, so that the budget is overspent by one segment at most.
 
     Alone it must fit what is left, unless its price is a guess or there is nothing yet that could be validated instead.
@@ -353,10 +339,11 @@ def _is_affordable(study: Study, strategy: Strategy, trials: Sequence[Trial], st
     """
     assert step.trial is not None
     assert step.segment is not None
+    study, trials = standing.history.study, standing.history.trials
     running = [(trial, trial.open_segment) for trial in trials if trial.purpose == "search" and trial.open_segment]
     needed = step.segment.suggestion.expected_cost_seconds or 0.0
     if not running:
-        return needed <= remaining or not _is_timed(trials) or not _finalists(History.of(study, trials), strategy)
+        return needed <= remaining or not _is_timed(trials) or not standing.finalists
     costs = CostModel.fit(study, trials)
 
     def excess(trial: Trial, segment: Segment) -> float:
@@ -367,8 +354,9 @@ def _is_affordable(study: Study, strategy: Strategy, trials: Sequence[Trial], st
     return needed + excess(step.trial, step.segment) + sum(excess(*one) for one in running) <= remaining
 
 
-def _validate(history: History, strategy: Strategy) -> Step | None:
+def _validate(standing: _Standing) -> Step | None:
     """Bring the best-ranked configurations to full length on the target, as far as the budget allows, at least one."""
+    history = standing.history
     study, spec, trials = history.study, history.study.spec, history.trials
     target, horizon = study.ladder.target.name, spec.fidelity.horizon_prompts
     tried = _first_seed_on_target(history)
@@ -380,7 +368,7 @@ def _validate(history: History, strategy: Strategy) -> Step | None:
     secured = running or finished or tries >= spec.budget.top_k
     remaining = spec.budget.device_seconds - history.committed_seconds
     costs = CostModel.fit(study, trials)
-    for item, known in _finalists(history, strategy):
+    for item, known in standing.finalists:
         if known is not None and known.state not in (TrialState.PAUSED, TrialState.LOST):
             continue
         done = 0 if known is None else known.kept_prompts
@@ -405,8 +393,7 @@ def _validations(trials: Sequence[Trial]) -> int:
 
 
 def _full_length(
-    study: Study,
-    trials: Sequence[Trial],
+    history: History,
     configuration: Configuration,
     seed: int,
     purpose: Purpose,
@@ -418,10 +405,11 @@ def _full_length(
 
     A training that infrastructure failures ended is tried again.
     """
+    study, trials = history.study, history.trials
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
     same = [
         trial
-        for trial in History.of(study, trials).of_configuration(configuration)
+        for trial in history.of_configuration(configuration)
         if trial.seed == seed and trial.purpose in (purpose, "baseline", "confirmation")
     ]
     if any(trial.state is not TrialState.LOST for trial in same):
@@ -455,11 +443,54 @@ def _step(study: Study, trials: Sequence[Trial], proposal: Proposal, phase: Phas
     return Step(phase, trial, segment.model_copy(update={"floors": floors}))
 
 
+@dataclass(frozen=True)
+class _Standing:
+    """How a study stands: its history and what follows from the strategy's ranking, each worked out once."""
+
+    history: History
+    strategy: Strategy
+
+    @cached_property
+    def ranked(self) -> list[Recommendation]:
+        """See `rank`."""
+        history = self.history
+        evidence = {trial.key for trial in history.search}
+        ranked = self.strategy.rank(
+            history.study,
+            [trial for trial in history.trials if trial.purpose in ("search", "baseline") or trial.key in evidence],
+        )
+        known = {configuration_key(item.configuration) for item in ranked}
+        for recipe in history.recipes.values():
+            finals = history.final(recipe)
+            if finals and configuration_key(recipe) not in known:
+                score = fmean(final.score for final in finals)
+                error = math.sqrt(sum(final.standard_error**2 for final in finals)) / len(finals)
+                place = next((index for index, item in enumerate(ranked) if item.mean < score), len(ranked))
+                ranked.insert(place, Recommendation(recipe, score, error))
+        return ranked
+
+    @cached_property
+    def recommended(self) -> Recommendation | None:
+        """See `recommend`."""
+        finished = {configuration_key(trial.configuration) for trial in self.history.finished}
+        return next((item for item in self.ranked if configuration_key(item.configuration) in finished), None)
+
+    @cached_property
+    def finalists(self) -> list[tuple[Recommendation, Trial | None]]:
+        """The best-ranked configurations, as many as are validated, and what was trained of them on the target.
+
+        Those that a rule stopped or that failed on the target are passed over.
+        """
+        on_target = _first_seed_on_target(self.history)
+        ranked = ((item, on_target.get(configuration_key(item.configuration))) for item in self.ranked)
+        ruined = (TrialState.STOPPED, TrialState.INFEASIBLE)
+        left = [(item, known) for item, known in ranked if known is None or known.state not in ruined]
+        return left[: self.history.study.spec.budget.top_k]
+
+
 def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Recommendation | None:
     """The best-ranked configuration, recipes among them, whose run on the target is complete; None if there is none."""
-    finished = {configuration_key(trial.configuration) for trial in History.of(study, trials).finished}
-    ranked = [item for item in rank(study, strategy, trials) if configuration_key(item.configuration) in finished]
-    return ranked[0] if ranked else None
+    return _Standing(History.of(study, trials), strategy).recommended
 
 
 def rank(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[Recommendation]:
@@ -467,20 +498,7 @@ def rank(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[Reco
 
     A recipe that the strategy itself does not rank has its place by its measured score.
     """
-    history = History.of(study, trials)
-    evidence = {trial.key for trial in history.search}
-    ranked = strategy.rank(
-        study, [trial for trial in trials if trial.purpose in ("search", "baseline") or trial.key in evidence]
-    )
-    known = {configuration_key(item.configuration) for item in ranked}
-    for recipe in history.recipes.values():
-        finals = history.final(recipe)
-        if finals and configuration_key(recipe) not in known:
-            score = fmean(final.score for final in finals)
-            error = math.sqrt(sum(final.standard_error**2 for final in finals)) / len(finals)
-            place = next((index for index, item in enumerate(ranked) if item.mean < score), len(ranked))
-            ranked.insert(place, Recommendation(recipe, score, error))
-    return ranked
+    return _Standing(History.of(study, trials), strategy).ranked
 
 
 @dataclass
@@ -709,24 +727,24 @@ def _absorb(run: _Run, event: Event) -> None:
 
 def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete: bool, note: str = "") -> SearchResult:
     """Recommendation and final table, from the trials alone; see `SearchResult` for `complete` and `note`."""
-    recommended = recommend(study, strategy, trials)
+    history = History.of(study, trials)
+    recommended = _Standing(history, strategy).recommended
     rows: list[Comparison] = []
     target_trial: Trial | None = None
     confirmed: Comparison | None = None
     if recommended is not None:
-        mine = _runs(study, trials, recommended.configuration)
+        mine = _runs(history, recommended.configuration)
         target_trial = max(
             (trial for trial in mine if trial.final is not None),
             key=lambda trial: (trial.final.score if trial.final else 0.0, -trial.number),
             default=None,
         )
-        history = History.of(study, trials)
         runs = history.of_configuration(recommended.configuration)
         clean = [trial for trial in runs if history.judges(trial) and trial.final is not None]
         confirmed = _compare("confirmed", recommended.configuration, clean) if clean else None
         rows.append(_compare("recommended", recommended.configuration, mine))
     for baseline in study.spec.baselines:
-        mine = _runs(study, trials, baseline.configuration)
+        mine = _runs(history, baseline.configuration)
         if mine:
             rows.append(_compare(baseline.name, baseline.configuration, mine))
     random = [trial for trial in trials if trial.purpose == "random-search" and trial.final is not None]
@@ -746,12 +764,12 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
     )
 
 
-def _runs(study: Study, trials: Sequence[Trial], configuration: Configuration) -> list[Trial]:
+def _runs(history: History, configuration: Configuration) -> list[Trial]:
     """The runs of a configuration on the target that have ended, one per seed; one that reached full length, if any."""
     by_seed: dict[int, Trial] = {}
-    for trial in History.of(study, trials).of_configuration(configuration):
+    for trial in history.of_configuration(configuration):
         # Further seeds by which the search chose are no part of the comparison: baselines have none of them.
-        compared = trial.seed in study.spec.seeds.training
+        compared = trial.seed in history.study.spec.seeds.training
         ended = trial.final is not None or (trial.state in ENDED_EARLY and trial.purpose != "search")
         if compared and ended:
             known = by_seed.setdefault(trial.seed, trial)
