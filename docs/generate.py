@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from inspect import getdoc
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from jfhpo.answers import ANSWERS
 from jfhpo_core.study.hyperparameters import default_spaces
 from jfhpo_core.study.space import Space
 from jfhpo_core.trainers import load_trainer
@@ -71,7 +74,72 @@ def _extent(annotation: Any, metadata: list[Any]) -> str:
     return ", ".join([kind, *limits]).lstrip(", ")
 
 
-PAGES = {"hyperparameters.md": hyperparameters_page}
+def json_page() -> str:
+    """Fields of what every command prints with `--json`."""
+    known: dict[str, type[BaseModel]] = {}
+    answers = [f"## `jfhpo {name}`\n\n{_fields(kind, known)}" for name, kind in ANSWERS.items()]
+    done: list[str] = []
+    while len(done) < len(known):
+        name, kind = list(known.items())[len(done)]
+        done.append(f"### `{name}`\n\n{_summary(kind)}\n\n{_fields(kind, known)}")
+    return f"""# Answers as JSON
+
+Made from the code by `python docs/generate.py`.
+
+Every command takes `--json` and prints one JSON object to standard output; progress and messages go to standard
+error, and [exit codes](exit-codes.md) stay the same. A command that is refused prints no object. Tools of `jfhpo mcp`
+return the same objects. `jfhpo schema` prints the JSON schema of study files; those of the answers come from
+`jfhpo.answers.ANSWERS["plan"].model_json_schema()` and so on.
+
+Seconds are device-seconds (wall-clock seconds times devices) unless the field says otherwise. null is what is not
+known.
+
+{chr(10).join(answers)}
+## Parts
+
+{chr(10).join(done)}"""
+
+
+def _summary(kind: type[BaseModel]) -> str:
+    return (getdoc(kind) or "").splitlines()[0]
+
+
+def _fields(kind: type[BaseModel], known: dict[str, type[BaseModel]]) -> str:
+    rows = [
+        f"| `{name}` | {_type(field.annotation, known)} | {field.description or ''} |"
+        for name, field in kind.model_fields.items()
+    ]
+    return "| Field | Type | Meaning |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+
+
+VALUES = "values"
+"""A number, a text, true, false or null, as the hyperparameter has it."""
+
+PLAIN_TYPES = {
+    int: "whole number", float: "number", bool: "true or false", str: "text", type(None): "null", Any: "any",
+}  # fmt: skip
+
+
+def _type(annotation: Any, known: dict[str, type[BaseModel]]) -> str:
+    """A type in words; models among its parts are noted in `known`."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(part, known) for part in parts)
+    if origin is tuple and Ellipsis not in parts:
+        return f"[{', '.join(_type(part, known) for part in parts)}]"
+    if origin in (list, tuple):
+        return f"list of {_type(parts[0], known)}"
+    if origin is dict:
+        return f"mapping of names to {VALUES if get_args(parts[1]) else _type(parts[1], known)}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        known.setdefault(annotation.__name__, annotation)
+        return f"[`{annotation.__name__}`](#{annotation.__name__.lower()})"
+    return PLAIN_TYPES[annotation]
+
+
+PAGES = {"hyperparameters.md": hyperparameters_page, "json.md": json_page}
 
 if __name__ == "__main__":
     for file, page in PAGES.items():

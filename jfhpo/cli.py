@@ -8,7 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from jfhpo_core.errors import CheckpointError, InfrastructureError, JfhpoError, LedgerUnavailable
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from rich.console import Console
 
     from jfhpo.display.live import Display
@@ -109,6 +110,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     help="Joint-fidelity hyperparameter search for reinforcement learning of language models.",
+    epilog="Agents begin with `jfhpo agents`.",
 )
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
@@ -117,6 +119,10 @@ Overrides = Annotated[
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Change a field, e.g. --set budget.trial_seconds=900. May be repeated."
     ),
+]
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print the answer as JSON; see docs/reference/json.md for its fields.")
 ]
 
 
@@ -136,12 +142,13 @@ def search(
     forget: Annotated[
         bool, typer.Option("--forget", help="Go on without what was deleted of the study in MLflow.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a study, or continue it where it was interrupted."""
     from jfhpo.overrides import read_study
 
     spec = read_study(study, overrides or ())
-    console = _console()
+    console = _console(stderr=as_json)
     with _quiet_libraries(study), _interruptible() as check:
         from jfhpo.display.live import LiveDisplay, PlainDisplay, SilentDisplay
         from jfhpo.session import run_study
@@ -159,8 +166,18 @@ def search(
             display.progress(progress)
 
         with display:
-            outcome = run_study(spec, on_progress, display.status, accept_changes=accept_changes, forget=forget)
-    _print_outcome(console, outcome)
+            outcome = run_study(
+                spec, on_progress, display.status, display.note, accept_changes=accept_changes, forget=forget
+            )
+        if as_json:
+            from jfhpo.answers import search_answer
+            from jfhpo.planning import prospect
+
+            answer = search_answer(outcome, prospect(outcome.result))
+    if as_json:
+        _print_json(answer)
+    else:
+        _print_outcome(console, outcome)
     if not outcome.result.complete:
         raise typer.Exit(UNFINISHED)
     if outcome.result.recommended is None:
@@ -179,79 +196,62 @@ def plan(
         bool,
         typer.Option("--measure", help="Also score the untrained models, and show completions. Takes minutes."),
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a study and forecast its bill and its final score. Spends and writes nothing."""
     from jfhpo.overrides import read_study
 
     spec = read_study(study, overrides or ())
     with _quiet_libraries(study):
+        from jfhpo.answers import plan_answer
         from jfhpo.display.plan import plan_view
-        from jfhpo.machine import with_counted_devices
-        from jfhpo.places import check_places
-        from jfhpo.session import informed, recorded
-        from jfhpo_core.optimizer.forecast import forecast, forecast_quality, parse_more, with_more
-        from jfhpo_core.optimizer.strategy import load_strategy
-        from jfhpo_core.run.preflight import measured, refuse_unusable
-        from jfhpo_core.run.search import rank
-        from jfhpo_core.study.resolved import resolve
+        from jfhpo.planning import plan as plan_study
+        from jfhpo_core.run.preflight import measured
 
-        notes: list[str] = []
-        resolved = informed(resolve(spec), notes.append)
-        check_places(spec)
-        resolved = with_counted_devices(resolved)
-        findings = refuse_unusable(resolved)
-        larger = with_more(resolved, parse_more(more)) if more is not None else None
-        ledger = recorded(resolved)
-        if ledger is not None:
-            ledger.refuse_changes()
-        trials = ledger.trials() if ledger is not None else []
-        ranked = rank(resolved, load_strategy(resolved), trials)
-        view = plan_view(
-            resolved,
-            forecast(resolved, trials),
-            forecast_quality(resolved, ranked, trials),
-            None if larger is None else (larger, forecast(larger, trials), forecast_quality(larger, ranked, trials)),
-        )
-    console = _console()
-    console.print(view)
-    for note in notes:
-        console.print(note, highlight=False)
-    _print_findings(console, findings)
-    if measure:
-        with _quiet_libraries(study):
-            _print_findings(console, measured(resolved))
+        planned = plan_study(spec, more)
+        if as_json:
+            _print_json(plan_answer(planned, measured(planned.now.study) if measure else ()))
+            return
+        console = _console()
+        console.print(plan_view(planned.now, planned.larger))
+        for note in planned.notes:
+            console.print(note, highlight=False)
+        _print_findings(console, planned.findings)
+        if measure:
+            _print_findings(console, measured(planned.now.study))
 
 
 @app.command()
-def show(study: StudyFile, overrides: Overrides = None) -> None:
+def show(study: StudyFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print a study's trials and figures as the ledger has them. Runs and writes nothing."""
     from jfhpo.overrides import read_study
 
     spec = read_study(study, overrides or ())
     with _quiet_libraries(study):
+        from jfhpo.answers import show_answer
         from jfhpo.display.plan import outlook_view
-        from jfhpo.display.result import result_view, trial_table
+        from jfhpo.display.result import result_view
+        from jfhpo.display.trials import TrialList
+        from jfhpo.planning import prospect
         from jfhpo.session import look
-        from jfhpo_core.optimizer.forecast import forecast, forecast_quality
-        from jfhpo_core.optimizer.strategy import load_strategy
-        from jfhpo_core.run.search import rank
 
         result = look(spec)
-        resolved = result.study
-        console = _console()
-        console.print(trial_table(result.trials))
-        console.print(result_view(result))
-        if not result.complete:
-            ranked = rank(resolved, load_strategy(resolved), result.trials)
-            bills = forecast(resolved, result.trials)
-            console.print(outlook_view(resolved, bills, forecast_quality(resolved, ranked, result.trials)))
+        left = prospect(result)
+    if as_json:
+        _print_json(show_answer(result, left))
+        return
+    console = _console()
+    console.print(TrialList(result.trials))
+    console.print(result_view(result))
+    if left is not None:
+        console.print(outlook_view(left))
 
 
 @app.command()
 def why(
     study: StudyFile,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures behind the sentences as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what matters, where runs collapsed, and why a study recommends what it does. Runs and writes nothing."""
     from jfhpo.overrides import read_study
@@ -263,7 +263,7 @@ def why(
 
         page = explain(look(spec))
     if as_json:
-        typer.echo(page.model_dump_json(indent=2))
+        _print_json(page)
     else:
         _console().print("\n\n".join(page.sentences), markup=False, highlight=False)
 
@@ -276,7 +276,7 @@ def recipe(
         typer.Option("--size", metavar="SIZE", help="Parameters (72B, 494M), a model of the study, or a checkpoint."),
     ],
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures behind the sentences as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what to use on a model of another size, with intervals, or that it cannot be told. Writes nothing."""
     from jfhpo.overrides import read_study
@@ -290,7 +290,7 @@ def recipe(
         result = look(spec)
         page = advise(result, parse_size(size, result.study))
     if as_json:
-        typer.echo(page.model_dump_json(indent=2))
+        _print_json(page)
     else:
         _console().print("\n".join(page.sentences), markup=False, highlight=False)
     if page.refusal is not None:
@@ -298,7 +298,7 @@ def recipe(
 
 
 @app.command()
-def report(study: StudyFile, overrides: Overrides = None) -> None:
+def report(study: StudyFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write a study's report again, from the ledger."""
     from jfhpo.overrides import read_study
 
@@ -307,7 +307,12 @@ def report(study: StudyFile, overrides: Overrides = None) -> None:
         from jfhpo.session import rebuild_report
 
         path = rebuild_report(spec).report
-    _console().print(str(path), markup=False, soft_wrap=True)
+    if as_json:
+        from jfhpo.answers import ReportAnswer
+
+        _print_json(ReportAnswer(report=str(path)))
+    else:
+        _console().print(str(path), markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -315,12 +320,18 @@ def notify(
     webhook: Annotated[
         str, typer.Argument(envvar="JFHPO_WEBHOOK", help="URL that takes JSON by POST, e.g. of a chat room.")
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Let Prefect tell a webhook how flow runs end, and notice those that have died."""
     from jfhpo.orchestration.notify import set_up
 
-    for name in set_up(webhook):
-        _console().print(name, markup=False)
+    names = set_up(webhook)
+    if as_json:
+        from jfhpo.answers import NotifyAnswer
+
+        _print_json(NotifyAnswer(automations=names))
+    else:
+        _console().print("\n".join(names), markup=False)
 
 
 @app.command()
@@ -333,6 +344,7 @@ def gc(
     limit: Annotated[
         str | None, typer.Option("--limit", metavar="SIZE", help="Keep at most so much, e.g. 500MB or 2TB.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show which checkpoints of a study are worth their space, and what deleting the others would free."""
     from jfhpo.checkpoint_usage import garbage_view, parse_size
@@ -347,11 +359,16 @@ def gc(
         view = garbage_view(judgements, delete=delete)
         if delete:
             judge_checkpoints(spec, limit_bytes, delete=True)
-    _console().print(view)
+    if as_json:
+        from jfhpo.answers import gc_answer
+
+        _print_json(gc_answer(judgements, deleted=delete))
+    else:
+        _console().print(view)
 
 
 @app.command()
-def promote(study: StudyFile, overrides: Overrides = None) -> None:
+def promote(study: StudyFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Serve the model that a study has registered as the champion, whatever its score."""
     from jfhpo.overrides import read_study
 
@@ -360,23 +377,33 @@ def promote(study: StudyFile, overrides: Overrides = None) -> None:
         from jfhpo.session import promote_model
 
         said = promote_model(spec)
-    _console().print(said, markup=False, soft_wrap=True)
+    if as_json:
+        from jfhpo.answers import PromoteAnswer
+
+        _print_json(PromoteAnswer(promoted=said))
+    else:
+        _console().print(said, markup=False, soft_wrap=True)
 
 
 @app.command()
-def doctor(study: StudyFile, overrides: Overrides = None) -> None:
+def doctor(study: StudyFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check everything that a search will need: environment, hardware, cluster, data, reward, disk. Writes nothing."""
     from jfhpo.overrides import read_study
 
     spec = read_study(study, overrides or ())
     console = _console()
-    failed = False
+    found = []
     with _quiet_libraries(study):
+        from jfhpo.answers import DoctorAnswer, checks
         from jfhpo.doctor import diagnose
 
         for finding in diagnose(spec):
-            failed |= finding.level == "failure"
-            _print_findings(console, [finding])
+            found.append(finding)
+            if not as_json:
+                _print_findings(console, [finding])
+    failed = any(finding.level == "failure" for finding in found)
+    if as_json:
+        _print_json(DoctorAnswer(usable=not failed, checks=checks(found)))
     if failed:
         raise typer.Exit(REFUSED)
 
@@ -392,37 +419,65 @@ def schema() -> None:
 
 
 @app.command()
-def rules() -> None:
+def rules(as_json: AsJson = False) -> None:
     """List the stopping rules with their defaults."""
-    from dataclasses import fields
-    from inspect import getdoc
+    from jfhpo.answers import known_rules
 
-    from jfhpo_core.plugins import registered
-    from jfhpo_core.stopping.rules import ENTRY_POINT_GROUP, RULE_SETS, RULES, load_rule
-
-    for name in [*RULES, *registered(ENTRY_POINT_GROUP)]:
-        rule = load_rule(name)
-        members = [chosen for chosen, members in RULE_SETS.items() if name in {member.name for member in members}]
-        typer.echo(f"{name}  (in: {', '.join(members)})")
-        for line in (getdoc(rule) or "").splitlines():
+    known = known_rules()
+    if as_json:
+        _print_json(known)
+        return
+    for rule in known.rules:
+        typer.echo(f"{rule.name}  (in: {', '.join(rule.sets)})")
+        for line in rule.description.splitlines():
             typer.echo(f"    {line}".rstrip())
-        for item in fields(rule):
-            typer.echo(f"    {item.name} = {item.default}")
+        for name, value in rule.parameters.items():
+            typer.echo(f"    {name} = {value}")
         typer.echo()
     typer.echo("Change them in the study file: stopping: {rules: default, override: {kl_growth: {floor: 0.5}}}")
 
 
 @app.command()
-def version() -> None:
+def version(as_json: AsJson = False) -> None:
     """Print the version."""
     from importlib.metadata import version as installed
 
-    typer.echo(f"jfhpo {installed('jfhpo')}")
+    if as_json:
+        from jfhpo.answers import VersionAnswer
+
+        _print_json(VersionAnswer(version=installed("jfhpo")))
+    else:
+        typer.echo(f"jfhpo {installed('jfhpo')}")
+
+
+@app.command()
+def agents() -> None:
+    """Print what an agent (a program that drives this one) should know: how to plan, run, watch and read a study."""
+    from importlib.resources import files
+
+    typer.echo((files("jfhpo") / "AGENTS.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def mcp(
+    allow_run: Annotated[
+        bool, typer.Option("--allow-run", help="Also offer tools that begin and end searches: they spend money.")
+    ] = False,
+) -> None:
+    """Serve studies to agents by the Model Context Protocol, over standard input and output. Read-only by default."""
+    with _quiet_libraries(None):
+        from jfhpo.mcp_server import build_server
+
+        build_server(allow_run=allow_run).run()
 
 
 def main() -> None:
     """The console script."""
     app()
+
+
+def _print_json(answer: BaseModel) -> None:
+    typer.echo(answer.model_dump_json(indent=2))
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -451,7 +506,7 @@ def _print_outcome(console: Console, outcome: StudyOutcome) -> None:
 
 
 @contextmanager
-def _quiet_libraries(study: Path) -> Iterator[None]:
+def _quiet_libraries(study: Path | None) -> Iterator[None]:
     """Keep logs and warnings of libraries off the screen; what they raise is still seen, with the study file's line."""
     from jfhpo_core.study.study_file import with_lines
 
@@ -461,7 +516,7 @@ def _quiet_libraries(study: Path) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with with_lines(study):
+        with with_lines(study) if study is not None else nullcontext():
             yield
 
 

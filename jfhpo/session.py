@@ -18,7 +18,7 @@ from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
 from jfhpo_core.run.dispatch import Dispatcher, InlineDispatcher
-from jfhpo_core.run.preflight import refuse_unusable, trains_models
+from jfhpo_core.run.preflight import DOCTOR_PARAMETERS, measured, refuse_unusable, trains_models
 from jfhpo_core.run.scheduler import POOL
 from jfhpo_core.run.search import Phase, Progress, SearchResult, conclude, patience, plan_next, rank, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
@@ -28,6 +28,7 @@ from jfhpo_core.store.retention import Judgement, judge
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import canonical_json
+from jfhpo_core.trainers.base import Level
 
 if TYPE_CHECKING:
     from mlflow_plugin.ledger import MlflowLedger
@@ -48,9 +49,11 @@ class StudyOutcome:
     Attributes:
         tracking_uri: The MLflow store that holds it.
         url: The study's page, if the store is a server.
+        page: The trials in MLflow's UI, as what follows the address of its server.
         report: The HTML report.
         model_uri: The registered version of the target model, e.g. 'models:/demo/1'; None if none was registered.
         model_note: Which alias it was given and why, or why nothing was registered.
+        moved_alias: The alias that this call has given to the version; None if it had it before, or has none.
     """
 
     result: SearchResult
@@ -59,12 +62,15 @@ class StudyOutcome:
     report: Path
     model_uri: str | None
     model_note: str
+    page: str
+    moved_alias: str | None = None
 
 
 def run_study(
     spec: StudySpec,
     on_progress: Callable[[Progress], None] | None = None,
     on_status: Callable[[str], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
     on_open: Callable[[Ledger], None] = lambda _: None,
     around: Callable[[Dispatcher], Dispatcher] = lambda dispatcher: dispatcher,
     *,
@@ -79,6 +85,7 @@ def run_study(
         spec: The study.
         on_progress: Called after every event of the search.
         on_status: Called with a few words when something begins that takes seconds.
+        on_note: Called with what was found before the first trial: warnings, and what untrained models score.
         on_open: Called with the ledger as soon as it is open, before anything is trained.
         around: Called after `on_open` with the dispatcher; returns the one to be used, which closes the other.
         accept_changes: Go on although data, rewards or models have changed since the study began; marks every later
@@ -95,8 +102,7 @@ def run_study(
     # A study with a report has most likely been finished: look into its ledger before starting workers for nothing.
     reported = (study.folder / REPORT).exists()
     if not reported and trains_models(study):
-        on_status("trying models and reward on held-out prompts")
-        refuse_unusable(study)
+        _rehearse(study, on_status, on_note)
     with _exclusive(study):
         on_status("opening the ledger" if reported else "starting workers and opening the ledger")
         dispatcher = None if reported else _start_dispatcher(spec)
@@ -119,6 +125,21 @@ def run_study(
         with _shown(ledger, complete=result.complete):
             outbox.deliver()
             return outbox.wait_for(lambda: _publish(study, ledger, result))
+
+
+def _rehearse(study: Study, on_status: Callable[[str], None], on_note: Callable[[str], None]) -> None:
+    """Refuse what is unusable; before the first trial also say what is doubtful, and what untrained models score."""
+    on_status("trying models and reward on held-out prompts")
+    findings = refuse_unusable(study)
+    if recorded(study) is not None:
+        return
+    for finding in findings:
+        if finding.level is Level.WARNING:
+            on_note(f"{finding.level}: {finding.message}")
+    on_status("scoring the untrained models")
+    for finding in measured(study, DOCTOR_PARAMETERS):
+        kind = "warning:" if finding.level is Level.WARNING else "untrained"
+        on_note(f"{kind} {finding.message}")
 
 
 def informed(study: Study, on_status: Callable[[str], None] = lambda _: None) -> Study:
@@ -175,6 +196,7 @@ def rebuild_report(spec: StudySpec) -> StudyOutcome:
         report=_write_report(study, ledger, result),
         model_uri=str(known.get(MODEL_URI, "")) or None,
         model_note=str(known.get(MODEL_NOTE, UNFINISHED)),
+        page=ledger.page(),
     )
 
 
@@ -316,6 +338,7 @@ def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyO
     from mlflow_plugin.registry import register_target
 
     report = study.folder / REPORT
+    moved: str | None = None
     trials = [trial.model_dump(mode="json") for trial in result.trials]
     state = canonical_json([trials, study.spec.tracking.registered_model])
     digest = hashlib.sha256(state.encode()).hexdigest()[:16]
@@ -330,11 +353,19 @@ def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyO
             else:
                 # The version, and not its alias, which moves on to later versions.
                 note, uri = registration.note, registration.uri or ""
+                moved = registration.alias if registration.moved else None
         ledger.summarize({**facts(result), MODEL_URI: uri, MODEL_NOTE: note})
         ledger.present(result, write_plots(result, study.folder / PLOTS))
         ledger.summarize({PUBLISHED: digest}, [_write_report(study, ledger, result)])
     ledger.end(StudyState.FINISHED if result.complete else StudyState.INTERRUPTED)
     known = ledger.facts()
     return StudyOutcome(
-        result, ledger.tracking_uri, ledger.url(), report, str(known[MODEL_URI]) or None, str(known[MODEL_NOTE])
+        result,
+        ledger.tracking_uri,
+        ledger.url(),
+        report,
+        str(known[MODEL_URI]) or None,
+        str(known[MODEL_NOTE]),
+        ledger.page(),
+        moved,
     )

@@ -17,6 +17,8 @@ EXTRAS = {
     "accelerate": "trl",
     "datasets": "trl",
     "dehb": "peers",
+    "mcp": "mcp",
+    "mcp_types": "mcp",
     "mlflow": "mlflow",
     "optuna": "peers",
     "peft": "trl",

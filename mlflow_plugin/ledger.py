@@ -1,13 +1,14 @@
 """The ledger in MLflow: the study is a run, its trials are nested runs, and one tag per segment makes it count.
 
-What is read back lives in tags with JSON (`jfhpo.trial`, `jfhpo.open`, `jfhpo.segment.0003`) and in one artifact per
-segment with its step records. Metrics, parameters, names and descriptions are for people and are never read back.
+What is read back lives in tags with JSON that MLflow's pages do not show (`mlflow.jfhpo.trial`, `mlflow.jfhpo.open`,
+`mlflow.jfhpo.segment.0003`) and in one artifact per segment with its step records. Metrics, parameters, names and
+descriptions are for people and are never read back.
 
 Order of writes. A trial and its first segment come into being by the one call that creates the run. A segment is
-committed by the one call that sets its `jfhpo.segment.NNNN` tag, which comes last in that call; its records are stored
+committed by the one call that sets its tag `...segment.NNNN`, which comes last in that call; its records are stored
 before. Status and name of the run are written after. A crash at any point leaves a ledger that `open` can read, and
 `open` puts right what people would see wrong: statuses, names, parameters and the index of checkpoints. An open segment
-is the one in `jfhpo.open`, unless it is committed already.
+is the one in `mlflow.jfhpo.open`, unless it is committed already.
 """
 
 from __future__ import annotations
@@ -50,12 +51,14 @@ from jfhpo_core.trainers import load_trainer
 from mlflow_plugin import checkpoints
 from mlflow_plugin.owner import Owner
 from mlflow_plugin.presentation import (
-    EXPERIMENT_NOTE,
     NOTE,
     STATE,
     STATUS,
     STUDY_STATUS,
     StudyState,
+    completions_table,
+    experiment_note,
+    outcome_labels,
     outcome_metrics,
     result_metrics,
     run_name,
@@ -65,6 +68,7 @@ from mlflow_plugin.presentation import (
     study_parameters,
     trial_labels,
     trial_parameters,
+    view_page,
 )
 from mlflow_plugin.provenance import TaskData, environment, source_tags, task_data
 from mlflow_plugin.views import saved_views
@@ -74,15 +78,17 @@ DEFAULT_URI = "sqlite:///mlflow.db"
 
 STUDY = "jfhpo.study"
 IDENTITY = "jfhpo.identity"
-CONTENTS = "jfhpo.contents"
-CHANGED = "jfhpo.changed"
+INTERNAL = "mlflow.jfhpo."
+"""Begins tags that only the ledger reads: MLflow's pages hide what begins with `mlflow.`."""
+CONTENTS = f"{INTERNAL}contents"
+CHANGED = f"{INTERNAL}changed"
 DESCRIBED = "jfhpo.study_sha256"
-HEADER = "jfhpo.trial"
-OPEN = "jfhpo.open"
-SEGMENT = "jfhpo.segment.{:04d}"
-FACTS = "jfhpo.facts"
+HEADER = f"{INTERNAL}trial"
+OPEN = f"{INTERNAL}open"
+SEGMENT = INTERNAL + "segment.{:04d}"
+FACTS = f"{INTERNAL}facts"
 PARENT = "mlflow.parentRunId"
-FORGOTTEN = "jfhpo.forgotten"
+FORGOTTEN = f"{INTERNAL}forgotten"
 """Tag of the study's run with what a user goes on without: ids of deleted runs and ranks of their commits."""
 
 TAG_LIMIT = 5000
@@ -94,6 +100,8 @@ STREAM_SECONDS = 2.0
 """Shortest time between two writes of a running trial's metrics: a write costs about 20 ms of CPU."""
 CONNECT_SECONDS = 10
 TRIAL_KEY = "jfhpo.trial_key"
+COMPLETIONS = "completions.json"
+"""Artifact of a trial that has ended: MLflow shows it as a table, and compares those of several runs."""
 AWAY = "TEMPORARILY_UNAVAILABLE"
 """MLflow's code for a database that is locked by another process, full or away."""
 TRANSIENT = {AWAY, "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "ABORTED"}
@@ -377,6 +385,8 @@ class MlflowLedger:
             tags={**_pack(SEGMENT.format(result.segment.index), result.model_dump_json()), **trial_labels(trial)},
         )
         child.trial, child.waiting, child.shown = trial, [], {}
+        if (table := completions_table(trial)) is not None:
+            self._client.log_table(child.run_id, table, COMPLETIONS)
         known.update({record.step: record for record in records})
         self._settle(child)
         trials = self.trials()
@@ -407,7 +417,7 @@ class MlflowLedger:
         for path in plots:
             self._client.log_artifact(self.study_run_id, str(path), "plots")
         note = study_note(self._study, result.trials, result)
-        self._log(self.study_run_id, outcome_metrics(result, _now()), tags={NOTE: note})
+        self._log(self.study_run_id, outcome_metrics(result, _now()), tags={**outcome_labels(result), NOTE: note})
 
     def forget_checkpoint(self, key: str) -> None:
         """Note that the newest checkpoint of a trial was deleted, so that the index offers it no longer."""
@@ -468,8 +478,12 @@ class MlflowLedger:
             return None
         parts = urlsplit(self._client.tracking_uri)
         server = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
-        # MLflow 3 opens its pages for LLM applications unless it is asked for those of model training.
         return f"{server}/#/experiments/{self._experiment_id}/runs/{self.study_run_id}?workflowType=machine_learning"
+
+    def page(self) -> str:
+        """The trials in MLflow's UI, as what follows the address of its server: '#/experiments/...'."""
+        self._client  # noqa: B018  refuses a ledger that is not open
+        return view_page(self._experiment_id)
 
     @property
     def tracking_uri(self) -> str:
@@ -622,7 +636,7 @@ class MlflowLedger:
         Raises:
             LedgerError: Runs of trials are deleted, or finished segments are missing with the runs that held them.
         """
-        forgotten = set(json.loads(self._parent.data.tags.get(FORGOTTEN, "[]")))
+        forgotten = set(json.loads(_unpack(self._parent.data.tags, FORGOTTEN) or "[]"))
         condition = f"tags.`{PARENT}` = '{self.study_run_id}'"
         runs = _search(self._client, self._experiment_id, condition, ViewType.DELETED_ONLY)
         read = (_read_child(run, {}) for run in runs if run.info.run_id not in forgotten)
@@ -796,7 +810,9 @@ def _experiment(client: MlflowClient, study: StudySpec) -> Experiment:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         folder = _artifact_folder(client.tracking_uri, name)
-        return client.get_experiment(client.create_experiment(name, folder, tags={NOTE: EXPERIMENT_NOTE}))
+        experiment_id = client.create_experiment(name, folder)
+        client.set_experiment_tag(experiment_id, NOTE, experiment_note(experiment_id))
+        return client.get_experiment(experiment_id)
     if experiment.lifecycle_stage != "active":
         raise LedgerError(
             f"MLflow experiment {name!r} was deleted; restore it (mlflow experiments restore --experiment-id "
@@ -967,7 +983,9 @@ def _pack(name: str, text: str) -> dict[str, str]:
 
 
 def _unpack(tags: Mapping[str, str], name: str) -> str | None:
-    """The text that `_pack` stored; None if there is none."""
+    """The text that `_pack` stored, under this name or the one that earlier versions gave it; None if there is none."""
+    if name not in tags and name.startswith(INTERNAL):
+        name = name.removeprefix("mlflow.")
     text = tags.get(name)
     if text is None or not text.startswith("+"):
         return text

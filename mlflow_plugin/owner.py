@@ -22,7 +22,7 @@ from requests import RequestException
 
 from jfhpo_core.errors import LedgerError
 
-TAG = "jfhpo.owner"
+TAG = "mlflow.jfhpo.owner"
 
 BEAT_SECONDS = 10.0
 """Time between two renewals."""

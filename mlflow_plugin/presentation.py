@@ -13,6 +13,7 @@ from typing import Any
 
 from mlflow.entities import Metric
 
+from jfhpo_core.report.completions import completions
 from jfhpo_core.report.findings import caveats, interval, interval_text, score_text, verdict
 from jfhpo_core.report.text import duration, number, setting
 from jfhpo_core.run.search import SearchResult
@@ -32,12 +33,13 @@ from jfhpo_core.study.trial import (
 from mlflow_plugin.provenance import TaskData
 
 NOTE = "mlflow.note.content"
+RECOMMENDED = "recommended"
+"""Begins metrics (`recommended/NAME`) and tags (`recommended.NAME`) of the study's run."""
 STATE = "jfhpo.state"
-EXPERIMENT_NOTE = (
-    "Hyperparameter studies of jfhpo: one run for each study, with its trials nested below. Choose *Model training* at "
-    "the top left, then the view *Trials* above the table of runs."
-)
-"""Description of an experiment that the ledger creates."""
+TRIALS_VIEW = "jfhpo-trials"
+"""Id of the saved view to begin with."""
+STUDIES_VIEW = "jfhpo-studies"
+"""Id of the view of what each study of the experiment recommends."""
 NOTE_LIMIT = 5000
 """Characters of a description; MLflow servers before 2.15 refuse longer tags."""
 
@@ -87,6 +89,24 @@ STUDY_STATUS = {
     StudyState.FAILED: "FAILED",
 }
 """The same for the study's run."""
+
+
+def view_page(experiment_id: str, view: str = TRIALS_VIEW) -> str:
+    """The page of a saved view, as MLflow's pages link to each other.
+
+    MLflow 3 opens its pages for LLM applications unless it is asked for those of model training.
+    """
+    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={view}&workflowType=machine_learning"
+
+
+def experiment_note(experiment_id: str) -> str:
+    """Description of an experiment: what to click comes first, since MLflow cuts what is long."""
+    return (
+        f"**[Open the trials]({view_page(experiment_id)})** · "
+        f"[compare studies]({view_page(experiment_id, STUDIES_VIEW)})\n\n"
+        "Hyperparameter studies of jfhpo: one run for each study, with its trials nested below. By hand: *Model "
+        "training* at the top left, then a view above the table of runs."
+    )
 
 
 def run_name(trial: Trial) -> str:
@@ -216,12 +236,12 @@ def result_metrics(
     if result.checkpoint is not None:
         # As metrics, because MLflow compares tags and parameters of logged models as texts only.
         saved = result.checkpoint.step
-        figures = {"checkpoint/step": saved, "checkpoint/bytes": result.checkpoint.size_bytes}
+        figures = {"saved/step": saved, "saved/bytes": result.checkpoint.size_bytes}
         metrics += [Metric(name, float(value), timestamp, saved, model_id=model_id) for name, value in figures.items()]
     wall = sum(one.seconds for one in trial.segments)
     return [
         *metrics,
-        Metric("cost/device_seconds", trial.charge_seconds, timestamp, result.end_step),
+        Metric("spent/device_seconds", trial.charge_seconds, timestamp, result.end_step),
         Metric("time/wall_seconds", wall, timestamp, result.end_step),
     ]
 
@@ -262,7 +282,7 @@ def _plottable(value: float) -> float:
 
 
 def outcome_metrics(result: SearchResult, timestamp: int) -> list[Metric]:
-    """What a study came to, so that studies can be compared: score and error of the recommended configuration."""
+    """What a study came to, so that studies can be compared: score, error and numbers of what it recommends."""
     if result.recommended is None or not result.rows or not result.rows[0].seeds:
         return []
     mine, step = result.rows[0], sum(len(trial.segments) for trial in result.trials)
@@ -271,7 +291,24 @@ def outcome_metrics(result: SearchResult, timestamp: int) -> list[Metric]:
         "study/recommended_standard_error": mine.standard_error,
         "study/expected_score": result.recommended.mean,
     }
+    complete = result.study.complete(result.recommended.configuration)
+    values |= {
+        f"{RECOMMENDED}/{name}": float(complete[name])
+        for name in result.study.space
+        if isinstance(complete.get(name), int | float)
+    }
     return [Metric(name, _plottable(value), timestamp, step) for name, value in values.items()]
+
+
+def outcome_labels(result: SearchResult) -> dict[str, str]:
+    """Tags of the study's run with the recommended values of searched hyperparameters, those that are texts, too.
+
+    Unlike parameters, tags may change: a raised budget may lead to another recommendation.
+    """
+    if result.recommended is None:
+        return {}
+    complete = result.study.complete(result.recommended.configuration)
+    return {f"{RECOMMENDED}.{name}": setting(complete[name]) for name in result.study.space if name in complete}
 
 
 def trial_labels(trial: Trial) -> dict[str, str]:
@@ -352,6 +389,14 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def completions_table(trial: Trial) -> dict[str, list[Any]] | None:
+    """Completions of a trial that has ended, by column; None while it may go on, or if none were kept."""
+    if trial.state not in (TrialState.COMPLETED, TrialState.STOPPED):
+        return None
+    rows = [{"step": step, **example.model_dump()} for step, example in completions(trial)]
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else None
+
+
 def study_note(study: StudySpec, trials: Sequence[Trial], result: SearchResult | None = None) -> str:
     """Description of the study's run: the outcome, or how far it is."""
     task = study.task.title
@@ -376,8 +421,8 @@ def study_note(study: StudySpec, trials: Sequence[Trial], result: SearchResult |
         ),
         "",
         (
-            "- **Views**, above the table of runs: *Trials* has the columns and charts to begin with, "
-            "*Best on the target* the full-length trials of the target by score."
+            "- **Views**, above the table of runs: *Trials* has the columns and charts to begin with, *Full length on "
+            "...* the full-length runs of one model by score, *Studies* what each study recommends."
         ),
         "- Artifacts: `report.html`, `plots/`, the exact `study.yaml`, `environment.json`.",
         "- On each trial: why it was trained, why it ended, how sure its score is; its checkpoint is under *Models*.",

@@ -5,18 +5,22 @@ says which seed that was. Its own score flatters it, and so does any on the seed
 So a version is judged by the mean over the seeds that had no part in the choice (`jfhpo.score`), where there are any.
 
 A version gets the alias `champion` if there is none yet or if it beats the present one beyond noise, else
-`challenger`; so `models:/NAME@champion` never becomes worse by chance. `promote` gives it to a version by hand.
+`challenger`; so `models:/NAME@champion` never becomes worse by chance. Where the rewards of each held-out prompt are
+known, the two are compared prompt by prompt (`jfhpo_core.report.paired`). `promote` gives the alias by hand.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version as installed
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from mlflow import MlflowClient
@@ -26,6 +30,7 @@ from mlflow.exceptions import MlflowException
 
 from jfhpo_core.errors import LedgerError, LedgerUnavailable
 from jfhpo_core.report.findings import interval, verdict
+from jfhpo_core.report.paired import Paired, compare_paired
 from jfhpo_core.report.text import duration, number
 from jfhpo_core.run.search import SearchResult
 from jfhpo_core.store.checkpoints import CheckpointStore, file_digest
@@ -61,6 +66,9 @@ MEASURE = "jfhpo.measure"
 SEEDS = "jfhpo.score_seeds"
 """Seeds that the score is the mean of. Early versions lack it, and have the score of the seed of the choice."""
 CHOSEN_BY = "the seed by which the configuration was chosen"
+BETWEEN = "jfhpo.standard_error_between_seeds"
+HELDOUT = "jfhpo.heldout_rewards"
+"""Artifact of the version's run with the mean reward of each held-out prompt, for paired comparisons."""
 DIGEST = "jfhpo.checkpoint_digest"
 DECIDED = "jfhpo.alias"
 REASON = "jfhpo.alias_reason"
@@ -75,12 +83,14 @@ class Registration:
         version: Version in the registry; None if nothing was registered.
         alias: The alias that the version was given.
         reason: Why it got this alias, or why nothing was registered; for people.
+        moved: Whether this call has given it the alias.
     """
 
     name: str | None
     version: str | None
     alias: str | None
     reason: str
+    moved: bool = field(default=False, compare=False)
 
     @property
     def uri(self) -> str | None:
@@ -102,26 +112,38 @@ class Headline:
         standard_error: Of the score.
         seeds: Training seeds that it is the mean of, for people.
         clean: Whether none of these seeds had a part in choosing the configuration.
+        by_prompt: Mean reward of each held-out prompt over these seeds; empty where the trainer does not tell.
+        between_seeds: Standard error of the score by the spread between these seeds; None with one.
     """
 
     score: float
     standard_error: float
     seeds: str
     clean: bool
+    by_prompt: tuple[float, ...]
+    between_seeds: float | None
 
 
 def headline(result: SearchResult, trial: Trial) -> Headline:
     """The score on seeds that had no part in choosing the configuration; without one, that of the trial itself."""
     if result.confirmed is not None:
         row, history = result.confirmed, History.of(result.study, result.trials)
-        seeds = sorted(
-            one.seed
-            for one in history.of_configuration(row.configuration)
-            if one.final is not None and history.judges(one)
-        )
-        return Headline(row.score, row.standard_error, ", ".join(map(str, seeds)), clean=True)
-    assert trial.final is not None
-    return Headline(trial.final.score, trial.final.standard_error, str(trial.seed), clean=False)
+        judges = [
+            one for one in history.of_configuration(row.configuration) if one.final is not None and history.judges(one)
+        ]
+        seeds = ", ".join(str(seed) for seed in sorted(one.seed for one in judges))
+        finals = [one.final for one in judges if one.final is not None]
+        between = stdev(final.score for final in finals) / len(finals) ** 0.5 if len(finals) > 1 else None
+        return Headline(row.score, row.standard_error, seeds, True, _means([one.by_prompt for one in finals]), between)
+    final = trial.final
+    assert final is not None
+    return Headline(final.score, final.standard_error, str(trial.seed), False, final.by_prompt, None)
+
+
+def _means(runs: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Mean reward of each prompt over runs; empty unless all have them."""
+    known = [run for run in runs if run]
+    return tuple(map(fmean, zip(*known, strict=True))) if len(known) == len(runs) else ()
 
 
 def register_target(study: Study, result: SearchResult, ledger: MlflowLedger) -> Registration:
@@ -196,6 +218,8 @@ def _create(
         _save(study, folder, saved, run_id, model)
         client.log_model_artifacts(model.model_id, str(saved))
     client.finalize_logged_model(model.model_id, "READY")
+    if HELDOUT in tags:
+        client.log_dict(run_id, {"by_prompt": headline(result, trial).by_prompt}, tags[HELDOUT])
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, trial.step)])
     client.log_batch(run_id, _metrics(study, trial, trial.final, model.model_id))
     if not client.search_registered_models(f"name = '{name}'"):
@@ -257,7 +281,10 @@ def _description(study: Study, result: SearchResult, trial: Trial, final: Evalua
 def _tags(study: Study, result: SearchResult, trial: Trial, final: Evaluation) -> dict[str, str]:
     assert trial.checkpoint is not None
     judged = headline(result, trial)
-    return {
+    more = {HELDOUT: f"heldout/{trial.checkpoint.digest[:16]}.json"} if judged.by_prompt else {}
+    if judged.between_seeds is not None:
+        more[BETWEEN] = repr(judged.between_seeds)
+    return more | {
         "jfhpo.study": study.spec.study,
         "jfhpo.trial_key": trial.key,
         "jfhpo.target": study.ladder.target.name,
@@ -404,10 +431,12 @@ def _award(client: MlflowClient, name: str, version: ModelVersion) -> Registrati
             return Registration(name, number, None, f"it was the champion; version {holder} is served now")
         return Registration(name, number, alias, reason)
     holder = _holder(client, name, CHAMPION)
-    alias, reason = _compare(version, client.get_model_version(name, holder) if holder is not None else None)
+    champion = client.get_model_version(name, holder) if holder is not None else None
+    paired = _paired(client, version, champion) if champion is not None else None
+    alias, reason = _compare(version, champion, paired)
     client.set_registered_model_alias(name, alias, number)
     _note_decision(client, version, alias, reason)
-    return Registration(name, number, alias, reason)
+    return Registration(name, number, alias, reason, moved=True)
 
 
 def _holder(client: MlflowClient, name: str, alias: str) -> str | None:
@@ -421,8 +450,27 @@ def _note_decision(client: MlflowClient, version: ModelVersion, alias: str, reas
     client.set_model_version_tag(version.name, version.version, DECIDED, alias)
 
 
-def _compare(version: ModelVersion, champion: ModelVersion | None) -> tuple[str, str]:
-    """Alias and reason, which says what is served."""
+def _paired(client: MlflowClient, version: ModelVersion, champion: ModelVersion) -> Paired | None:
+    """The two over the same prompts; None if one of them did not keep the rewards, or has lost them."""
+    if HELDOUT not in version.tags or HELDOUT not in champion.tags:
+        return None
+    rewards = []
+    with tempfile.TemporaryDirectory(prefix="jfhpo-") as folder:
+        for one in (version, champion):
+            try:
+                path = client.download_artifacts(one.run_id, one.tags[HELDOUT], folder)
+            except (MlflowException, OSError):
+                return None
+            rewards.append(json.loads(Path(path).read_text(encoding="utf-8"))["by_prompt"])
+    return compare_paired(*rewards)
+
+
+def _compare(version: ModelVersion, champion: ModelVersion | None, paired: Paired | None) -> tuple[str, str]:
+    """Alias and reason, which says what is served.
+
+    With the rewards of each prompt a challenger wins if the paired test finds it better and, where several seeds tell
+    how much training runs differ, by more than that; else it has to be ahead by more than the noise of both scores.
+    """
     if champion is None:
         return CHAMPION, "it is the first one"
     if str(champion.version) == str(version.version):
@@ -432,11 +480,22 @@ def _compare(version: ModelVersion, champion: ModelVersion | None) -> tuple[str,
         return CHALLENGER, f"version {champion.version} was scored on other held-out rows or in another way; {stays}"
     score, error = float(version.tags[SCORE]), float(version.tags[ERROR])
     held, held_error = float(champion.tags[SCORE]), float(champion.tags[ERROR])
-    noise = BEYOND_NOISE * (error**2 + held_error**2) ** 0.5
-    figures = f"{score:.3f} against {held:.3f} of version {champion.version}; noise is {noise:.3f}"
+    errors = (error, held_error) if paired is None else (_between(version), _between(champion))
+    noise = BEYOND_NOISE * math.hypot(*errors)
+    wins = score - held > noise and (paired is None or (paired.is_clear and paired.difference > 0))
+    figures = f"{score:.3f} against {held:.3f} of version {champion.version}; "
+    if paired is None:
+        figures += f"noise is {noise:.3f}"
+    else:
+        figures += f"{paired}; " + (f"noise between seeds is {noise:.3f}" if noise else "one training seed each")
     for one in (version, champion):
         if CHOSEN_BY in one.tags.get(SEEDS, CHOSEN_BY):
             figures += f"; that of version {one.version} is of {CHOSEN_BY}, which flatters it"
-    if score - held > noise:
+    if wins:
         return CHAMPION, f"it beats the champion before it: {figures}"
     return CHALLENGER, f"it does not beat the champion beyond noise: {figures}; {stays}"
+
+
+def _between(version: ModelVersion) -> float:
+    """Standard error of a version's score by the spread between seeds; 0 if it is not known."""
+    return float(version.tags.get(BETWEEN, 0.0))

@@ -14,18 +14,20 @@ from typing import Any
 
 from jfhpo_core.study.models import Ladder
 from jfhpo_core.study.spec import StudySpec
-from mlflow_plugin.presentation import log_name, logarithmic
+from mlflow_plugin.presentation import RECOMMENDED, STUDIES_VIEW, TRIALS_VIEW, log_name, logarithmic
 
 TAG = "mlflow.sharedViewState."
 """Followed by the view's id."""
-TRIALS = "jfhpo-trials"
-BEST = "jfhpo-best-on-target"
+FULL_LENGTH = "jfhpo-full-length-{}"
+"""Id of the view of a model's full-length runs; its charts compare like with like."""
 
-STANDING = ("tags.`jfhpo.state`", "params.`model`", "metrics.`eval/score`", "metrics.`cost/device_seconds`")
+STANDING = ("tags.`jfhpo.state`", "params.`model`", "metrics.`eval/score`", "metrics.`spent/device_seconds`")
 """Columns before the hyperparameters: where a trial stands."""
 REASONS = ("tags.`jfhpo.source`", "tags.`jfhpo.why`", "tags.`jfhpo.stopped_by`", "tags.`jfhpo.failure`")
 """Columns after them: why it was trained, and why it ended."""
-SECTIONS = ("eval", "train", "cost", "time", "progress", "checkpoint", "study")
+OUTCOME = ("tags.`jfhpo.state`", "metrics.`study/recommended_score`", "metrics.`study/recommended_standard_error`")
+"""Columns of studies, before the recommended values."""
+SECTIONS = ("eval", "train", "spent", "time", "progress", "saved", "recommended", "study")
 """Sections that MLflow makes of metric names."""
 UNFOLDED = ("eval", "study")
 """Those of them that come up unfolded."""
@@ -41,28 +43,37 @@ def saved_views(study: StudySpec, ladder: Ladder, created: int) -> dict[str, str
         created: Time that the views bear, in milliseconds since the epoch.
     """
     columns = [*STANDING, *(f"params.`{name}`" for name in study.space), *REASONS]
-    charts = _charts(study)
+    lines, planes = _charts(study)
     trials = {"orderByKey": "tags.`mlflow.runName`", "searchFilter": "tags.`jfhpo.source` != ''"}
-    best = {
-        "orderByKey": "metrics.`eval/score`",
-        "searchFilter": f"tags.`jfhpo.state` = 'completed' and params.model = '{ladder.target.name}'",
-    }
-    return {
-        f"{TAG}{TRIALS}": _envelope("Trials", {**trials, **_state(columns, charts)}, created),
-        f"{TAG}{BEST}": _envelope("Best on the target", {**best, **_state(columns, charts)}, created),
-    }
+    views = {TRIALS_VIEW: ("Trials", {**trials, **_state(columns, lines)})}
+    for model in (ladder.target, *reversed(ladder.proxies)):
+        full = {
+            "orderByKey": "metrics.`eval/score`",
+            "searchFilter": f"tags.`jfhpo.state` = 'completed' and params.model = '{model.name}'",
+        }
+        name = f"Full length on {model.name}{' (the target)' if model == ladder.target else ''}"
+        views[FULL_LENGTH.format(model.name)] = (name, {**full, **_state(columns, [*planes, *lines])})
+    nights = {"orderByKey": "tags.`mlflow.runName`", "searchFilter": "tags.`jfhpo.study` != ''"}
+    found = [*OUTCOME, *(f"tags.`{RECOMMENDED}.{name}`" for name in study.space)]
+    views[STUDIES_VIEW] = ("Studies", {**nights, **_state(found, [])})
+    return {f"{TAG}{view}": _envelope(name, state, created) for view, (name, state) in views.items()}
 
 
-def _charts(study: StudySpec) -> list[dict[str, Any]]:
-    """What the UI draws first: the parameters against the score, learning curves, score against cost."""
+def _charts(study: StudySpec) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What the UI draws first: learning curves and score against cost; parameters against the score.
+
+    The latter only tell something about runs of one model and one length.
+    """
     score = {"key": "eval/score", "type": "METRIC"}
     shown = {"deleted": False, "isGenerated": False, "metricSectionId": "jfhpo", "displayName": None}
     line = {"lineSmoothness": 0, "scaleType": "linear", "xAxisScaleType": "linear", "runsCountToCompare": 100}
     on_log_scale = logarithmic(study.space)
     axes = [log_name(name) if name in on_log_scale else name for name in study.space]
-    parallel = {"type": "PARALLEL", "selectedParams": [*axes, "model_parameters"], "showAllRuns": False}
-    charts: list[dict[str, Any]] = [
-        {"uuid": "jfhpo-parallel", **parallel, "selectedMetrics": ["eval/score"], "runsCountToCompare": 100},
+    parallel = {"type": "PARALLEL", "selectedParams": axes, "showAllRuns": False}
+    planes: list[dict[str, Any]] = [
+        {"uuid": "jfhpo-parallel", **parallel, "selectedMetrics": ["eval/score"], "runsCountToCompare": 100}
+    ]
+    lines: list[dict[str, Any]] = [
         {
             "uuid": "jfhpo-learning",
             "type": "LINE",
@@ -75,7 +86,7 @@ def _charts(study: StudySpec) -> list[dict[str, Any]]:
         {
             "uuid": "jfhpo-cost",
             "type": "SCATTER",
-            "xaxis": {"key": "cost/device_seconds", "type": "METRIC"},
+            "xaxis": {"key": "spent/device_seconds", "type": "METRIC"},
             "yaxis": score,
             "runsCountToCompare": 100,
         },
@@ -83,8 +94,8 @@ def _charts(study: StudySpec) -> list[dict[str, Any]]:
     if len(axes) > 1:
         first, second = ({"key": name, "type": "PARAM"} for name in axes[:2])
         plane = {"xaxis": first, "yaxis": second, "zaxis": score}
-        charts.append({"uuid": "jfhpo-contour", "type": "CONTOUR", **plane, "runsCountToCompare": 100})
-    return [{**chart, **shown} for chart in charts]
+        planes.append({"uuid": "jfhpo-contour", "type": "CONTOUR", **plane, "runsCountToCompare": 100})
+    return [{**chart, **shown} for chart in lines], [{**chart, **shown} for chart in planes]
 
 
 def _state(columns: Sequence[str], charts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

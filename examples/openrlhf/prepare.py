@@ -182,7 +182,7 @@ def main() -> None:
     chosen = parser.parse_args()
     out = chosen.out or HERE / "data" / chosen.task
     trained, judged = prepare(chosen.task, out, chosen.train, chosen.heldout)
-    print(f"{trained} training rows and {judged} held-out rows in {out}")  # noqa: T201
+    print(f"{trained} training rows and {judged} held-out rows in {out}")
 
 
 if __name__ == "__main__":

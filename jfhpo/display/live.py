@@ -17,7 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from jfhpo.display.watch import Watch, standings
+from jfhpo.display.watch import Quiet, Watch, standings
 from jfhpo.display.words import bill, duration, show_quality, trend
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import Quality
@@ -51,6 +51,10 @@ class Display(Protocol):
         """Something that takes seconds begins."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something worth keeping in sight was found."""
+        ...
+
     def progress(self, progress: Progress) -> None:
         """A new snapshot."""
         ...
@@ -66,6 +70,7 @@ class PlainDisplay:
     def __init__(self, emit: Callable[[str], None]) -> None:
         self._emit = emit
         self.watch = Watch()
+        self.quiet = Quiet()
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +82,10 @@ class PlainDisplay:
 
     def status(self, text: str) -> None:
         """See `Display.status`."""
+        self._emit(text)
+
+    def note(self, text: str) -> None:
+        """See `Display.note`."""
         self._emit(text)
 
     def progress(self, progress: Progress) -> None:
@@ -91,6 +100,8 @@ class PlainDisplay:
                 f"{duration(progress.spent_seconds)} of {duration(budget.device_seconds)} spent, "
                 f"about {duration(left.seconds)} left{quality} | {line}"
             )
+        for line in self.quiet.heard(progress, spoken=bool(news)):
+            self._emit(line)
 
 
 class SilentDisplay:
@@ -106,6 +117,9 @@ class SilentDisplay:
 
     def status(self, text: str) -> None:
         """See `Display.status`."""
+
+    def note(self, text: str) -> None:
+        """See `Display.note`."""
 
     def progress(self, progress: Progress) -> None:
         """See `Display.progress`."""
@@ -128,6 +142,7 @@ class LiveDisplay:
         self._began = time.monotonic()
         self._spinner = Spinner("dots")
         self.watch = Watch()
+        self.quiet = Quiet()
         self._live = Live(
             get_renderable=self.render, console=console, refresh_per_second=REFRESH_PER_SECOND, transient=True
         )
@@ -145,11 +160,16 @@ class LiveDisplay:
         """See `Display.status`."""
         self._status = text
 
+    def note(self, text: str) -> None:
+        """See `Display.note`."""
+        self._events.append(f"{duration(time.monotonic() - self._began):>12}  {text}")
+
     def progress(self, progress: Progress) -> None:
         """See `Display.progress`."""
         self._status = ""
         clock = duration(time.monotonic() - self._began)
-        self._events.extend(f"{clock:>12}  {line}" for line in self.watch.news(progress))
+        news = self.watch.news(progress)
+        self._events.extend(f"{clock:>12}  {line}" for line in [*news, *self.quiet.heard(progress, spoken=bool(news))])
         for key, record in progress.live.items():
             seen = self._trends.setdefault(key, deque(maxlen=TREND_LENGTH))
             if not seen or seen[-1].step != record.step:

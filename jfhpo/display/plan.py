@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from jfhpo.display.words import bill, duration, paid_bill, show_quality
-from jfhpo_core.optimizer.forecast import Forecast, Quality
+from jfhpo_core.optimizer.forecast import Forecast
 from jfhpo_core.optimizer.price import prices
 from jfhpo_core.stopping.rules import build_rules
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import BudgetSpec
 
+if TYPE_CHECKING:
+    from jfhpo.planning import Prospect
 
-def outlook_view(study: Study, bills: Forecast, quality: Quality | None) -> Table:
+
+def outlook_view(left: Prospect) -> Table:
     """What is left to spend, how long it takes, and what score it should end with."""
+    study, bills, quality = left.study, left.bills, left.quality
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_row("cost left", f"{paid_bill(bills.total, study.spec.budget)} of device time")
@@ -46,20 +52,14 @@ def in_parallel(bills: Forecast) -> str:
     return f"at most {bills.slots} trial(s)" + (f" on {bills.devices} devices" if bills.devices is not None else "")
 
 
-def plan_view(
-    study: Study,
-    bills: Forecast,
-    quality: Quality | None = None,
-    more: tuple[Study, Forecast, Quality | None] | None = None,
-) -> Group:
+def plan_view(now: Prospect, larger: Prospect | None = None) -> Group:
     """A checked study: its models, how trials are cut, the bill, and what should come of it.
 
     Args:
-        study: The study.
-        bills: Its forecast.
-        quality: The forecast of its final score; None if there is none yet.
-        more: The study with a larger budget, and its forecasts.
+        now: The study and its forecasts.
+        larger: The same with a larger budget.
     """
+    study, bills = now.study, now.bills
     spec = study.spec
     models = _models_table(study, bills)
     grid = Table.grid(padding=(0, 2))
@@ -78,15 +78,10 @@ def plan_view(
     grid.add_row("stopping", ", ".join(rule.name for rule in build_rules(spec.stopping)))
     grid.add_row("in parallel", in_parallel(bills))
     parts: list[RenderableType] = [Text(f"Study {spec.study} is usable."), models, grid]
-    parts += [_forecast_table(bills, spec.budget), outlook_view(study, bills, quality)]
-    if more is not None:
-        larger, larger_bills, larger_quality = more
-        added = larger.spec.budget.device_seconds - spec.budget.device_seconds
-        parts += [
-            Text(f"\nWith {duration(added)} more of budget", style="bold"),
-            outlook_view(larger, larger_bills, larger_quality),
-            Text(),
-        ]
+    parts += [_forecast_table(bills, spec.budget), outlook_view(now)]
+    if larger is not None:
+        added = larger.study.spec.budget.device_seconds - spec.budget.device_seconds
+        parts += [Text(f"\nWith {duration(added)} more of budget", style="bold"), outlook_view(larger), Text()]
     parts.append(Text(bills.basis, "" if bills.measured else "yellow"))
     if (warning := validation_warning(study, bills)) is not None:
         parts.append(Text(warning, style="yellow"))

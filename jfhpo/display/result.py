@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -10,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from jfhpo.display.words import duration, show_configuration, show_score, show_value
+from jfhpo.display.words import duration, show_value
 from jfhpo.study_facts import counts
 from jfhpo_core.report.findings import (
     caveats,
@@ -22,36 +21,13 @@ from jfhpo_core.report.findings import (
     verdict,
 )
 from jfhpo_core.run.search import SearchResult
-from jfhpo_core.study.trial import Trial
 
 if TYPE_CHECKING:
     from jfhpo.session import StudyOutcome
 
 SHORTEST_WAIT_SECONDS = 1.0
-
-
-def trial_table(trials: Sequence[Trial]) -> Table:
-    """All trials, one per row."""
-    table = Table(box=SIMPLE_HEAD)
-    for heading, justify in (
-        ("#", "right"), ("purpose", "left"), ("model", "left"), ("state", "left"), ("step", "right"),
-        ("score", "right"), ("cost", "right"), ("configuration", "left"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    for trial in trials:
-        state = f"{trial.state} ({trial.decision.rule})" if trial.decision else str(trial.state)
-        state += f", changed {', '.join(trial.changed)}" if trial.changed else ""
-        table.add_row(
-            str(trial.number),
-            f"{trial.purpose}{f' {trial.label}' if trial.label else ''}",
-            trial.model,
-            state,
-            f"{trial.step}/{trial.total_steps}",
-            show_score(trial.evaluations[-1]) if trial.evaluations else "",
-            duration(trial.charge_seconds),
-            Text(show_configuration(trial.configuration)),  # values may hold what Rich takes for markup
-        )
-    return table
+MLFLOW_UI = "http://127.0.0.1:5000/"
+"""Where `mlflow ui` listens."""
 
 
 def comparison_table(result: SearchResult) -> Table:
@@ -120,10 +96,16 @@ def result_view(result: SearchResult) -> Group:
     return Group(*parts)
 
 
+def server_of(url: str | None) -> str:
+    """Address of the MLflow server of a page; without one, that of `mlflow ui`."""
+    return MLFLOW_UI if url is None else url.partition("#")[0]
+
+
 def next_steps(outcome: StudyOutcome) -> dict[str, str]:
     """Where to look next: what to do, and by which command, file or address."""
     return {
         "browse": outcome.url or f"mlflow ui --backend-store-uri {outcome.tracking_uri}",
+        "trials": f"{server_of(outcome.url)}{outcome.page}",
         "report": str(outcome.report),
         "model": f"{outcome.model_uri or 'none registered'}, {outcome.model_note}",
     }

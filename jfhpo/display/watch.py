@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from jfhpo.display.words import describe_end, describe_untrained, show_score
+from jfhpo.display.words import describe_end, describe_untrained, duration, show_score
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import Forecast, Quality, forecast, forecast_quality, scaled
 from jfhpo_core.optimizer.strategy import Strategy, load_strategy
@@ -14,6 +14,8 @@ from jfhpo_core.run.search import Progress, rank
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Evaluation, Trial
 
+QUIET_SECONDS = 30.0
+"""Nothing is said for so long before a display says that work goes on."""
 ASSUMED_SHARE = 0.1
 """Share of a bill that counts as spent at full speed before the speed is measured."""
 
@@ -115,3 +117,38 @@ class Watch:
         """Share of the whole bill that has been spent, in [0, 1]."""
         left = self._forecast.total.seconds if self._forecast else 0.0
         return self._charged / (self._charged + left) if self._charged else 0.0
+
+
+class Quiet:
+    """Speaks up while nothing is heard: sampling or scoring that takes minutes shall not look like a hang.
+
+    Args:
+        clock: Seconds of a clock that only goes forward.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._spoke = clock()
+        self._heard: dict[str, tuple[int, float]] = {}
+
+    def heard(self, progress: Progress, *, spoken: bool) -> list[str]:
+        """What to say after a snapshot: a line now and then, unless something else was `spoken`."""
+        now = self._clock()
+        running = {trial.key: trial for trial in progress.trials if trial.open_segment is not None}
+        for key, trial in running.items():
+            assert trial.open_segment is not None
+            record = progress.live.get(key)
+            step = record.step if record is not None else trial.open_segment.start_step
+            if key not in self._heard or self._heard[key][0] != step or key in progress.load.waiting:
+                self._heard[key] = (step, now)
+        self._heard = {key: heard for key, heard in self._heard.items() if key in running}
+        if spoken:
+            self._spoke = now
+        longest = max(self._heard, key=lambda key: now - self._heard[key][1], default=None)
+        if longest is None or min(now - self._spoke, now - self._heard[longest][1]) < QUIET_SECONDS:
+            return []
+        self._spoke = now
+        step, since = self._heard[longest]
+        trial = running[longest]
+        at = f"#{trial.number} {trial.model} at step {step} of {trial.total_steps}"
+        return [f"still at work: {at}, nothing heard for {duration(now - since)}: sampling or scoring takes long"]

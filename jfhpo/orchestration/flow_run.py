@@ -25,6 +25,7 @@ from pydantic import Field
 from jfhpo.display.live import PlainDisplay
 from jfhpo.display.words import duration
 from jfhpo.orchestration.artifacts import Board
+from jfhpo.orchestration.events import show_assets, study_ended
 from jfhpo.orchestration.study_lock import LEASE_SECONDS, give_back, hold
 from jfhpo.orchestration.task_runs import TaskRuns
 from jfhpo.session import INLINE, StudyOutcome, rebuild_report, run_study
@@ -113,15 +114,19 @@ def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
         board.progress(progress)
 
     def around(dispatcher: Dispatcher) -> Dispatcher:
-        return TaskRuns(dispatcher, ledgers[-1], gate.check if gate is not None else lambda *_: None)
+        return TaskRuns(spec.study, dispatcher, ledgers[-1], gate.check if gate is not None else lambda *_: None)
 
     with hold(spec.study), _devices(spec):
         try:
-            outcome = persist(lambda: run_study(spec, on_progress, display.status, on_open, around), log.warning)
+            outcome = persist(
+                lambda: run_study(spec, on_progress, display.status, display.note, on_open, around), log.warning
+            )
         except DeclinedError as declined:
             rebuild_report(spec)
             return Completed(name="Declined", message=str(declined))
     board.close(outcome)
+    study_ended(outcome)
+    show_assets(outcome)
     return _final_state(outcome)
 
 

@@ -15,6 +15,7 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
 from jfhpo.display.words import describe_end
+from jfhpo.orchestration.events import trial_ended
 from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, Suspended
 from jfhpo_core.run.scheduler import Load, Opening
 from jfhpo_core.store.ledger import Ledger
@@ -49,12 +50,16 @@ class TaskRuns:
     A task run ends when its segment is committed: one that is shown as ended never has to be trained again.
 
     Args:
+        study: Name of the study.
         inner: Runs the jobs, retries infrastructure failures and ends what hangs.
         ledger: Holds the study, open.
         gate: Called with every job and its trial before it is started; may raise to end the flow run.
     """
 
-    def __init__(self, inner: Dispatcher, ledger: Ledger, gate: Callable[[Job, Trial], None] = lambda *_: None) -> None:
+    def __init__(
+        self, study: str, inner: Dispatcher, ledger: Ledger, gate: Callable[[Job, Trial], None] = lambda *_: None
+    ) -> None:
+        self._study = study
         self._inner = inner
         self._ledger = ledger
         self._gate = gate
@@ -124,6 +129,7 @@ class TaskRuns:
             if run.ended and len(trial.segments) > run.job.segment.index:
                 result = trial.segments[run.job.segment.index]
                 kind, name = STATES[result.outcome]
+                trial_ended(self._study, trial, result)
                 self._end(key, State(type=kind, name=name, message=describe_end(trial, result)))
 
     def _end(self, key: str, state: State[None]) -> None:

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from jfhpo_core.optimizer.rank_agreement import FidelityAgreement, length_agreements, most_telling, size_agreements
 from jfhpo_core.report import findings as summary
 from jfhpo_core.report import text
+from jfhpo_core.report.completions import readings
 from jfhpo_core.report.text import without_credentials
 from jfhpo_core.run.search import SearchResult
 from jfhpo_core.study.resolved import Study
@@ -159,6 +160,7 @@ def _context(
         "contrasts": summary.contrasts(result),
         "caveats": summary.caveats(result),
         "untrained": summary.untrained(result),
+        "readings": readings(result),
         "timeouts": summary.timeouts(result, step_records),
         "interval": summary.interval,
         "score_text": summary.score_text,

@@ -428,6 +428,11 @@ class TrackingSpec(_Section):
         default=None, description="Name in the model registry; None: the study's name; '' registers nothing."
     )
     workspace: str = Field(default=".jfhpo", min_length=1, description="Folder for checkpoints and reports.")
+    completions: bool = Field(
+        default=True,
+        description="Keep the first completions of each evaluation, cut to 300 characters, with their prompts, to be "
+        "read in MLflow and in the report; false for private data.",
+    )
 
     @field_validator("registered_model")
     @classmethod

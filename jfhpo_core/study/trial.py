@@ -119,7 +119,14 @@ class Evaluation(Record):
         default=None, description="None with one completion per prompt, or where the trainer does not tell."
     )
     reward_timeouts: int = Field(default=0, ge=0, description="Completions whose scoring took too long.")
-    examples: tuple[Example, ...] = Field(default=(), description="Of an untrained model: the first completions.")
+    examples: tuple[Example, ...] = Field(
+        default=(), description="The first completions, to be read; empty if the study keeps none."
+    )
+    by_prompt: tuple[float, ...] = Field(
+        default=(),
+        description="At full length: mean reward of each held-out prompt, for paired comparisons; empty where the "
+        "trainer does not tell.",
+    )
 
 
 class Decision(Record):

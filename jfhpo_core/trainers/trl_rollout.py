@@ -154,6 +154,9 @@ def evaluate(
     temperature: float,
     step: int,
     prompts: int,
+    *,
+    examples: bool = True,
+    by_prompt: bool = False,
 ) -> Evaluation:
     """Score sampled completions of held-out prompts.
 
@@ -166,6 +169,8 @@ def evaluate(
         temperature: Of the sampling.
         step: Training steps done, for the record.
         prompts: Training prompts consumed, for the record.
+        examples: Keep the first completions.
+        by_prompt: Keep the mean reward of each prompt.
     """
     began = time.perf_counter()
     repeated = [row for row in rows for _ in range(samples)]
@@ -188,5 +193,6 @@ def evaluate(
         seconds=time.perf_counter() - began,
         pass_at_n=PassAtN.of(groups.tolist()),
         reward_timeouts=len(scores.timed_out),
-        examples=Example.first(shown, completions[::samples], rewards[::samples]) if step == 0 else (),
+        examples=Example.first(shown, completions[::samples], rewards[::samples]) if examples else (),
+        by_prompt=tuple(map(float, means)) if by_prompt else (),
     )

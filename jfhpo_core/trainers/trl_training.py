@@ -346,6 +346,8 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
             spec.temperature,
             self.step,
             self.step * self._job.prompts_per_step,
+            examples=self._job.study.tracking.completions,
+            by_prompt=self.step >= self._job.total_steps and self._job.parameters == self._job.target_parameters,
         )
         self.evaluations.append(evaluation)
         return evaluation

@@ -176,6 +176,11 @@ class Prefect:
         found = self.ask("artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
         return {item["key"].rpartition("-")[2]: item["data"] for item in found}
 
+    def events(self, name: str, about: str) -> list[dict[str, Any]]:
+        """Events of a name whose resource has a text in its id."""
+        found = self.ask("events/filter", filter={"event": {"name": [name]}})["events"]
+        return [event for event in found if about in event["resource"]["prefect.resource.id"]]
+
     def task_runs(self, run: str) -> dict[str, str]:
         """State names by names."""
         found = self.ask("task_runs/filter", flow_runs={"id": {"any_": [run]}})

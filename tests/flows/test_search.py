@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows.search import search
 from jfhpo.orchestration.notify import set_up
 from jfhpo_core.errors import SpecError
+from jfhpo_core.study.trial import Outcome
 from tests.flows.ledgers import committed, count, kept
 from tests.flows.prefect_server import Prefect, wait_for
 from tests.run.support import all_gone
@@ -81,7 +82,8 @@ def test_a_cancelled_search_frees_its_workers_and_the_run_that_queued_behind_it_
     assert tasks["#0 large, steps 0 to 30 of 30 (recipe)"] == "Completed"
     assert "Cancelled" in tasks.values()
     assert sum(state in ("Completed", "Stopped") for state in tasks.values()) == count(before)
-    assert len(prefect.task_runs(other)) == count(after) - count(before)
+    segments = {name for name in prefect.task_runs(other) if name.startswith("#")}
+    assert len(segments) == count(after) - count(before)
     wait_for(lambda: prefect.told("Cancelled") and prefect.told("Completed"), "the notifications of both ends")
     told = next(item for item in prefect.webhook.heard if item["state"] == "Completed")
     assert told["flow_run"] == "search cancelled"
@@ -119,6 +121,15 @@ def test_a_person_approves_the_target_run_and_the_page_shows_the_result(prefect:
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in shown["summary"]
     assert shown["progress"] == 100
     assert (prefect.clone / ".jfhpo" / "gated" / "report.html").exists()
+
+    stopped = sum(parts[-1].outcome is Outcome.STOPPED for parts in after.values())
+    wait_for(lambda: prefect.events("jfhpo.study.completed", "gated") != [], "the event of the end")
+    assert len(prefect.events("jfhpo.trial.stopped", "gated")) == stopped
+    (end,) = prefect.events("jfhpo.study.completed", "gated")
+    assert end["payload"]["verdict"].startswith("The recommended configuration scores 0.")
+    assert run in {related["prefect.resource.id"].rpartition(".")[2] for related in end["related"]}
+    made = "prefect.asset.materialization.succeeded"
+    wait_for(lambda: prefect.events(made, "jfhpo://gated/report") != [], "the asset of the report")
 
 
 @pytest.mark.slow

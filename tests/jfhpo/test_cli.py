@@ -16,6 +16,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from jfhpo.answers import ANSWERS, PlanAnswer, RulesAnswer, ShowAnswer
 from jfhpo.cli import INFRASTRUCTURE, INTERRUPTED, NOTHING, REFUSED, UNFINISHED, app
 from jfhpo_core.errors import InfrastructureError, LedgerError, LedgerUnavailable, SpecError
 from jfhpo_core.report.recipe import Recipe
@@ -242,6 +243,55 @@ def test_show_plan_and_report_read_the_ledger(finished: tuple[Path, str], invoke
     assert invoke("report", SIMULATED).stdout.strip() == str(report)
     assert report.stat().st_size > 1000
     assert committed(folder, SIMULATED) == trials
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["plan", "search", "show", "report", "doctor", "gc"])
+def test_answers_as_json_are_those_that_are_documented(invoke: Callable[..., Result], command: str) -> None:
+    result = invoke(command, SIMULATED, "--json")
+    assert result.exit_code == 0
+    answer = ANSWERS[command].model_validate_json(result.stdout)
+    assert json.loads(result.stdout) == json.loads(answer.model_dump_json())
+
+
+@pytest.mark.slow
+def test_json_has_the_figures_that_people_are_shown(
+    finished: tuple[Path, str], invoke: Callable[..., Result], tmp_path: Path
+) -> None:
+    folder, printed = finished
+    trials = committed(folder, SIMULATED)
+    shown = ShowAnswer.model_validate_json(invoke("show", SIMULATED, "--json").stdout)
+    assert shown.complete
+    assert shown.left is None
+    assert shown.verdict in " ".join(printed.split())
+    assert len(shown.listed) == shown.trials == len(trials) == sum(shown.states.values())
+    first = shown.comparison[0]
+    assert first.label == "recommended"
+    assert first.score is not None
+    assert f"{first.score:.3f}" in printed
+    assert shown.recommended is not None
+    assert first.configuration.items() <= shown.recommended.items()
+    raised = ShowAnswer.model_validate_json(
+        invoke("show", SIMULATED, "--json", "--set", "budget.trial_seconds=900").stdout
+    )
+    assert not raised.complete
+    assert raised.left is not None
+    assert raised.left.budget_seconds == 900
+    assert raised.left.final_score is not None
+    asked = PlanAnswer.model_validate_json(invoke("plan", SIMULATED, "--json", "--more", "600s").stdout)
+    assert asked.with_more is not None
+    assert asked.with_more.budget_seconds == asked.budget_seconds + 600
+    refused = invoke("promote", SIMULATED, "--json")
+    assert refused.exit_code == REFUSED
+    assert refused.stdout == ""
+
+
+def test_lists_as_json() -> None:
+    known = RulesAnswer.model_validate_json(CliRunner().invoke(app, ["rules", "--json"]).stdout).rules
+    assert {rule.name for rule in known} >= set(RULES)
+    assert re.fullmatch(
+        r"\d+\.\d+\.\d+\S*", json.loads(CliRunner().invoke(app, ["version", "--json"]).stdout)["version"]
+    )
 
 
 @pytest.mark.slow

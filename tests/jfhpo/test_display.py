@@ -11,9 +11,11 @@ from rich.console import Console, RenderableType
 
 from jfhpo.display.live import LiveDisplay, PlainDisplay
 from jfhpo.display.plan import plan_view
-from jfhpo.display.result import result_view, trial_table
-from jfhpo.display.watch import Watch
+from jfhpo.display.result import result_view
+from jfhpo.display.trials import TrialList
+from jfhpo.display.watch import Quiet, Watch
 from jfhpo.display.words import bill, describe_untrained, duration, trend
+from jfhpo.planning import Prospect
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.run.dispatch import InlineDispatcher
@@ -169,23 +171,60 @@ def test_the_result_of_an_unfinished_study_says_so(study: Study) -> None:
 
 def test_the_trial_table_has_all_trials(study: Study) -> None:
     result, _ = follow(study)
-    rows = [line for line in text_of(trial_table(result.trials)).splitlines() if re.match(r" +\d+ ", line)]
+    rows = [line for line in text_of(TrialList(result.trials)).splitlines() if re.match(r" +\d+ ", line)]
     assert len(rows) == len(result.trials)
+
+
+def test_at_80_columns_a_trial_takes_two_lines_with_all_its_values(study: Study) -> None:
+    result, _ = follow(study)
+    lines = text_of(TrialList(result.trials), width=80).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    listed, _, legend = "\n".join(lines).partition("\n\n")
+    assert len(listed.splitlines()) == 2 * len(result.trials)
+    marks = dict(reversed(item.split()) for item in " ".join(legend.split()).split(", "))
+    for trial, what, values in zip(result.trials, lines[::2], lines[1::2], strict=False):
+        assert re.match(rf" *{trial.number} {trial.label or trial.purpose} on {trial.model}, {trial.state}", what)
+        assert f"{trial.step}/{trial.total_steps}" in what
+        assert [item.partition("=")[0] for item in values.split()] == [marks[name] for name in trial.configuration]
+        assert f"{marks['learning_rate']}={trial.configuration['learning_rate']:.2g}" in values
 
 
 def test_a_value_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
     study = simulated_study(tmp_path)
     trial = study.new_trial(0, {"learning_rate": 1e-3}, "small", 0)
-    shown = text_of(trial_table([trial.model_copy(update={"configuration": {"prompt": "[INST]q[/INST]"}})]))
+    shown = text_of(TrialList([trial.model_copy(update={"configuration": {"prompt": "[INST]q[/INST]"}})]))
     assert "[INST]q[/INST]" in shown
 
 
 def test_a_plan_warns_if_the_budget_cannot_validate(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, budget={"trial_seconds": 20})
     result, _ = follow(simulated_study(tmp_path))
-    assert "less than one full target trial" in text_of(plan_view(study, forecast(study, result.trials)))
+    assert "less than one full target trial" in text_of(
+        plan_view(Prospect(study, forecast(study, result.trials), None))
+    )
     rich = simulated_study(tmp_path, budget={"trial_seconds": 20000})
-    assert "less than one full" not in text_of(plan_view(rich, forecast(rich, result.trials)))
+    assert "less than one full" not in text_of(plan_view(Prospect(rich, forecast(rich, result.trials), None)))
+
+
+def test_while_nothing_is_heard_a_line_now_and_then_says_that_work_goes_on(study: Study) -> None:
+    """A reward that sleeps (case 14) is no hang."""
+    _, snapshots = follow(study)
+    busy = next(one for one in snapshots if any(trial.open_segment for trial in one.trials))
+    trial = next(trial for trial in busy.trials if trial.open_segment is not None)
+    now = [0.0]
+    quiet = Quiet(lambda: now[0])
+    said: list[tuple[float, str]] = []
+    for second in range(0, 200, 10):
+        now[0] = second
+        # The second step comes after 100 seconds, and something else is said at 150.
+        live = {trial.key: step_record(1 if second < 100 else 2)}
+        here = replace(busy, live=live, trials=[trial])
+        said += [(second, line) for line in quiet.heard(here, spoken=second == 150)]
+    assert [second for second, _ in said] == [30, 60, 90, 130, 180]
+    assert f"#{trial.number} {trial.model} at step 1 of 30, nothing heard for 30 s" in said[0][1]
+    assert "at step 2 of 30, nothing heard for 1 min 20 s" in said[-1][1]
+    waiting = replace(here, load=replace(busy.load, waiting={trial.key: 60.0}))
+    assert quiet.heard(waiting, spoken=False) == []
 
 
 def test_at_80_columns_every_label_keeps_its_width(study: Study) -> None:
@@ -226,7 +265,7 @@ def test_with_an_hourly_cost_every_bill_is_in_money_too(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, budget=budget)
     display = LiveDisplay(Console(width=200, record=True, force_terminal=False), "test")
     result, _ = follow(study, display)
-    plan = text_of(plan_view(study, forecast(study, [])))
+    plan = text_of(plan_view(Prospect(study, forecast(study, []), None)))
     assert re.search(r"search +5 min 00 s, 3\.00 EUR ", plan)
     assert re.search(r"total .* EUR \([\d.]+ to [\d.]+\)", plan)
     assert re.search(r"cost left .* EUR", plan)
@@ -237,7 +276,7 @@ def test_with_an_hourly_cost_every_bill_is_in_money_too(tmp_path: Path) -> None:
 def test_a_plan_says_how_many_runs_of_each_size_the_budget_buys(study: Study) -> None:
     result, _ = follow(study)
     bills = forecast(study, result.trials)
-    plan = text_of(plan_view(study, bills))
+    plan = text_of(plan_view(Prospect(study, bills, None)))
     for model in study.ladder.models:
         cost = bills.full_runs[model.name]
         bought = int(study.spec.budget.device_seconds / cost.seconds)

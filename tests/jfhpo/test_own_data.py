@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -214,6 +215,11 @@ def test_case_8_10_12_and_16_rewards(own: Own, capfd: pytest.CaptureFixture[str]
     assert "x" * 9999 not in capfd.readouterr().out
 
 
+def test_case_18_truth_values_within_a_list_are_ones_and_zeros(own: Own) -> None:
+    own.reward("def reward(completions, **k):\n    return [True, False, True, True]\n")
+    assert "with 1, 0, 1, 1" in own.scores()
+
+
 def test_case_9_and_11_several_rewards(own: Own) -> None:
     own.reward(
         "def one(completions, **k):\n    return [1.0 for _ in completions]\n"
@@ -358,12 +364,18 @@ def test_case_22_a_choice_has_no_null(own: Own) -> None:
     assert "valid boolean" not in str(caught.value)
 
 
-def run_case(own: Own, *, folder: Path | None = None, **changes: Any) -> subprocess.CompletedProcess[str]:
-    """A search by the command line, from another folder than the study's if one is given."""
+def run_case(
+    own: Own, *, folder: Path | None = None, home: str | None = None, **changes: Any
+) -> subprocess.CompletedProcess[str]:
+    """A search by the command line, from another folder than the study's or with another home if one is given."""
     tracking = {"uri": f"sqlite:///{own.folder}/mlflow.db", "workspace": str(own.folder / "work")}
     (own.folder / "study.yaml").write_text(json.dumps({**STUDY, "task": own.task, "tracking": tracking, **changes}))
     command = [str(Path(sys.executable).with_name("jfhpo")), "search", str(own.folder / "study.yaml"), "--plain"]
-    return subprocess.run(command, cwd=folder or own.folder, capture_output=True, text=True, check=False, timeout=500)
+    environment = {name: value for name, value in os.environ.items() if not name.endswith(("_HOME", "_CACHE"))}
+    return subprocess.run(
+        command, cwd=folder or own.folder, capture_output=True, text=True, check=False, timeout=500,
+        env=os.environ if home is None else {**environment, "HOME": home},
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -384,9 +396,18 @@ def test_case_24_a_folder_with_blanks_and_an_umlaut_by_a_link_from_elsewhere(tmp
     folder.mkdir()
     elsewhere.mkdir()
     (tmp_path / "link").symlink_to(folder)
-    ended = run_case(Own(tmp_path / "link"), folder=elsewhere, budget={"trial_seconds": 1, "max_parallel": 1})
+    own = Own(tmp_path / "link")
+    # Not even root can write to this home.
+    ended = run_case(own, folder=elsewhere, home="/proc", budget={"trial_seconds": 1, "max_parallel": 1})
     assert ended.returncode in (0, 3), ended.stdout + ended.stderr
     assert "trained to step" in ended.stdout
+    # What all models score untrained comes before the first trial, and what they wrote can be read.
+    before, _, _ = ended.stdout.partition(" left | #")
+    for model in ("s", "sm"):
+        assert f"untrained {model} scores 0." in before
+    assert before.count(" -> ") == 2 * EXAMPLES
+    report = (own.folder / "work" / "own" / "report.html").read_text(encoding="utf-8")
+    assert ("Completions to read" in report) == (ended.returncode == 0)
 
 
 def test_case_25_changed_contents_are_named(own: Own) -> None:

@@ -109,7 +109,7 @@ def test_a_store_that_lost_its_newest_segment_trains_it_again(
     """A database restored from a backup has no gaps: it is an earlier state of the study."""
     whole, ledger = search()
     last = max(whole.trials, key=lambda trial: max(part.committed for part in trial.segments))
-    ledger.client.delete_tag(ledger.run_id(last.key), f"jfhpo.segment.{len(last.segments) - 1:04d}")
+    ledger.client.delete_tag(ledger.run_id(last.key), f"mlflow.jfhpo.segment.{len(last.segments) - 1:04d}")
     again, _ = search()
     assert [trial.key for trial in again.trials] == [trial.key for trial in whole.trials]
     assert all(part.outcome is not Outcome.LOST for trial in again.trials for part in trial.segments)

@@ -33,9 +33,10 @@ from jfhpo.testing.ledgers import (
     text,
 )
 from jfhpo_core.errors import LedgerError, LedgerUnavailable
+from jfhpo_core.optimizer.strategy import Recommendation
 from jfhpo_core.report.page import write_plots
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import run_search
+from jfhpo_core.run.search import Comparison, SearchResult, run_search
 from jfhpo_core.store.ledger import Ledger, MemoryLedger
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.space import Space
@@ -107,7 +108,7 @@ def test_what_people_see_of_a_trial(ledger: MlflowLedger) -> None:
     assert (run.info.run_name, run.info.status) == ("007 small lr=0.00032 · stopped at 6/12 steps", "KILLED")
     assert run.data.tags["jfhpo.stopped_by"] == "kl-growth: kl = 0.9 against 0.15 at step 6"
     assert run.data.tags["jfhpo.why"] == "it went on well"
-    assert run.data.metrics["cost/device_seconds"] == pytest.approx(5.0)
+    assert run.data.metrics["spent/device_seconds"] == pytest.approx(5.0)
     for words in ("Stopped", "it looked good", "it went on well", "kl-growth", "95 % interval", "gain 0.01"):
         assert words in run.data.tags["mlflow.note.content"]
 
@@ -204,7 +205,11 @@ def test_saved_views_name_what_the_runs_have(ledger: MlflowLedger, client: Mlflo
     ledger.commit(trial.key, make_result(segment), make_records(0, 4))
     tags = client.get_experiment(ledger.experiment_id).tags
     views = {json.loads(text)["name"]: json.loads(text) for name, text in tags.items() if "sharedViewState" in name}
-    assert set(views) == {"Trials", "Best on the target"}
+    studies = views.pop("Studies")
+    target = next(view for name, view in views.items() if name == "Full length on large (the target)")
+    others = [views.pop(name) for name in list(views) if "on small" in name or "on medium" in name]
+    assert set(views) == {"Trials", "Full length on large (the target)"}
+    assert others
     data = run_of(ledger, trial).data
     known = {
         *(f"params.`{name}`" for name in data.params),
@@ -219,8 +224,60 @@ def test_saved_views_name_what_the_runs_have(ledger: MlflowLedger, client: Mlflo
             [ledger.experiment_id], state["searchFilter"], order_by=[f"{state['orderByKey']} DESC"]
         )
         assert [run.info.run_id for run in found] == [ledger.run_id(trial.key)]
-        parallel = next(chart for chart in state["compareRunCharts"] if chart["type"] == "PARALLEL")
-        assert set(parallel["selectedParams"]) <= set(data.params)
+        parallel = [chart for chart in state["compareRunCharts"] if chart["type"] == "PARALLEL"]
+        # Only where all runs are of one model and one length.
+        assert len(parallel) == (view is target)
+        assert all(set(chart["selectedParams"]) <= set(data.params) for chart in parallel)
+    for view, expected in [(studies, [ledger.study_run_id]), *((view, []) for view in others)]:
+        state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+        found = client.search_runs([ledger.experiment_id], state["searchFilter"])
+        assert [run.info.run_id for run in found] == expected
+    note = tags["mlflow.note.content"]
+    assert note.startswith(f"**[Open the trials]({ledger.page()})**")
+    shown = tags[f"mlflow.sharedViewState.{ledger.page().partition('viewStateShareKey=')[2].partition('&')[0]}"]
+    assert json.loads(shown)["name"] == "Trials"
+
+
+def test_what_only_the_ledger_reads_is_hidden_and_studies_of_earlier_versions_are_read(
+    ledger: MlflowLedger, client: MlflowClient
+) -> None:
+    trial, segment, later = make_trial(0), make_segment(0, 0, 4), make_segment(1, 4, 8)
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, make_result(segment), make_records(0, 4))
+    ledger.begin(trial, later)
+    ledger.summarize({"complete": "false"})
+    runs = [client.get_run(run_id) for run_id in (ledger.study_run_id, ledger.run_id(trial.key))]
+    for run in runs:
+        seen = {name: value for name, value in run.data.tags.items() if not name.startswith("mlflow.")}
+        assert not [name for name, value in seen.items() if value[:1] in ("{", "[")]
+    # Earlier versions did not hide them.
+    for run in runs:
+        for name, value in run.data.tags.items():
+            if name.startswith("mlflow.jfhpo."):
+                client.set_tag(run.info.run_id, name.removeprefix("mlflow."), value)
+                client.delete_tag(run.info.run_id, name)
+    again = MlflowLedger(client)
+    again.open(make_study())
+    assert again.trials() == ledger.trials()
+    assert again.trials()[0].open_segment == later
+    assert again.facts() == ledger.facts()
+    again.commit(trial.key, make_result(later), make_records(4, 8))
+    last = MlflowLedger(client)
+    last.open(make_study())
+    assert last.trials() == again.trials()
+
+
+def test_recommended_values_are_columns_of_the_studys_run(ledger: MlflowLedger, client: MlflowClient) -> None:
+    study = resolve(make_study())
+    recommended = Recommendation(study.space.middle(), 0.7, 0.01)
+    row = Comparison("recommended", recommended.configuration, 0.71, 0.01, 2, 10.0)
+    result = SearchResult(study, (), recommended, None, (row,), 10.0, complete=True)
+    ledger.present(result)
+    data = client.get_run(ledger.study_run_id).data
+    for name, value in recommended.configuration.items():
+        assert f"recommended.{name}" in data.tags
+        if isinstance(value, int | float):
+            assert data.metrics[f"recommended/{name}"] == value
 
 
 def test_a_changed_budget_renews_the_study_file(ledger: MlflowLedger, client: MlflowClient, tmp_path: Path) -> None:
@@ -276,7 +333,7 @@ def test_checkpoints_can_be_searched(ledger: MlflowLedger) -> None:
     assert found[0].source_run_id == ledger.run_id(ledger.trials()[1].key)
     assert found[0].tags["jfhpo.path"] == "key/step-00000008"
     assert found[0].tags["jfhpo.uri"].endswith("/conformance/checkpoints/key/step-00000008")
-    late = "metrics.`checkpoint/step` > 7 AND metrics.`checkpoint/bytes` < 100"
+    late = "metrics.`saved/step` > 7 AND metrics.`saved/bytes` < 100"
     assert len(ledger.client.search_logged_models([ledger.experiment_id], late)) == 3
     scores = {metric.step: metric.value for metric in found[0].metrics if metric.key == "eval/score"}
     assert scores == {4: pytest.approx(0.4), 8: pytest.approx(0.8)}
@@ -317,11 +374,11 @@ def test_unreadable_content_is_explained(ledger: MlflowLedger, client: MlflowCli
     shutil.rmtree(Path(run_of(ledger, trial).info.artifact_uri.removeprefix("file://")))
     with pytest.raises(LedgerError, match=r"lost its artifact records/segment-0000\.jsonl"):
         again.step_records(trial.key)
-    client.set_tag(ledger.study_run_id, "jfhpo.facts", "edited by hand")
+    client.set_tag(ledger.study_run_id, "mlflow.jfhpo.facts", "edited by hand")
     with pytest.raises(LedgerError, match="not JSON"):
         MlflowLedger(client).open(make_study())
-    client.delete_tag(ledger.study_run_id, "jfhpo.facts")
-    client.set_tag(ledger.run_id(trial.key), "jfhpo.segment.0000", json.dumps({"segment": 3}))
+    client.delete_tag(ledger.study_run_id, "mlflow.jfhpo.facts")
+    client.set_tag(ledger.run_id(trial.key), "mlflow.jfhpo.segment.0000", json.dumps({"segment": 3}))
     with pytest.raises(LedgerError, match="SegmentResult that cannot be read"):
         MlflowLedger(client).open(make_study())
 
@@ -731,9 +788,9 @@ def test_a_study_of_jfhpo_0_1_is_continued(client: MlflowClient, tmp_path: Path)
     ledger.commit(trial.key, make_result(make_segment(0, 0, 4)), make_records(0, 4))
     run_id = ledger.study_run_id
     client.set_tag(run_id, "jfhpo.identity", "0123456789abcdef")
-    client.delete_tag(run_id, "jfhpo.contents")
+    client.delete_tag(run_id, "mlflow.jfhpo.contents")
     for tag in ledger.client.get_run(ledger.run_id(trial.key)).data.tags:
-        if tag.startswith("jfhpo.segment."):
+        if tag.startswith("mlflow.jfhpo.segment."):
             segment = json.loads(client.get_run(ledger.run_id(trial.key)).data.tags[tag])
             del segment["segment"]["changed"]
             client.set_tag(ledger.run_id(trial.key), tag, json.dumps(segment))

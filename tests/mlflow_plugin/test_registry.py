@@ -21,9 +21,9 @@ from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import load_task
-from jfhpo_core.study.trial import Checkpoint, Evaluation, Outcome, Purpose, Segment, SegmentResult, Suggestion
+from jfhpo_core.study.trial import Checkpoint, Evaluation, Outcome, Purpose, Segment, SegmentResult, Suggestion, Trial
 from mlflow_plugin.ledger import MlflowLedger
-from mlflow_plugin.registry import _award, _card, _description, _measure, _tags, promote, register_target
+from mlflow_plugin.registry import _award, _card, _description, _measure, _tags, headline, promote, register_target
 from tests.studies import evaluation, result, simulated_study
 
 TARGET = "s"
@@ -360,6 +360,65 @@ def test_a_challenger_says_what_is_served_and_is_promoted_by_hand(client: Mlflow
     assert "already" in promote(client, "tuned", "2", "demo").reason
     with pytest.raises(LedgerError, match="did not promote"):
         promote(client, "tuned", "3", "demo")
+
+
+def keep_rewards(client: MlflowClient, versions: list[Any], rewards: list[list[float]]) -> list[Any]:
+    """The same versions, each with the mean rewards of the held-out prompts in a run of its own."""
+    for number, (version, values) in enumerate(zip(versions, rewards, strict=True)):
+        run = client.create_run("0")
+        client.log_dict(run.info.run_id, {"by_prompt": values}, "heldout/rewards.json")
+        tags = {**version.tags, "jfhpo.heldout_rewards": "heldout/rewards.json"}
+        client.delete_model_version("tuned", version.version)
+        versions[number] = client.create_model_version("tuned", "/nowhere", run.info.run_id, tags=tags)
+    return versions
+
+
+def test_champion_and_challenger_are_compared_prompt_by_prompt(client: MlflowClient) -> None:
+    """The scores differ by less than two standard errors of either; the prompts tell them apart all the same."""
+    hard, easy = [0.0] * 40, [1.0] * 60
+    rewards = [
+        [*hard, *easy],
+        [1.0] * 9 + [0.0] * 31 + easy[:-1] + [0.0],
+        [1.0] * 5 + [0.0] * 35 + easy[:-4] + [0.0] * 4,
+    ]
+    first, better, alike = keep_rewards(client, versions(client, 0.60, 0.68, 0.61), rewards)
+    assert _award(client, "tuned", first).alias == "champion"
+    unclear = _award(client, "tuned", alike)
+    assert unclear.alias == "challenger"
+    assert "better on 5 and worse on 4" in unclear.reason
+    assert unclear.moved
+    clear = _award(client, "tuned", better)
+    assert clear.alias == "champion"
+    assert "paired over 100 held-out prompts +0.080" in clear.reason
+    assert "better on 9 and worse on 1" in clear.reason
+    again = _award(client, "tuned", client.get_model_version("tuned", better.version))
+    assert not again.moved
+
+
+def test_prompts_do_not_outweigh_the_spread_between_seeds(client: MlflowClient) -> None:
+    rewards = [[0.0] * 40 + [1.0] * 60, [1.0] * 9 + [0.0] * 31 + [1.0] * 60]
+    first, better = keep_rewards(client, versions(client, 0.60, 0.69), rewards)
+    client.set_model_version_tag("tuned", better.version, "jfhpo.standard_error_between_seeds", "0.06")
+    _award(client, "tuned", first)
+    told = _award(client, "tuned", client.get_model_version("tuned", better.version))
+    assert told.alias == "challenger"
+    assert "noise between seeds is 0.120" in told.reason
+
+
+def test_a_version_is_judged_by_the_mean_reward_of_each_prompt_over_its_seeds(tmp_path: Path) -> None:
+    outcome = concluded(tmp_path, {0: 0.812, 1: 0.5, 2: 1.0})
+    told = {1: (0.0, 1.0), 2: (1.0, 1.0)}
+
+    def with_rewards(trial: Trial) -> Trial:
+        (done,) = trial.segments
+        kept = tuple(one.model_copy(update={"by_prompt": told.get(trial.seed, ())}) for one in done.evaluations)
+        return trial.model_copy(update={"segments": (done.model_copy(update={"evaluations": kept}),)})
+
+    outcome = conclude(outcome.study, [with_rewards(trial) for trial in outcome.trials], RandomSearch(), complete=True)
+    assert outcome.target_trial is not None
+    judged = headline(outcome, outcome.target_trial)
+    assert judged.by_prompt == (0.5, 1.0)
+    assert judged.between_seeds == pytest.approx(0.25)
 
 
 def test_a_flattered_score_in_a_comparison_is_named(client: MlflowClient) -> None:

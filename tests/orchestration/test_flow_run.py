@@ -80,7 +80,7 @@ def test_the_gate_asks_before_whatever_trains_the_target_once_the_search_is_over
     ledger = MemoryLedger()
     gate = Gate(study.spec, Board(study.spec.study, Watch()))
     with pytest.raises(DeclinedError):
-        run_search(study, ledger, Recording(InlineDispatcher(1), ledger, gate.check))
+        run_search(study, ledger, Recording(study.spec.study, InlineDispatcher(1), ledger, gate.check))
     assert asked == ["asked"]
     begun = ledger.trials()[-1]
     assert begun.purpose == "random-search"

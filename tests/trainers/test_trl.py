@@ -30,7 +30,7 @@ from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.tasks import load_task
-from jfhpo_core.study.trial import Decision, Evaluation, FailureKind, Outcome, StepRecord, Value
+from jfhpo_core.study.trial import EXAMPLES, Decision, Evaluation, FailureKind, Outcome, StepRecord, Value
 from jfhpo_core.trainers.trl import TrlSettings, TrlTrainer
 from tests.studies import study_data
 
@@ -358,6 +358,28 @@ def test_an_evaluation_scores_the_heldout_rows_with_its_standard_error(
         assert evaluation.pass_at_n is not None
         assert (evaluation.pass_at_n.n, evaluation.pass_at_n.score) == (3, pytest.approx(13.5))
         assert evaluation.pass_at_n.standard_error == pytest.approx(math.sqrt(5 / 3) / 2)
+
+
+def test_completions_and_rewards_of_prompts_are_kept_where_they_are_wanted(make_case: MakeCase, tmp_path: Path) -> None:
+    case = make_case()
+    steps = [0, 1, TOTAL_STEPS]
+
+    def evaluated(case: Case, folder: str, **changes: Any) -> tuple[Evaluation, ...]:
+        job = case.job(0, TOTAL_STEPS, tmp_path / folder, steps).model_copy(update=changes)
+        return run_job(job, case.trainer, lambda record: None).evaluations
+
+    kept = evaluated(case, "target", model="large", parameters=20_000)
+    first = [row["prompt"] for row in load_task(case.study.task).heldout[:EXAMPLES]]
+    assert [[example.prompt for example in evaluation.examples] for evaluation in kept] == [first] * 3
+    assert [bool(evaluation.by_prompt) for evaluation in kept] == [False, False, True]
+    final = kept[-1]
+    assert sum(final.by_prompt) / len(final.by_prompt) == pytest.approx(final.score)
+    tracking = case.study.tracking.model_copy(update={"completions": False})
+    study = case.study.model_copy(update={"tracking": tracking})
+    private = evaluated(Case(study, case.model_path, case.configuration, case.other), "proxy")
+    assert [evaluation.examples for evaluation in private] == [()] * 3
+    assert [evaluation.by_prompt for evaluation in private] == [()] * 3
+    assert [evaluation.score for evaluation in private] == [evaluation.score for evaluation in kept]
 
 
 def test_a_reward_alike_for_all_prompts_still_has_a_standard_error(make_case: MakeCase, tmp_path: Path) -> None:

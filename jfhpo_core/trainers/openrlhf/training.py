@@ -365,7 +365,10 @@ class _Loop:
     def _evaluation(self, path: Path) -> Evaluation:
         content = json.loads(path.read_text(encoding="utf-8"))
         self._watch.silence.hear(step=False)
-        found = score(content["rewards"], self.step, self.step * self.job.prompts_per_step, content["seconds"])
+        job = self.job
+        final = self.step >= job.total_steps and job.parameters == job.target_parameters
+        prompts = self.step * job.prompts_per_step
+        found = score(content["rewards"], self.step, prompts, content["seconds"], by_prompt=final)
         return found.model_copy(update={"reward_timeouts": content["timed_out"]})
 
     def _follow(self) -> None:
@@ -383,7 +386,9 @@ class _Loop:
         return self._watch.poll(may_end=may_end)
 
 
-def score(rewards: list[tuple[int, float]], step: int, prompts: int, seconds: float) -> Evaluation:
+def score(
+    rewards: list[tuple[int, float]], step: int, prompts: int, seconds: float, *, by_prompt: bool = False
+) -> Evaluation:
     """Mean over held-out prompts, its standard error, and pass@n, from (row, reward) of every completion."""
     by_row: dict[int, list[float]] = {}
     for row, reward in rewards:
@@ -398,6 +403,7 @@ def score(rewards: list[tuple[int, float]], step: int, prompts: int, seconds: fl
         samples=len(rewards),
         seconds=seconds,
         pass_at_n=PassAtN.of(by_row.values()),
+        by_prompt=tuple(statistics.fmean(by_row[row]) for row in sorted(by_row)) if by_prompt else (),
     )
 
 

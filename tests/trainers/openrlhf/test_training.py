@@ -109,6 +109,9 @@ def test_pass_at_n_is_over_prompts_whatever_the_order_of_completions() -> None:
     assert (found.pass_at_n.n, found.pass_at_n.score) == (2, pytest.approx(2 / 3))
     assert found.pass_at_n.standard_error == pytest.approx(1 / 3)
     assert score([(0, 1.0), (1, 0.0)], 2, 16, 1.0).pass_at_n is None
+    assert found.by_prompt == ()
+    kept = score([(2, 0.0), (0, 1.0), (1, 0.0), (0, 0.0), (2, 0.0), (1, 1.0)], 2, 16, 1.0, by_prompt=True)
+    assert kept.by_prompt == (0.5, 0.5, 0.0)
 
 
 def checkpoint(files: Files, step: int) -> None:
