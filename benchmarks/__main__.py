@@ -126,7 +126,7 @@ def reproduce(
     folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
     results: Folder = reproduction.RESULTS,
 ) -> None:
-    """The paper's three tables with real trainings (hours; interrupt it and run it again: it goes on)."""
+    """The paper's three tables with real runs (hours; interrupt it and run it again: it goes on)."""
     unknown = [label for label in _names(labels) if label not in reproduction.LABELS]
     if unknown:
         raise typer.BadParameter(f"no method {unknown[0]!r}; there are {', '.join(reproduction.LABELS)}")

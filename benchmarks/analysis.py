@@ -16,7 +16,7 @@ Results = Mapping[str, Mapping[Key, Result]]
 """Strategy to landscape and seed to result."""
 
 GRID = np.linspace(0, TRAININGS, 401)
-"""Costs at which curves are compared, in full trainings of the target."""
+"""Costs at which curves are compared, in full runs of the target."""
 
 RESAMPLES = 2000
 """Bootstrap samples over seeds."""

@@ -40,7 +40,7 @@ SIZES = {"1": 0.5e9, "2": 1.5e9, "4": 3e9, "8": 7.6e9}
 """Models by their GPUs, with their parameters: with these, a step takes about as long on each."""
 
 LENGTHS = 12
-"""Length of a search, in full trainings of the target, if all GPUs were busy."""
+"""Length of a search, in full runs of the target, if all GPUs were busy."""
 
 DRAWS = 20
 """Segments that the strategy would like next, best first."""

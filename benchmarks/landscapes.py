@@ -45,7 +45,7 @@ RUNGS = 8
 PROMPTS_PER_STEP = 16
 
 TRAININGS = 20
-"""Budget of a run, in full trainings of the target with a typical configuration, unless it is said otherwise."""
+"""Budget of a run, in full runs of the target with a typical configuration, unless it is said otherwise."""
 
 FEW_TRAININGS = 8
 
@@ -57,7 +57,7 @@ TRAINING_SECONDS = (
     + HORIZON_PROMPTS / PROMPTS_PER_STEP * COSTS["seconds_per_step"]
     + RUNGS * COSTS["evaluation_seconds"]
 )
-"""A full training of the target with 8 completions per prompt, evaluations included."""
+"""A full run of the target with 8 completions per prompt, evaluations included."""
 
 
 RECIPE_AWARE = ("jfhpo",)
@@ -74,7 +74,7 @@ class Problem:
         data: Study file as data; strategy, budget and workspace are added by `study`.
         trainer: Runs the trials; it need not be registered.
         score: Noise-free score of a complete configuration, trained on a model of that name over the full horizon.
-        training_seconds: Simulated seconds of such a training of a typical configuration.
+        training_seconds: Simulated seconds of such a run of a typical configuration.
         known_best: The highest true score in the space; None: it is found numerically.
         trainings: Budget of a search, in such trainings.
         earlier: Studies that the search starts from.
@@ -275,7 +275,7 @@ def _misleading(seed: int) -> Problem:
 
 
 def _distant(seed: int) -> Problem:
-    """Proxies 70 and 12 times smaller, few trainings; what is best on the smallest makes the target collapse."""
+    """Proxies 70 and 12 times smaller, few runs; what is best on the smallest makes the target collapse."""
     problem = _language_model("distant", seed, size_shift=-0.3, agreement=0.7, boundary=0.5, seed_noise=0.03)
     return replace(problem, data={**problem.data, "family": DISTANT_FAMILY}, trainings=FEW_TRAININGS)
 
@@ -305,11 +305,11 @@ def _function(name: str, seed: int) -> Problem:
 
 
 TABLE = Path(__file__).parent / "rl_table" / "data"
-"""Recorded trainings of tiny language models, see its README.md."""
+"""Recorded runs of tiny language models, see its README.md."""
 
 
 def _table(task: str, seed: int) -> Problem:
-    """A smooth model fitted to recorded RL trainings; the seed draws only the noise."""
+    """A smooth model fitted to recorded RL runs; the seed draws only the noise."""
     from jfhpo_core.trainers.replay import ReplayTrainer
     from jfhpo_core.trainers.replay_surrogate import fitted
     from jfhpo_core.trainers.replay_table import SPACE, read_table

@@ -85,7 +85,7 @@ class Delivery:
     As long as none is, the one that its strategy ranks first.
 
     Attributes:
-        seconds: Spent so far, and what is missing to a full training of it on the target.
+        seconds: Spent so far, and what is missing to a full run of it on the target.
     """
 
     seconds: float

@@ -20,7 +20,7 @@ class Result(BaseModel):
     """One strategy on one landscape with one seed.
 
     The incumbent is, for every strategy, the configuration that it ranks first; before there is one, the trainer's
-    defaults. It counts with its true score, from the cost on at which its full training on the target is paid.
+    defaults. It counts with its true score, from the cost on at which its full run on the target is paid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,11 +35,11 @@ class Result(BaseModel):
     commit: str = Field(description="Commit that was checked out.")
     best_score: float = Field(description="Highest true score in the space.")
     budget_seconds: float = Field(description="Simulated device-seconds that the search might spend.")
-    training_seconds: float = Field(description="Those of one full training of the target.")
+    training_seconds: float = Field(description="Those of one full run of the target.")
     spent_seconds: float = Field(description="Those that it did spend, validation included.")
     trace: tuple[tuple[float, float], ...] = Field(
         description="(seconds, true score) of what would be delivered if the search ended: the configuration that the "
-        "strategy ranks first, with the seconds that a full training of it on the target still lacks."
+        "strategy ranks first, with the seconds that a full run of it on the target still lacks."
     )
     recommended_score: float = Field(description="True score of the final recommendation, or of the defaults.")
     segments: dict[str, int] = Field(description="Segments trained per model.")
@@ -58,7 +58,7 @@ class Result(BaseModel):
 
     @property
     def final_regret(self) -> float:
-        """True score that the incumbent lacks when the budget is spent; a training that ends later does not count."""
+        """True score that the incumbent lacks when the budget is spent; a run that ends later does not count."""
         scores = [score for seconds, score in self.trace if seconds <= self.budget_seconds]
         return max(0.0, self.best_score - scores[-1])
 

@@ -1,4 +1,4 @@
-"""`jfhpo doctor`: is everything there that a search will need? Starts no training and writes nothing."""
+"""`jfhpo doctor`: is everything there that a search will need? Starts no run and writes nothing."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import statistics
 import time
 
 HANG_FACTOR = 20.0
-"""A silence of so many of the training's own median steps counts as hung, if it also exceeds `hang_seconds`."""
+"""A silence of so many of the run's own median steps counts as hung, if it also exceeds `hang_seconds`."""
 
 
 class Silence:
@@ -25,7 +25,7 @@ class Silence:
         self._intervals: list[float] = []
 
     def hear(self, *, step: bool = True) -> None:
-        """The training has shown progress: a step, or something else that takes as long as it takes."""
+        """The run has shown progress: a step, or something else that takes as long as it takes."""
         now = time.monotonic()
         if step and self._started:
             self._intervals.append(now - self._heard)
@@ -45,7 +45,7 @@ class Silence:
 
     @property
     def too_long(self) -> bool:
-        """Whether the training must be taken for hung."""
+        """Whether the run must be taken for hung."""
         return time.monotonic() - self._heard > self.limit_seconds
 
     def __str__(self) -> str:

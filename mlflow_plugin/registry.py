@@ -167,7 +167,7 @@ def register_target(study: Study, result: SearchResult, ledger: MlflowLedger) ->
     if not name:
         return _nothing("tracking.registered_model is empty in the study file")
     if trial is None or trial.final is None or trial.checkpoint is None:
-        return _nothing("no training of a recommended configuration on the target has come to its end")
+        return _nothing("no run of a recommended configuration on the target has come to its end")
     folder = CheckpointStore(study.store).verify(trial.checkpoint)
     if not _has_weights(folder):
         return _nothing(f"the checkpoint of trainer {study.spec.trainer.name!r} holds no weights of transformers")

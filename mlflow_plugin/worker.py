@@ -1,4 +1,4 @@
-"""What a worker knows of the trial that it trains, and what it does beside the training.
+"""What a worker knows of the trial that it trains, and what it does beside the run.
 
 The ledger hands store, experiment, tags and the trial's run to workers as environment variables, so they reach every
 process that a trainer starts. This module does not import MLflow: workers that need none of it shall start fast.
@@ -54,7 +54,7 @@ def trial_environment(uri: str, experiment_id: str, study: str, trial: Trial, ru
 def system_metrics(job: Job) -> Iterator[None]:
     """Log CPU, memory, disk, network and GPU of the worker to the trial's run, if MLflow's own switch asks for it.
 
-    A companion of the training (`jfhpo_core.run.worker.COMPANIONS`).
+    A companion of the run (`jfhpo_core.run.worker.COMPANIONS`).
     """
     run_id = job.environment.get(TRIAL_RUN)
     if run_id is None or os.environ.get(SYSTEM_METRICS, "").lower() not in ("1", "true"):

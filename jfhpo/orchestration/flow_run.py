@@ -185,7 +185,7 @@ def _limit(name: str) -> int | None:
 
 
 class Gate:
-    """Lets no training of the target begin at the end of the search before a person has agreed."""
+    """Lets no run of the target begin at the end of the search before a person has agreed."""
 
     def __init__(self, spec: StudySpec, board: Board) -> None:
         self._spec, self._board = spec, board
@@ -212,6 +212,6 @@ class Gate:
         )
         if not answer.approve:
             raise DeclinedError(
-                f"The training of {job.model} was declined; run study {self._spec.study} again to be asked again"
+                f"The run of {job.model} was declined; run study {self._spec.study} again to be asked again"
             )
         self._approved = True

@@ -1,7 +1,7 @@
 """The contract of `jfhpo_core.trainers.base.Trainer`. Every trainer passes it: subclass `TrainerConformance`.
 
 A subclass gives the fixture `case`. Everything but durations is compared exactly, checkpoint files byte by byte: on a
-CPU a segmented training must be the same training.
+CPU a segmented training must be the same run.
 """
 
 from __future__ import annotations

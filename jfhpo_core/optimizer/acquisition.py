@@ -1,6 +1,6 @@
 r"""Cost-aware knowledge gradient over explicit candidates, in closed discretized form.
 
-The value of a training is how much it is expected to raise the best posterior mean at the target (target size, full
+The value of a run is how much it is expected to raise the best posterior mean at the target (target size, full
 horizon). With A the configurations considered for the target, an observation at candidate c with noise variance
 v(c) moves the mean of every a in A along one direction,
 
@@ -8,7 +8,7 @@ v(c) moves the mean of every a in A along one direction,
 
     KG(c) = E[ max_a p(a) mu_new(a) ] - max_a p(a) mu(a),
 
-where p(a) is the probability that a can be trained at all: a training that fails leaves the untrained model, whose
+where p(a) is the probability that a can be trained at all: a run that fails leaves the untrained model, whose
 gain is zero. The expectation over the scalar Z is a one-dimensional integral, taken at equally likely nodes. No inner
 optimization, no gradient, no sampling noise; a thousand candidates cost a fraction of a second. For an ensemble the
 values of its members are averaged.
@@ -115,7 +115,7 @@ class TargetKnowledgeGradient(AcquisitionFunction):  # type: ignore[misc]
 
 
 class NetCostUtility(CostAwareUtility):  # type: ignore[misc]
-    """Value per device-second, where the price is what a training would add to checkpoints already paid for.
+    """Value per device-second, where the price is what a run would add to checkpoints already paid for.
 
     Args:
         seconds: Price of each point of an (b, 1, d + 4) input, shape (b,), positive.

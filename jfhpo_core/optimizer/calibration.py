@@ -1,14 +1,14 @@
 r"""How much wider a surrogate's intervals at the target have to be than it says itself.
 
-The parameters are fitted to many trainings of small models, and what a larger model does differently shows only in a
-few: the surrogate is too sure of the target. How it fares there can be asked: each training of a larger model is left
+The parameters are fitted to many runs of small models, and what a larger model does differently shows only in a
+few: the surrogate is too sure of the target. How it fares there can be asked: each run of a larger model is left
 out of the data in turn, its last evaluation is predicted from everything else, and the squared error is divided by the
 variance that was promised. With the prior that the variance is too small by a factor f, scaled inverse chi-squared
 with `PRIOR_TRAININGS` degrees of freedom around `PRIOR_INFLATION`, m such ratios r give
 
     f = (PRIOR_TRAININGS * PRIOR_INFLATION + sum(r)) / (PRIOR_TRAININGS + m)
 
-Nothing is fitted again: the errors follow from one inverse of the covariance, of which a training takes a block I,
+Nothing is fitted again: the errors follow from one inverse of the covariance, of which a run takes a block I,
 
     error_I = (K^-1_II)^-1 (K^-1 y)_I,    covariance of error_I = (K^-1_II)^-1
 
@@ -31,7 +31,7 @@ PRIOR_TRAININGS = 4.0
 """The prior counts as much as so many trainings."""
 
 PRIOR_INFLATION = 2.0
-"""Of the variance, where no training has been judged; chosen on simulated landscapes, see docs/decisions/."""
+"""Of the variance, where no run has been judged; chosen on simulated landscapes, see docs/decisions/."""
 
 THIS_STUDY = 0.0
 TARGET = 0.0
@@ -69,7 +69,7 @@ def left_out(precision: Tensor, weights: Tensor, rows: Tensor) -> tuple[Tensor, 
 
 
 def judged_trainings(fidelities: Tensor) -> Iterator[Tensor]:
-    """Rows of every training of this study on a model larger than its smallest or on the target, by progress.
+    """Rows of every run of this study on a model larger than its smallest or on the target, by progress.
 
     Args:
         fidelities: See `inflation`.
@@ -85,7 +85,7 @@ def judged_trainings(fidelities: Tensor) -> Iterator[Tensor]:
 
 
 def _surprise(precision: Tensor, weights: Tensor, rows: Tensor) -> float:
-    """Squared error of a training's last evaluation over its variance, both of the mixture of all members."""
+    """Squared error of a run's last evaluation over its variance, both of the mixture of all members."""
     errors, covariance = left_out(precision, weights, rows)
     last, variance = errors[:, -1], covariance[:, -1, -1]
     return float(last.mean() ** 2 / (variance.mean() + last.var(correction=0)))

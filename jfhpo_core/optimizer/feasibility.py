@@ -1,6 +1,6 @@
 r"""The probability that a configuration can be trained at all.
 
-Trainings that ran out of memory, became non-finite or were rejected have no score, and none is invented for them. They
+Runs that ran out of memory, became non-finite or were rejected have no score, and none is invented for them. They
 are labels of a Gaussian process classifier over hyperparameters and log size:
 
     P(feasible | x, z) = Phi(h(x, z)),    h ~ GP(offset, bias + linear(x, z) + Matern-5/2(x, z))
@@ -23,7 +23,7 @@ from torch import Tensor
 from jfhpo_core.optimizer.surrogate import distances, matern52
 
 OFFSET = 1.3
-"""Prior mean of h: nine trainings in ten are expected to be feasible, before the prior variance is counted."""
+"""Prior mean of h: nine runs in ten are expected to be feasible, before the prior variance is counted."""
 
 BIAS_VARIANCE = 1.0
 LINEAR_VARIANCE = 9.0

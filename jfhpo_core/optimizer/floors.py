@@ -1,12 +1,12 @@
-"""Whether a training can still come to matter: the floors of the stopping rule `unpromising`.
+"""Whether a run can still come to matter: the floors of the stopping rule `unpromising`.
 
-The surrogate makes the score of a training at a step and its configuration's score at (target, full horizon) jointly
+The surrogate makes the score of a run at a step and its configuration's score at (target, full horizon) jointly
 normal. An evaluation y at the step turns the belief about the target, mean m and variance V, into
 
     m + c (y - e) / (v + s)   and   V - c^2 / (v + s)
 
-(e, v: mean and variance of the training's own score there; s: variance of an evaluation; c: their covariance). So the
-probability of exceeding a given score falls below p just where y falls below a floor that is known before the training
+(e, v: mean and variance of the run's own score there; s: variance of an evaluation; c: their covariance). So the
+probability of exceeding a given score falls below p just where y falls below a floor that is known before the run
 begins: a worker compares numbers and needs no model.
 """
 
@@ -34,7 +34,7 @@ def value_floors(
     Args:
         surrogate: What is believed; its ensemble counts as one normal of the same mean and covariance.
         target: Input of the configuration at (target, full horizon), shape (1, d + 4).
-        steps: Inputs of the training at the steps, shape (n, d + 4).
+        steps: Inputs of the run at the steps, shape (n, d + 4).
         incumbent: Value at the target that is to be beaten.
         probability: Of beating it, at the floor; in (0, 1).
         measurement_variance: Of an evaluation's value.

@@ -1,7 +1,7 @@
 """What a study will cost from where it stands, how long that takes, and what score it should end with.
 
 The search proper is capped by its budget, so its cost is known; what the cost law has to forecast is the comparison
-around it, whose trainings run at full length on the target.
+around it, whose runs reach full length on the target.
 
 The score's forecast rests on full runs of the target: the best configuration scores as believed, and the rest of the
 budget buys further ones at the rate and of the quality seen so far. What the study ends with is the better of the two.
@@ -61,7 +61,7 @@ class Item:
 
     Attributes:
         cost: Device-seconds still to be spent.
-        devices: How many of them its trainings use at a time, on average.
+        devices: How many of them its runs use at a time, on average.
     """
 
     name: str
@@ -221,7 +221,7 @@ def _basis(study: Study, trials: Sequence[Trial], costs: CostModel) -> str:
 
 
 def _search_devices(study: Study, trials: Sequence[Trial]) -> float:
-    """Devices that a training of the search uses, averaged over what is charged.
+    """Devices that a run of the search uses, averaged over what is charged.
 
     Until something is charged, as if all models were charged alike.
     """

@@ -219,7 +219,7 @@ def _curve(
 
 
 def went_wrong(trial: Trial) -> bool:
-    """Whether a rule stopped the training for what it did, and not because others are better."""
+    """Whether a rule stopped the run for what it did, and not because others are better."""
     if trial.state is not TrialState.STOPPED:
         return False
     return trial.decision is None or trial.decision.rule != Unpromising.name
@@ -231,7 +231,7 @@ def _translated(study: Study, earlier: EarlierStudy, trial: Trial) -> Configurat
 
 
 def trained_evaluations(trial: Trial) -> list[Evaluation]:
-    """Evaluations of the trained model, the one taken when a rule stopped the training included."""
+    """Evaluations of the trained model, the one taken when a rule stopped the run included."""
     return [evaluation for evaluation in trial.evaluations if evaluation.step > 0]
 
 

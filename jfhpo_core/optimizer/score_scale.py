@@ -1,6 +1,6 @@
 r"""The scale on which scores are modelled: differences among good configurations count, units and offsets do not.
 
-Scores of one study, one model size and one training length form a group. Its reference is the best score there, or on
+Scores of one study, one model size and one run length form a group. Its reference is the best score there, or on
 smaller models and in shorter runs, if that is better: what they can do, a longer run of a larger model can do as well.
 With d, a score's distance to the reference of its group, what is modelled is
 

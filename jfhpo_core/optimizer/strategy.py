@@ -34,7 +34,7 @@ class Proposal:
 
     Attributes:
         seed: Training seed; None: the first of the study's.
-        floors: Prompts consumed, and the held-out score there below which the training is not worth continuing.
+        floors: Prompts consumed, and the held-out score there below which the run is not worth continuing.
     """
 
     configuration: Configuration
@@ -197,7 +197,7 @@ class Given:
     configuration: Configuration
 
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
-        """The configuration, until a training of it has come to an end other than by an infrastructure failure."""
+        """The configuration, until a run of it has come to an end other than by an infrastructure failure."""
         mine = [trial for trial in trials if trial.purpose == "search"]
         if any(trial.state not in (TrialState.LOST, TrialState.PAUSED) for trial in mine):
             return None

@@ -533,7 +533,7 @@ class Moments:
             self._weights = torch.linalg.solve_triangular(self._factor, residual, upper=False)
 
     def inflation(self) -> float:
-        """Factor on posterior deviations at the target that trainings left out ask for; see `calibration.inflation`."""
+        """Factor on posterior deviations at the target that runs left out ask for; see `calibration.inflation`."""
         return inflation(self._factor, self._residual.squeeze(-1), self._inputs[:, -FIDELITY_COLUMNS:])
 
     @torch.no_grad()

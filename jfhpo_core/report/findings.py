@@ -181,9 +181,9 @@ def caveats(result: SearchResult) -> list[str]:
             f"One seed only: {', '.join(single)}. Those intervals hold evaluation noise and not the spread of training."
         )
     elif finished and min(row.seeds for row in finished) < 5:
-        notes.append("With so few seeds the spread between trainings is itself uncertain, and so are the intervals.")
+        notes.append("With so few seeds the spread between runs is itself uncertain, and so are the intervals.")
     if any(row.label == "random search" for row in result.rows):
-        notes.append("Random search counts with the best of its full trainings, which flatters it as well.")
+        notes.append("Random search counts with the best of its full runs, which flatters it as well.")
     changed = sorted({field for trial in result.trials for field in trial.changed})
     if changed:
         first = min(trial.number for trial in result.trials if trial.changed)
@@ -269,7 +269,7 @@ def cost_by_purpose(result: SearchResult) -> dict[Purpose, dict[str, float]]:
 
 
 def search_trial_ratio(result: SearchResult) -> tuple[float, float] | None:
-    """Mean cost of a search trial, and of a training at full length on the target, in device-seconds.
+    """Mean cost of a search trial, and of a run at full length on the target, in device-seconds.
 
     None unless both are known.
     """

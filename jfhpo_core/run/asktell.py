@@ -6,7 +6,7 @@
         optimizer.tell(work, score, standard_error, seconds=seconds)
 
 What to train is decided by the very functions that `jfhpo search` uses (`plan_next`, the study's strategy), on a ledger
-in memory; only the training is the caller's. Whatever else the caller's loop knows (task, reward, checkpoints) stays
+in memory; only the run is the caller's. Whatever else the caller's loop knows (task, reward, checkpoints) stays
 there: a study needs a family with parameter counts, a target, a space, a fidelity and a budget.
 """
 
@@ -82,7 +82,7 @@ class Assignment:
     """What to train next.
 
     Attributes:
-        trial: Identity of the training: the same when it is continued later. A good name for its checkpoint folder.
+        trial: Identity of the run: the same when it is continued later. A good name for its checkpoint folder.
         configuration: Values of the searched hyperparameters, those whose conditions hold.
         model: Name in the family.
         seed: Training seed.
@@ -91,7 +91,7 @@ class Assignment:
         expected_cost_seconds: Device-seconds that this should take.
         why: The reason for it, in a sentence.
         purpose: 'search', or for the study's baselines and seeds 'baseline' and 'confirmation'.
-        floors: Prompts consumed, and the held-out score there below which the training is not worth continuing (rule
+        floors: Prompts consumed, and the held-out score there below which the run is not worth continuing (rule
             `unpromising`): end it and tell outcome 'stopped'. May be ignored.
     """
 
@@ -172,15 +172,15 @@ class Optimizer:
 
         Args:
             work: The assignment, or its trial's identity.
-            score: Held-out score at the end; needed if the training reached it or was stopped.
+            score: Held-out score at the end; needed if the run reached it or was stopped.
             standard_error: Of the score; for the share p of n prompts solved, sqrt(p (1 - p) / n).
             seconds: What this assignment took; charged times the model's `devices`.
-            outcome: 'reached'; 'stopped' if the training was ended early, because it went wrong or because it lay below
+            outcome: 'reached'; 'stopped' if the run was ended early, because it went wrong or because it lay below
                 the assignment's floor there; 'infeasible' if the configuration failed (out of memory, not finite,
                 refused); 'lost' if something else failed.
             prompts: How far it came, if not to the end; needed if it was stopped.
             evaluations: Scores measured on the way, if any: the learning curve makes the forecasts sharper.
-            base_score: Held-out score of the untrained model, known from the first training of each model. What is
+            base_score: Held-out score of the untrained model, known from the first run of each model. What is
                 learned is the gain over it, which is what models of different size have in common.
             startup_seconds: Of `seconds`, loading and set-up before the first step.
             message: Why it was stopped or failed.
@@ -193,7 +193,7 @@ class Optimizer:
         batch = trial.prompts_per_step
         end = segment.stop_step if outcome is Outcome.REACHED else segment.start_step
         if outcome is Outcome.REACHED and prompts not in (None, end * batch):
-            raise LedgerError(f"prompts={prompts}, but the training reached {end * batch}: tell outcome='stopped'")
+            raise LedgerError(f"prompts={prompts}, but the run reached {end * batch}: tell outcome='stopped'")
         if prompts is not None:
             end = _step(trial, segment, prompts)
         measured = [(_step(trial, segment, at), value, error) for at, value, error in evaluations]

@@ -212,7 +212,7 @@ def _data(study: Study, task: Task) -> Iterator[Finding]:
 
 
 def _reward(task: Task, completions: Sequence[str], what: str) -> Iterator[Finding]:
-    """Call the reward as a training will: on sampled completions, then on hostile ones."""
+    """Call the reward as a run will: on sampled completions, then on hostile ones."""
     rows = task.heldout[: len(completions)]
     prompts = [row["prompt"] for row in rows]
     with task.reward as reward:

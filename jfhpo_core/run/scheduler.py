@@ -5,7 +5,7 @@ free, by the expected ends of the jobs that run there; until then, others start 
 leave enough devices over. This is EASY backfilling (Mu'alem & Feitelson 2001, IEEE TPDS 12(6)), with two differences:
 each node can be promised, to one job; and a promised node is kept, so that wrong expectations cannot starve a job.
 
-A job stays within one node, as the trainings of the trainers here do.
+A job stays within one node, as the runs of the trainers here do.
 """
 
 from __future__ import annotations

@@ -386,7 +386,7 @@ def _validate(standing: _Standing) -> Step | None:
 
 
 def _validations(trials: Sequence[Trial]) -> int:
-    """Trainings of the present validation: those committed since the strategy's last one, but for the lost ones."""
+    """Runs of the present validation: those committed since the strategy's last one, but for the lost ones."""
     results = [result for trial in trials if trial.purpose == "search" for result in trial.segments]
     chosen = [result.committed for result in results if result.segment.suggestion.source != VALIDATION]
     return sum(result.committed > max(chosen, default=0) and result.outcome is not Outcome.LOST for result in results)
@@ -403,7 +403,7 @@ def _full_length(
 ) -> Step | None:
     """Train a configuration on the target over the full horizon, unless a baseline or confirmation has done so.
 
-    A training that infrastructure failures ended is tried again.
+    A run that infrastructure failures ended is tried again.
     """
     study, trials = history.study, history.trials
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts

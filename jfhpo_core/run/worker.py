@@ -32,7 +32,7 @@ from jfhpo_core.trainers.base import Job, Trainer, TrainingResult
 logger = logging.getLogger(__name__)
 
 COMPANIONS = "jfhpo.companions"
-"""Entry-point group of context managers around the training of a segment; each is called with the job."""
+"""Entry-point group of context managers around the run of a segment; each is called with the job."""
 
 
 class Cancelled(Exception):  # noqa: N818  not an error: the driver asked for it
@@ -176,7 +176,7 @@ def _companions() -> tuple[Callable[[Job], AbstractContextManager[None]], ...]:
 def _starting_point(store: CheckpointStore, job: Job) -> tuple[Path | None, Job, str | None]:
     """The newest checkpoint that verifies, the job with its segment moved back to it if need be, and a note if so.
 
-    With every checkpoint damaged the trial starts again at step 0: slower, but the same training.
+    With every checkpoint damaged the trial starts again at step 0: slower, but the same run.
     """
     faults = []
     for checkpoint in job.start_checkpoints:

@@ -80,7 +80,7 @@ class StoppingRule(ABC):
 
     @abstractmethod
     def judge(self, course: Course) -> Decision | None:
-        """Judge the training by its course so far."""
+        """Judge the run by its course so far."""
 
     def as_verdict(self) -> StoppingRule | None:
         """The form in which the rule may end a run whose final score is to be reported.
@@ -511,7 +511,7 @@ class RewardHacking(StoppingRule):
 
 @dataclass(frozen=True)
 class NoProgress(StoppingRule):
-    """Stop when the training has not begun to learn after a share of the horizon.
+    """Stop when the run has not begun to learn after a share of the horizon.
 
     The mean reward of the last `window` steps, plus `deviations` standard errors, is above that of the first ones, m_0,
     by less than `threshold` of the smaller of m_0 and 1 - m_0, for rewards in [0, 1], after `warmup` of the horizon.
@@ -543,7 +543,7 @@ class NoProgress(StoppingRule):
 
 @dataclass(frozen=True)
 class Unpromising(StoppingRule):
-    """Stop when the training has less than `probability` of ever mattering to the study.
+    """Stop when the run has less than `probability` of ever mattering to the study.
 
     Its evaluation lies below the floor of that step: the score at which the search's model of all trials leaves its
     configuration with just that probability of being better, on the target at full length, than the best one known.
@@ -695,7 +695,7 @@ class Monitor:
 
     Args:
         rules: Rules in order of precedence.
-        course: Of the training's earlier segments.
+        course: Of the run's earlier segments.
     """
 
     rules: Sequence[StoppingRule]

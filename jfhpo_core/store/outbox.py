@@ -83,10 +83,10 @@ class Outbox:
         self.deliver()
         self._path.unlink(missing_ok=True)  # the rest of a line that a crash has cut off must not spoil the next one
         self._mirror = MemoryLedger(self._ledger.trials())
-        # The rules need what a continued training did before; from now on nobody has to wait for the store to tell.
+        # The rules need what a continued run did before; from now on nobody has to wait for the store to tell.
         for trial in self._mirror.trials():
             if trial.open_segment is not None or trial.is_extendable:
-                with contextlib.suppress(LedgerError):  # a training that is not continued does not miss them
+                with contextlib.suppress(LedgerError):  # a run that is not continued does not miss them
                     self._ledger.step_records(trial.key)
 
     def trials(self) -> list[Trial]:

@@ -53,7 +53,7 @@ def judge(
     Args:
         study: The study.
         trials: Its trials.
-        recommended: The training whose weights are, or will be, registered.
+        recommended: The run whose weights are, or will be, registered.
         ranked: Configurations by expected score, best first.
         complete: Whether the study is done, so that only a larger budget would continue a trial.
         limit_bytes: Most that may be kept; the paused trials of the least promising configurations go first.

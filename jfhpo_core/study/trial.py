@@ -196,7 +196,7 @@ class Suggestion(Record):
 
 
 class ScoreFloor(Record):
-    """A held-out score at a step, below which the stopping rule `unpromising` ends the training."""
+    """A held-out score at a step, below which the stopping rule `unpromising` ends the run."""
 
     step: int = Field(ge=1)
     score: float
@@ -246,7 +246,7 @@ class SegmentResult(Record):
 
     @property
     def began_step(self) -> int:
-        """Step at which the training began."""
+        """Step at which the run began."""
         return self.segment.start_step if self.moved_to is None else self.moved_to
 
     @property

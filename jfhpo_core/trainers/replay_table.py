@@ -26,12 +26,12 @@ SPACE = Space.model_validate(default_spaces()["tiny"])
 FILES = ("trainings", "steps", "evaluations")
 
 COMPLETED = "completed"
-"""Outcome of a training that reached the full horizon; the others were cut short because they had collapsed."""
+"""Outcome of a run that reached the full horizon; the others were cut short because they had collapsed."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A recorded training.
+    """A recorded run.
 
     Attributes:
         size: Name of its model.
@@ -91,7 +91,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Table:
-    """The recorded trainings of one task.
+    """The recorded runs of one task.
 
     Attributes:
         recordings: In the order of the table.
@@ -132,19 +132,19 @@ class Table:
 
 @cache
 def read_table(folder: str, task: str) -> Table:
-    """Read the trainings of a task.
+    """Read the runs of a task.
 
     Args:
         folder: Where the three files lie.
         task: Name of the task.
 
     Raises:
-        SpecError: A file is missing or not a table of this kind, or it has no training of the task.
+        SpecError: A file is missing or not a table of this kind, or it has no run of the task.
     """
     trainings, steps, evaluations = (_read(Path(folder) / f"{name}.parquet") for name in FILES)
     tasks = sorted(set(trainings["task"].to_pylist()))
     if task not in tasks:
-        raise SpecError(f"{folder}: no training of task {task!r}; the table has {', '.join(tasks)}")
+        raise SpecError(f"{folder}: no run of task {task!r}; the table has {', '.join(tasks)}")
     recordings = []
     step = evaluation = 0
     for row in trainings.to_pylist():

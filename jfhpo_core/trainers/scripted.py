@@ -28,7 +28,7 @@ def play(
         job: See `Trainer.run`; so are the next three.
         start: Checkpoint to continue from.
         stage: Takes the checkpoint.
-        observe: Takes the records and may stop the training.
+        observe: Takes the records and may stop the run.
         record: What a step shows, from 1 on.
         evaluate: What an evaluation after a step shows.
         startup_seconds: What it costs to begin.

@@ -493,7 +493,7 @@ def test_caveats_name_fresh_seeds_single_seeds_and_the_best_of_many(
     ]
     assert f"On the other seed alone it scores {fresh[0]:.3f}" in notes
     assert "One seed only: random search" in notes
-    assert "best of its full trainings" in notes
+    assert "best of its full runs" in notes
 
 
 def test_configurations_side_by_side_flag_the_edge_of_the_space() -> None:

@@ -127,10 +127,10 @@ def explain(lines: Sequence[str], exit_code: int | None, log: str) -> TrialFailu
             message = f"{cause.name}: {_quote(line)}; {cause.remedy} (log: {log})"
             return TrialFailure(cause.kind, message) if cause.kind else InfrastructureError(message)
     if exit_code is not None and exit_code > 128:
-        return InfrastructureError(f"the training was killed by signal {exit_code - 128} (log: {log})")
+        return InfrastructureError(f"the run was killed by signal {exit_code - 128} (log: {log})")
     errors = [line for line in plain if ERROR_LINE.search(line)] or [line for line in plain if line.strip()]
     last = _quote(errors[-1]) if errors else "nothing was printed"
-    return InfrastructureError(f"the training ended with exit code {exit_code}: {last} (log: {log})")
+    return InfrastructureError(f"the run ended with exit code {exit_code}: {last} (log: {log})")
 
 
 def _quote(line: str) -> str:

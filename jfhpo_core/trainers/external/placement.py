@@ -1,7 +1,7 @@
 """Where the parts of a run go: the smallest measures that make it fit, in updates and in rollouts.
 
 In updates a GPU holds weights, gradients, optimizer, reference, and activations and logits of the tokens that go
-through the model at once; vLLM sleeps. In rollouts it holds vLLM's share beside what of the training stays
+through the model at once; vLLM sleeps. In rollouts it holds vLLM's share beside what of the run stays
 (`memory.resting_bytes`). Both have to fit.
 """
 
@@ -20,7 +20,7 @@ USABLE, USABLE_IN_ROLLOUTS = 0.85, 0.93
 nothing but vLLM's share, to the contexts of three processes and to CUDA graphs."""
 
 COLOCATED_SHARE, APART_SHARE = 0.55, 0.9
-"""Of a GPU's memory for vLLM, where it takes turns with the training (at most) and where it is alone."""
+"""Of a GPU's memory for vLLM, where it takes turns with the run (at most) and where it is alone."""
 
 KV_CACHE_SHARE = 0.3
 """Share of vLLM's memory that shall at least be left for its cache."""
@@ -67,7 +67,7 @@ class Placement:
         nodes, gpus_per_node: Shape of the GPUs that train.
         engines: vLLM engines.
         tensor_parallel: GPUs per engine.
-        colocated: Whether engines share the training's GPUs, by turns.
+        colocated: Whether engines share the run's GPUs, by turns.
         zero_stage: DeepSpeed's.
         offload_optimizer: Whether the optimizer lies in host memory.
         vllm_memory_share: Share of a GPU's memory that vLLM takes.

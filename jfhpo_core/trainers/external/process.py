@@ -65,7 +65,7 @@ def environment(settings: ExternalSettings, base: Mapping[str, str], gpus: int) 
         # Of the driver's Ray settings only its credentials count for the cluster.
         ray = {name: value for name, value in base.items() if name.startswith("RAY_AUTH_")}
     else:
-        # An instance of its own, with a password of its own, that ends with the training.
+        # An instance of its own, with a password of its own, that ends with the run.
         ray = {
             "RAY_ADDRESS": "local",
             "RAY_AUTH_MODE": "token",
@@ -121,7 +121,7 @@ class TrainingProcess:
         return self._process.poll()
 
     def __exit__(self, *_: object) -> None:
-        """End the training.
+        """End the run.
 
         Raises:
             InfrastructureError: Something of it does not end.
@@ -135,7 +135,7 @@ class TrainingProcess:
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
                 raise InfrastructureError(
-                    f"the Ray job of this training could not be stopped: {' '.join(self._stop)}; stop it by hand, or "
+                    f"the Ray job of this run could not be stopped: {' '.join(self._stop)}; stop it by hand, or "
                     "it keeps its GPUs"
                 ) from None
         self._process.terminate()

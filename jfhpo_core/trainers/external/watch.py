@@ -25,7 +25,7 @@ class Watch:
     """Follows a training process.
 
     Args:
-        process: The training.
+        process: The run.
         log: Everything that it prints.
         startup_seconds: Silence allowed until two steps have shown its speed.
         hang_seconds: Silence always allowed after it.
@@ -43,10 +43,10 @@ class Watch:
         """New lines of the log, after a short sleep.
 
         Args:
-            may_end: Whether the training may have come to a good end.
+            may_end: Whether the run may have come to a good end.
 
         Raises:
-            TrialFailure, InfrastructureError: The training has ended, or hangs.
+            TrialFailure, InfrastructureError: The run has ended, or hangs.
         """
         time.sleep(POLL_SECONDS)
         # In this order: what is printed before the end is read.
@@ -61,5 +61,5 @@ class Watch:
             raise explain(list(self._lines), None, self._log)
         if self.silence.too_long:
             last = next((line for line in reversed(self._lines) if line.strip()), "nothing was printed")
-            raise InfrastructureError(f"the training hangs: {self.silence}; last line: {last[:200]} (log: {self._log})")
+            raise InfrastructureError(f"the run hangs: {self.silence}; last line: {last[:200]} (log: {self._log})")
         return lines

@@ -63,7 +63,7 @@ class Files:
 
     @property
     def log(self) -> Path:
-        """Everything that the training printed."""
+        """Everything that the run printed."""
         return self.folder / "train.log"
 
     @property
@@ -78,7 +78,7 @@ class Files:
 
 
 def final_segment(job: Job) -> bool:
-    """Whether the segment ends with the training, so that nothing will continue from its checkpoint."""
+    """Whether the segment ends with the run, so that nothing will continue from its checkpoint."""
     return job.segment.stop_step == job.total_steps
 
 

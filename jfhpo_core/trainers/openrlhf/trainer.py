@@ -38,7 +38,7 @@ class OpenRlhfTrainer:
 
     A step is one rollout of `prompts_per_step` x `n_samples` completions and the updates made on it. A run is a
     process group on the node of its worker, or a Ray job; it is stopped once the checkpoint of its rung is complete and
-    continued by the same command. Held-out prompts are scored by the training's own engines.
+    continued by the same command. Held-out prompts are scored by the run's own engines.
 
     Unlike that of the `trl` trainer its continuation is not exact to the bit: bfloat16, and sampling that depends on
     how completions meet in an engine.

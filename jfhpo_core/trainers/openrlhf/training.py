@@ -113,7 +113,7 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
 
 
 def _without_overlong(job: Job, settings: OpenRlhfSettings, task: Task) -> Task:
-    """The task without prompts that would end the training."""
+    """The task without prompts that would end the run."""
     from transformers import AutoTokenizer
 
     prompting = Prompting(settings.chat_template, "never", settings.max_prompt_tokens)
@@ -131,7 +131,7 @@ def new_folder(job: Job) -> Path:
 
 
 def _prepare(job: Job, settings: OpenRlhfSettings, task: Task, start: Path | None, files: Files) -> int:
-    """Write everything that the training reads. Returns the completion tokens generated before it."""
+    """Write everything that the run reads. Returns the completion tokens generated before it."""
     heldout = task.heldout[: job.study.evaluation.prompts]
     rows = prompt_order(task.train, job.total_steps * job.prompts_per_step, job.seed)
     _write_lines(
@@ -284,7 +284,7 @@ class _Loop:
                 self._poll(may_end=self.step == self.job.total_steps)
 
     def _take(self, event: StepRecord | Evaluation) -> bool:
-        """Report what was measured. Whether a rule stops the training."""
+        """Report what was measured. Whether a rule stops the run."""
         if isinstance(event, Evaluation):
             self.evaluations.append(event)
         decision = self.observe(event)
@@ -299,7 +299,7 @@ class _Loop:
         if line.step != self.step + 1:
             raise InfrastructureError(
                 f"OpenRLHF reported step {line.step} where step {self.step + 1} was due: its checkpoint was not loaded "
-                f"or a line of its log was lost; nothing of this training counts (log: {self.files.log})"
+                f"or a line of its log was lost; nothing of this run counts (log: {self.files.log})"
             )
         metrics = line.metrics
         total, generation = metrics["timing/step_total"], metrics["timing/generation"]

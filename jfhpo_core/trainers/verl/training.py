@@ -78,7 +78,7 @@ def variables(settings: VerlSettings, files: VerlFiles, base: Mapping[str, str],
 
     Args:
         settings: The study's.
-        files: Where the training reads and writes.
+        files: Where the run reads and writes.
         base: Environment of the worker.
         gpus: How many GPUs a CPU training shall pretend to have.
     """
@@ -101,7 +101,7 @@ def ray_cpus(settings: VerlSettings, gpus: int) -> int:
 
 
 def prepare(job: Job, start: Path | None, files: VerlFiles) -> int:
-    """Write everything that the training reads. Returns the completion tokens generated before it."""
+    """Write everything that the run reads. Returns the completion tokens generated before it."""
     task = load_task(job.study.task)
     rows = prompt_order(task.train, job.total_steps * job.prompts_per_step, job.seed)
     _write_rows(files.prompts, rows, "train")
@@ -126,7 +126,7 @@ def prepare(job: Job, start: Path | None, files: VerlFiles) -> int:
 
 
 def tell(files: VerlFiles, *, released: int, evaluate: int | None = None) -> None:
-    """Tell the training how far it may go, and what to evaluate; see `inside/main.py`."""
+    """Tell the run how far it may go, and what to evaluate; see `inside/main.py`."""
     part = files.control.with_suffix(".part")
     part.write_text(json.dumps({"released": released, "evaluate": evaluate}), encoding="utf-8")
     part.replace(files.control)
@@ -193,7 +193,7 @@ class Loop:
                 self.stopped |= self._take(self._evaluation(data) if last else self._evaluate_now())
 
     def _take(self, event: StepRecord | Evaluation) -> bool:
-        """Report what was measured. Whether a rule stops the training."""
+        """Report what was measured. Whether a rule stops the run."""
         if isinstance(event, Evaluation):
             self.evaluations.append(event)
         decision = self._observe(event)
@@ -217,7 +217,7 @@ class Loop:
         if entry["step"] != step:
             raise InfrastructureError(
                 f"verl reported step {entry['step']} where step {step} was due: its checkpoint was not loaded; nothing "
-                f"of this training counts (log: {self._files.log})"
+                f"of this run counts (log: {self._files.log})"
             )
         self._watch.silence.hear(step=step > self.step)
         data: dict[str, Any] = entry["data"]

@@ -1,7 +1,7 @@
 """verl's own PPO, `verl.trainer.main_ppo`, held after every step until the driver has judged it. Runs inside verl.
 
 Takes verl's command line. The driver writes a file (its path in `JFHPO_CONTROL`): `released`, the last step after which
-the training may go on, and `evaluate`, a step after which the held-out prompts are to be scored at once.
+the run may go on, and `evaluate`, a step after which the held-out prompts are to be scored at once.
 """
 
 from __future__ import annotations
