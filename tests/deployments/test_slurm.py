@@ -20,17 +20,17 @@ SLURM = {
         case $1 in --nodelist=*) export NODE=${1#*=} ;; esac
         shift
         done
-        "$@\"""",
+        exec "$@\"""",
     "hostname": "echo 10.0.0.1",
 }
 OURS = {
-    "ray": "echo $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} >> $NOTES",
-    "python": "grep -c ' ray start' $NOTES",
+    "ray": "echo $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} >> $NOTES; exec sleep ${RAY_SECONDS:-600}",
+    "python": "echo ${NODES:-$(grep -c ' ray start' $NOTES)}",
     "jfhpo": "exit $STATUS",
 }
 
 
-def submit(folder: Path, status: int, minutes: int) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def submit(folder: Path, status: int, minutes: int, **more: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run the script in a job of two nodes; returns how it ended, and the calls."""
     notes = folder / "notes"
     for place, programs in (("slurm", SLURM), ("venv/bin", OURS)):
@@ -43,6 +43,7 @@ def submit(folder: Path, status: int, minutes: int) -> tuple[subprocess.Complete
     environment = {
         "PATH": f"{folder / 'slurm'}:{os.environ['PATH']}", "NOTES": str(notes), "STATUS": str(status), "END": end,
         "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "JFHPO_VENV": str(folder / "venv"),
+        **more,
     }  # fmt: skip
     done = subprocess.run(
         ["bash", str(SCRIPT), "study.yaml"], env=environment, capture_output=True, text=True, check=False, timeout=60
@@ -69,4 +70,11 @@ def test_a_job_without_time_for_a_search_says_so(tmp_path: Path) -> None:
     done, calls = submit(tmp_path, 0, minutes=10)
     assert done.returncode == 1
     assert "raise --time" in done.stderr
+    assert not any(" jfhpo" in call for call in calls)
+
+
+def test_a_node_on_which_ray_does_not_start_is_noticed_at_once(tmp_path: Path) -> None:
+    done, calls = submit(tmp_path, 0, minutes=120, RAY_SECONDS="0", NODES="1")
+    assert done.returncode == 1
+    assert "Ray did not start on one of one two" in done.stderr
     assert not any(" jfhpo" in call for call in calls)

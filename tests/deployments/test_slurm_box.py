@@ -105,10 +105,12 @@ def box(tmp_path: Path) -> Iterator[Box]:
     (tmp_path / "gres.conf").write_text(f"NodeName={host} Name=gpu File={tmp_path}/gpu[0-1]\n")
     for number in (0, 1):
         (tmp_path / f"gpu{number}").touch()
-    for name in ("python", "ray"):
-        (tmp_path / "venv" / "bin" / name).symlink_to(Path(sys.executable).with_name(name))
-    (tmp_path / "venv" / "bin" / "jfhpo").write_text(JFHPO.format(jfhpo=Path(sys.executable).with_name("jfhpo")))
-    (tmp_path / "venv" / "bin" / "jfhpo").chmod(0o755)
+    own = Path(sys.executable).parent
+    programs = {"jfhpo": JFHPO.format(jfhpo=own / "jfhpo")}
+    programs |= {name: f'#!/usr/bin/env bash\nexec {own / name} "$@"\n' for name in ("python", "ray")}
+    for name, text in programs.items():
+        (tmp_path / "venv" / "bin" / name).write_text(text)
+        (tmp_path / "venv" / "bin" / name).chmod(0o755)
     environment = os.environ | {
         "SLURM_CONF": str(tmp_path / "slurm.conf"), "JFHPO_VENV": str(tmp_path / "venv"),
         "JFHPO_RAY_PORT": str(ports[2]), "RAY_OVERRIDE_RESOURCES": '{"GPU": 2}',
