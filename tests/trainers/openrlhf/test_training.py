@@ -196,6 +196,25 @@ def test_gpus_are_counted_once() -> None:
         )
 
 
+def test_proxies_share_a_gpu_and_the_target_has_several() -> None:
+    def check(proxy: int, target: int) -> None:
+        family = study().family.model_dump(exclude_none=True)["models"]
+        family[0]["devices"], family[1]["devices"] = proxy, target
+        OpenRlhfTrainer().check(
+            study(
+                family=family,
+                trainer={"name": "openrlhf", "fixed": study().trainer.fixed, "settings": {"python": "python3"}},
+                cluster={"gpus_per_device": 0.5},
+            )
+        )
+
+    check(1, 16)
+    with pytest.raises(SpecError, match=r"1\.5 GPUs"):
+        check(1, 3)
+    with pytest.raises(SpecError, match="asks for 10 GPUs, more than a node has"):
+        check(1, 20)
+
+
 def test_a_workspace_that_openrlhf_would_misread_is_refused() -> None:
     settings = {"device": "cpu", "python": "python3"}
     with pytest.raises(SpecError, match="separators"):
