@@ -26,7 +26,7 @@ from benchmarks.report import EVIDENCE
 from benchmarks.store import RESULTS
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report.recipe import recipe
-from jfhpo_core.run.search import conclude
+from jfhpo_core.run.outcome import conclude
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import Space, Vector
 from jfhpo_core.study.trial import Configuration, Evaluation, FailureKind, Outcome, SegmentResult, Suggestion, Trial

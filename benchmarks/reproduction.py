@@ -31,7 +31,8 @@ from benchmarks.rl_table.generate import REFERENCE, prepare_process, test_score,
 from jfhpo_core.embedded import family_folder, make
 from jfhpo_core.optimizer.strategy import Proposal, Recommendation, load_strategy
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import SearchResult, run_search
+from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.run.search import run_search
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState, configuration_key

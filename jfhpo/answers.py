@@ -20,7 +20,7 @@ from jfhpo_core.plugins import registered
 from jfhpo_core.report.findings import caveats, interval, verdict
 from jfhpo_core.report.recipe import Recipe
 from jfhpo_core.report.why import Why
-from jfhpo_core.run.search import Comparison, SearchResult
+from jfhpo_core.run.outcome import Comparison, SearchResult
 from jfhpo_core.stopping.rules import ENTRY_POINT_GROUP, RULE_SETS, RULES, load_rule
 from jfhpo_core.store.retention import Judgement
 from jfhpo_core.study.trial import Configuration, Trial

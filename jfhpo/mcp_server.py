@@ -29,7 +29,7 @@ from jfhpo_core.report.recipe import Recipe, parse_size
 from jfhpo_core.report.recipe import recipe as advise
 from jfhpo_core.report.why import Why
 from jfhpo_core.report.why import why as explain
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import with_lines

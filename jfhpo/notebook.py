@@ -14,7 +14,8 @@ from jfhpo_core.report.findings import interval, verdict
 from jfhpo_core.report.page import PLOTS, write_plots
 from jfhpo_core.report.recipe import Recipe, parse_size, recipe
 from jfhpo_core.report.why import Why, why
-from jfhpo_core.run.search import Progress, SearchResult
+from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.run.search import Progress
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import resolve_paths, validate_study

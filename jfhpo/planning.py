@@ -10,8 +10,9 @@ from jfhpo.places import check_places
 from jfhpo.session import informed, recorded
 from jfhpo_core.optimizer.forecast import Forecast, Quality, forecast, forecast_quality, parse_more, with_more
 from jfhpo_core.optimizer.strategy import load_strategy
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.run.preflight import refuse_unusable
-from jfhpo_core.run.search import SearchResult, rank
+from jfhpo_core.run.standing import rank
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.trainers.base import Finding

@@ -18,9 +18,12 @@ from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
 from jfhpo_core.run.dispatch import Dispatcher, InlineDispatcher
+from jfhpo_core.run.outcome import SearchResult, conclude
+from jfhpo_core.run.planning import Phase, patience, plan_next
 from jfhpo_core.run.preflight import DOCTOR_PARAMETERS, measured, refuse_unusable, trains_models
 from jfhpo_core.run.scheduler import POOL
-from jfhpo_core.run.search import Phase, Progress, SearchResult, conclude, patience, plan_next, rank, run_search
+from jfhpo_core.run.search import Progress, run_search
+from jfhpo_core.run.standing import rank
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.store.outbox import Outbox

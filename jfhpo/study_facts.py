@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jfhpo_core.report.findings import search_trial_ratio
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Trial, TrialState, canonical_json
 

@@ -39,7 +39,7 @@ from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import LedgerError, LedgerUnavailable, SpecError
 from jfhpo_core.report.text import without_credentials
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.store.ledger import changes_message, check_begin, check_commit, mismatch_message
 from jfhpo_core.study.contents import changed, contents
 from jfhpo_core.study.models import Ladder, build_ladder

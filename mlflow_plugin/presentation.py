@@ -16,7 +16,7 @@ from mlflow.entities import Metric
 from jfhpo_core.report.completions import completions
 from jfhpo_core.report.findings import caveats, interval, interval_text, score_text, verdict
 from jfhpo_core.report.text import duration, number, setting
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.space import Space
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import (

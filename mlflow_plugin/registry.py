@@ -32,7 +32,7 @@ from jfhpo_core.errors import LedgerError, LedgerUnavailable
 from jfhpo_core.report.findings import interval, verdict
 from jfhpo_core.report.paired import Paired, compare_paired
 from jfhpo_core.report.text import duration, number
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.store.checkpoints import CheckpointStore, file_digest
 from jfhpo_core.study.data import text_of
 from jfhpo_core.study.history import History

@@ -20,7 +20,7 @@ from jfhpo_core.report.findings import (
     search_trial_ratio,
     verdict,
 )
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 
 if TYPE_CHECKING:
     from jfhpo.session import StudyOutcome

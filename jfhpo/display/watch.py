@@ -10,7 +10,8 @@ from jfhpo.display.words import describe_end, describe_untrained, duration, show
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import Forecast, Quality, forecast, forecast_quality, scaled
 from jfhpo_core.optimizer.strategy import Strategy, load_strategy
-from jfhpo_core.run.search import Progress, rank
+from jfhpo_core.run.search import Progress
+from jfhpo_core.run.standing import rank
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Evaluation, Trial
 

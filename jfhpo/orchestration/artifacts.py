@@ -23,7 +23,8 @@ from jfhpo.display.watch import Watch, standings
 from jfhpo.display.words import bill, duration, show_quality, show_score, show_value
 from jfhpo.session import StudyOutcome
 from jfhpo_core.report.findings import NOT_FINISHED, caveats, contrasts, interval_text, verdict
-from jfhpo_core.run.search import Progress, SearchResult
+from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.run.search import Progress
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.trial import Trial, TrialState
 

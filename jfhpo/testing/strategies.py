@@ -16,7 +16,8 @@ import pytest
 from jfhpo.testing.samples import simulated_study
 from jfhpo_core.optimizer.strategy import Proposal, Recommendation, Strategy, load_strategy
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import SearchResult, run_search
+from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Trial, TrialState, configuration_key, spent_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.trial import Example, Trial, TrialState
 
 MOST_STOPPED = 6

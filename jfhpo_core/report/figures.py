@@ -25,7 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from jfhpo_core.optimizer.rank_agreement import FidelityAgreement
 from jfhpo_core.report.findings import PURPOSES, cost_by_purpose, incumbents, interval, same_configuration
 from jfhpo_core.report.text import duration, duration_unit, parameters, share
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.resolved import base_scores
 from jfhpo_core.study.trial import StepRecord, Trial, TrialState, configuration_key
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from jfhpo_core.report.text import number, signed
-from jfhpo_core.run.search import Comparison, SearchResult
+from jfhpo_core.run.outcome import Comparison, SearchResult
 from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import (

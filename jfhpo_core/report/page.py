@@ -23,7 +23,7 @@ from jfhpo_core.report import findings as summary
 from jfhpo_core.report import text
 from jfhpo_core.report.completions import readings
 from jfhpo_core.report.text import without_credentials
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import ChoiceParameter
 from jfhpo_core.study.trial import Configuration, StepRecord, Trial, TrialState, Value

@@ -18,7 +18,7 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.beliefs import NUMERICAL_ERRORS, Beliefs
 from jfhpo_core.optimizer.best_values import DRAWS, Shift, best_values, range_of, shifts
 from jfhpo_core.report.text import number, parameters, setting
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.history import History
 from jfhpo_core.study.models import count_parameters
 from jfhpo_core.study.resolved import Study

@@ -23,7 +23,8 @@ from jfhpo_core.optimizer.observations import went_wrong
 from jfhpo_core.optimizer.rank_agreement import FEW_PAIRS, most_telling, size_agreements
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.text import duration, number, setting, share, signed
-from jfhpo_core.run.search import SearchResult, rank
+from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.run.standing import rank
 from jfhpo_core.study.history import History, searched_configuration
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import ChoiceParameter

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from jfhpo_core.errors import LedgerError, SpecError
 from jfhpo_core.optimizer.strategy import Recommendation, load_strategy
-from jfhpo_core.run.search import Phase, plan_next, recommend
+from jfhpo_core.run.planning import Phase, plan_next
+from jfhpo_core.run.standing import recommend
 from jfhpo_core.stopping.rules import Unpromising
 from jfhpo_core.store.ledger import MemoryLedger, mismatch_message
 from jfhpo_core.study.models import build_ladder

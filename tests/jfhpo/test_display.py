@@ -19,8 +19,9 @@ from jfhpo.planning import Prospect
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.run.scheduler import Load
-from jfhpo_core.run.search import Progress, SearchResult, run_search
+from jfhpo_core.run.search import Progress, run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.trial import Example

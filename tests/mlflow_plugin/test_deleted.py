@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 
 from jfhpo_core.errors import LedgerError
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import Progress, SearchResult, run_search
+from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.run.search import Progress, run_search
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Outcome
 from mlflow_plugin.ledger import MlflowLedger

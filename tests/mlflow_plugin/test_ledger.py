@@ -36,7 +36,8 @@ from jfhpo_core.errors import LedgerError, LedgerUnavailable
 from jfhpo_core.optimizer.strategy import Recommendation
 from jfhpo_core.report.page import write_plots
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import Comparison, SearchResult, run_search
+from jfhpo_core.run.outcome import Comparison, SearchResult
+from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import Ledger, MemoryLedger
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.space import Space

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from jfhpo_core.embedded import family_members
 from jfhpo_core.errors import CheckpointError, LedgerError
 from jfhpo_core.optimizer.strategy import RandomSearch
-from jfhpo_core.run.search import SearchResult, conclude
+from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec

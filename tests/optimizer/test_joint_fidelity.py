@@ -20,7 +20,10 @@ from jfhpo_core.optimizer.joint_fidelity import FINISHED_FIRST, JointFidelity
 from jfhpo_core.optimizer.paper import PaperStrategy
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import SearchResult, call_seed, plan_next, recommend, run_search
+from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.run.planning import call_seed, plan_next
+from jfhpo_core.run.search import run_search
+from jfhpo_core.run.standing import recommend
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.history import History
 from jfhpo_core.study.hyperparameters import default_spaces

@@ -12,7 +12,7 @@ from jfhpo.testing.strategies import SECONDS, StrategyConformance, search, small
 from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.peers.replay import forget
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import VALIDATION, Trial, TrialState, configuration_key
 from tests.studies import evaluation, result

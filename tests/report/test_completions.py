@@ -6,7 +6,7 @@ from pathlib import Path
 from jfhpo_core.optimizer.strategy import RandomSearch
 from jfhpo_core.report.completions import MOST_STOPPED, readings
 from jfhpo_core.report.page import write_report
-from jfhpo_core.run.search import conclude
+from jfhpo_core.run.outcome import conclude
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Configuration, Decision, Example, Outcome, Trial
 from mlflow_plugin.presentation import completions_table

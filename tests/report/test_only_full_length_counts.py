@@ -20,7 +20,8 @@ from jfhpo_core.report.findings import NOT_FINISHED
 from jfhpo_core.report.page import write_report
 from jfhpo_core.report.text import number
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import SearchResult, conclude, run_search
+from jfhpo_core.run.outcome import SearchResult, conclude
+from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.history import History
 from jfhpo_core.study.trial import Decision, Outcome, Trial, TrialState

@@ -7,7 +7,7 @@ import pytest
 from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report.recipe import Law, Recipe, law_sentence, parse_size, recipe
-from jfhpo_core.run.search import SearchResult, conclude
+from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.study.resolved import Study
 from tests.studies import simulated_study, trained
 

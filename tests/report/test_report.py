@@ -19,7 +19,8 @@ from jfhpo_core.report import caveats, contrasts, figures, verdict, write_headli
 from jfhpo_core.report import findings as summary
 from jfhpo_core.report.page import clip, settings_table
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import Comparison, SearchResult, conclude, run_search
+from jfhpo_core.run.outcome import Comparison, SearchResult, conclude
+from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.hyperparameters import Hyperparameters
 from jfhpo_core.study.resolved import Study, resolve

@@ -8,7 +8,8 @@ from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report import write_report
 from jfhpo_core.report.why import Why, boundaries, why
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import SearchResult, conclude, run_search
+from jfhpo_core.run.outcome import SearchResult, conclude
+from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Decision, FailureKind, Outcome, Trial

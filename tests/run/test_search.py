@@ -15,24 +15,23 @@ from jfhpo_core.errors import InfrastructureError, LedgerError, SpecError, Trial
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation, Strategy, fresh_configurations
 from jfhpo_core.run.dispatch import Event, Finished, InlineDispatcher
-from jfhpo_core.run.search import (
-    HOPELESS_AFTER,
-    LOST_IN_A_ROW,
-    Phase,
-    Progress,
-    SearchResult,
-    call_seed,
-    committed_seconds,
-    conclude,
-    plan_next,
-    recommend,
-    run_search,
-    spent_seconds,
-)
+from jfhpo_core.run.outcome import SearchResult, conclude
+from jfhpo_core.run.planning import HOPELESS_AFTER, Phase, call_seed, plan_next
+from jfhpo_core.run.search import LOST_IN_A_ROW, Progress, run_search
+from jfhpo_core.run.standing import recommend
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import VALIDATION, FailureKind, Outcome, Trial, TrialState, configuration_key
+from jfhpo_core.study.trial import (
+    VALIDATION,
+    FailureKind,
+    Outcome,
+    Trial,
+    TrialState,
+    committed_seconds,
+    configuration_key,
+    spent_seconds,
+)
 from jfhpo_core.trainers import Job
 from jfhpo_core.trainers.base import Observer, TrainingResult
 from jfhpo_core.trainers.simulated import SimulatedTrainer

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.run.ray_dispatch import RayDispatcher
-from jfhpo_core.run.search import Progress, SearchResult, run_search
+from jfhpo_core.run.search import Progress, run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.trial import Configuration, Trial, TrialState

@@ -16,7 +16,8 @@ import pytest
 
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import SearchResult, run_search
+from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.run.search import run_search
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.trial import Configuration, Trial, TrialState

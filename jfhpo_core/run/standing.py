@@ -1,0 +1,82 @@
+"""How a study stands: the strategy's ranking of what was tried, and what is recommended by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+from jfhpo_core.optimizer.strategy import Recommendation, Strategy
+from jfhpo_core.study.history import History
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.trial import (
+    Trial,
+    TrialState,
+    configuration_key,
+)
+
+
+def first_seed_on_target(history: History) -> dict[str, Trial]:
+    """The search's trials on the target with the first training seed, recipes among them, by configuration key."""
+    seed = history.study.spec.seeds.training[0]
+    return {configuration_key(trial.configuration): trial for trial in history.on_target if trial.seed == seed}
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a study stands: its history and what follows from the strategy's ranking, each worked out once."""
+
+    history: History
+    strategy: Strategy
+
+    @cached_property
+    def ranked(self) -> list[Recommendation]:
+        """See `rank`."""
+        history = self.history
+        evidence = {trial.key for trial in history.search}
+        ranked = self.strategy.rank(
+            history.study,
+            [trial for trial in history.trials if trial.purpose in ("search", "baseline") or trial.key in evidence],
+        )
+        known = {configuration_key(item.configuration) for item in ranked}
+        for recipe in history.recipes.values():
+            finals = history.final(recipe)
+            if finals and configuration_key(recipe) not in known:
+                score = fmean(final.score for final in finals)
+                error = math.sqrt(sum(final.standard_error**2 for final in finals)) / len(finals)
+                place = next((index for index, item in enumerate(ranked) if item.mean < score), len(ranked))
+                ranked.insert(place, Recommendation(recipe, score, error))
+        return ranked
+
+    @cached_property
+    def recommended(self) -> Recommendation | None:
+        """See `recommend`."""
+        finished = {configuration_key(trial.configuration) for trial in self.history.finished}
+        return next((item for item in self.ranked if configuration_key(item.configuration) in finished), None)
+
+    @cached_property
+    def finalists(self) -> list[tuple[Recommendation, Trial | None]]:
+        """The best-ranked configurations, as many as are validated, and what was trained of them on the target.
+
+        Those that a rule stopped or that failed on the target are passed over.
+        """
+        on_target = first_seed_on_target(self.history)
+        ranked = ((item, on_target.get(configuration_key(item.configuration))) for item in self.ranked)
+        ruined = (TrialState.STOPPED, TrialState.INFEASIBLE)
+        left = [(item, known) for item, known in ranked if known is None or known.state not in ruined]
+        return left[: self.history.study.spec.budget.top_k]
+
+
+def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Recommendation | None:
+    """The best-ranked configuration, recipes among them, whose run on the target is complete; None if there is none."""
+    return Standing(History.of(study, trials), strategy).recommended
+
+
+def rank(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> list[Recommendation]:
+    """The strategy's ranking without what only judges it (see `History`).
+
+    A recipe that the strategy itself does not rank has its place by its measured score.
+    """
+    return Standing(History.of(study, trials), strategy).ranked
