@@ -169,6 +169,17 @@ def recipes(
     recipe.write(recipe.run(limit), folder)
 
 
+@app.command("why")
+def sentences(
+    limit: Annotated[int | None, typer.Option(min=0, help="Do at most so many of the missing cases.")] = None,
+    folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
+) -> None:
+    """Hold the sentences of `jfhpo why` to landscapes whose truth is known, and write the page of the docs."""
+    from benchmarks import why
+
+    why.write(why.run(limit), folder)
+
+
 @app.command("faults")
 def inject_faults(
     faults: Annotated[int, typer.Option(help="Seeds are run until so many faults are on record.")] = 200,

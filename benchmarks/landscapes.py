@@ -199,7 +199,7 @@ def maximize(value: Callable[[Vector], float], dimension: int, starts: int = 8) 
     return float(best)
 
 
-def _language_model(name: str, seed: int, evaluation_prompts: int = 512, **settings: float) -> Problem:
+def language_model(name: str, seed: int, evaluation_prompts: int = 512, **settings: float) -> Problem:
     """RL of a language model on a synthetic surface, its optima and random surfaces drawn from name and seed."""
     random = np.random.default_rng([seed, zlib.crc32(name.encode())])
     drawn = {
@@ -242,41 +242,41 @@ def _size_ratio(study: Study, model: str) -> float:
 
 def _aligned(seed: int) -> Problem:
     """Proxies rank almost as the target does."""
-    return _language_model("aligned", seed, agreement=0.9, size_shift=-0.1)
+    return language_model("aligned", seed, agreement=0.9, size_shift=-0.1)
 
 
 def _shifted(seed: int) -> Problem:
     """The best learning rate falls by four, the best clip range by a third of its range, from smallest to largest."""
-    return _language_model("shifted", seed, size_shift=-0.45, clip_shift=-0.08)
+    return language_model("shifted", seed, size_shift=-0.45, clip_shift=-0.08)
 
 
 def _noisy(seed: int) -> Problem:
     """Standard errors of 0.06 per evaluation and 0.04 between seeds, more at high learning rates."""
-    return _language_model(
+    return language_model(
         "noisy", seed, evaluation_prompts=64, size_shift=-0.2, agreement=0.9, seed_noise=0.04, noise_growth=0.5
     )
 
 
 def _unstable(seed: int) -> Problem:
     """Learning rates a little above the best collapse or diverge; large groups do not fit in the target's memory."""
-    return _language_model(
+    return language_model(
         "unstable", seed, size_shift=-0.15, boundary=0.25, boundary_shift=-0.1, divergence=0.4, memory_limit=200.0
     )
 
 
 def _moderate(seed: int) -> Problem:
     """Proxies correlate with the target by 0.5."""
-    return _language_model("moderate", seed, agreement=0.5, size_shift=-0.2)
+    return language_model("moderate", seed, agreement=0.5, size_shift=-0.2)
 
 
 def _misleading(seed: int) -> Problem:
     """Proxies say nothing about the target; runs do not collapse, so that not even that is learned from them."""
-    return _language_model("misleading", seed, agreement=0.0, size_shift=-0.2, boundary=4.0)
+    return language_model("misleading", seed, agreement=0.0, size_shift=-0.2, boundary=4.0)
 
 
 def _distant(seed: int) -> Problem:
     """Proxies 70 and 12 times smaller, few runs; what is best on the smallest makes the target collapse."""
-    problem = _language_model("distant", seed, size_shift=-0.3, agreement=0.7, boundary=0.5, seed_noise=0.03)
+    problem = language_model("distant", seed, size_shift=-0.3, agreement=0.7, boundary=0.5, seed_noise=0.03)
     return replace(problem, data={**problem.data, "family": DISTANT_FAMILY}, trainings=FEW_TRAININGS)
 
 

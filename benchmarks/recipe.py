@@ -240,16 +240,16 @@ def write(found: Sequence[Outcomes], folder: Path = EVIDENCE) -> None:
     (folder / PAGE).write_text(
         f"""# Recipes for sizes that were not run
 
-Made by `python -m benchmarks recipe` from {done} of {len(cases())} cases. In each the largest size of a problem is left
-out: {RUNS} configurations are run at full length on each of the other sizes, and
+Made by `python -m benchmarks recipe` from {done} of {len(cases())} cases. In each the largest size of a problem is
+left out: {RUNS} configurations are run at full length on each of the other sizes, and
 [`jfhpo recipe`](../how-to/recipe.md) is asked for the largest one, a factor of {min(beyond):.2g} to {max(beyond):.2g}
 beyond. The best value of a hyperparameter is that of the maximizer of the problem's surface at that size: of simulated
-landscapes (`{"`, `".join(SIMULATED)}`) the true one, of the recorded RL runs and of the [foreign tables](foreign.md)
-that of what interpolates the recorded runs, which is itself uncertain where a hyperparameter hardly matters.
+landscapes (`{"`, `".join(SIMULATED)}`) the true one, of the recorded RL runs and of the
+[foreign tables](foreign.md) that of what interpolates the recorded runs, which is itself uncertain where a
+hyperparameter hardly matters.
 
 **80 % intervals held the best value in {rate:.0%}** of {sum(len(item.held) for item in found)} hyperparameters (95 %:
-{low:.0%} to {high:.0%}; {median(len(item.held) for item in found):.0f} of one case are not independent). The aim was 75
-to 85 %: {verdict}.
+{low:.0%} to {high:.0%}; those of one case are not independent). The aim was 75 to 85 %: {verdict}.
 
 {markdown_table(head, rows)}
 

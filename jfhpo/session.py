@@ -17,6 +17,7 @@ from jfhpo.study_facts import facts
 from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
+from jfhpo_core.report.why import Why, why
 from jfhpo_core.run.dispatch import Dispatcher, InlineDispatcher
 from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.run.planning import Phase, patience, plan_next
@@ -330,9 +331,9 @@ def _start_dispatcher(spec: StudySpec) -> Dispatcher:
     return RayDispatcher(spec.cluster, spec.slots, trainer=spec.trainer.name)
 
 
-def _write_report(study: Study, ledger: MlflowLedger, result: SearchResult) -> Path:
+def _write_report(study: Study, ledger: MlflowLedger, result: SearchResult, explained: Why | None = None) -> Path:
     records = {trial.key: ledger.step_records(trial.key) for trial in result.trials}
-    return write_report(result, records, study.folder, ledger.facts())
+    return write_report(result, records, study.folder, ledger.facts(), explained=explained)
 
 
 def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyOutcome:
@@ -358,8 +359,10 @@ def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyO
                 note, uri = registration.note, registration.uri or ""
                 moved = registration.alias if registration.moved else None
         ledger.summarize({**facts(result), MODEL_URI: uri, MODEL_NOTE: note})
-        ledger.present(result, write_plots(result, study.folder / PLOTS))
-        ledger.summarize({PUBLISHED: digest}, [_write_report(study, ledger, result)])
+        explained = why(result)
+        plots = write_plots(result, study.folder / PLOTS, explained)
+        ledger.present(result, plots, explained.metrics())
+        ledger.summarize({PUBLISHED: digest}, [_write_report(study, ledger, result, explained)])
     ledger.end(StudyState.FINISHED if result.complete else StudyState.INTERRUPTED)
     known = ledger.facts()
     return StudyOutcome(

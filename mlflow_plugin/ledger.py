@@ -412,12 +412,23 @@ class MlflowLedger:
         self._facts = known
 
     @_explained
-    def present(self, result: SearchResult, plots: Sequence[Path] = ()) -> None:
-        """Show an outcome on the study's run: as its description, as metrics, and as plots among its artifacts."""
+    def present(
+        self, result: SearchResult, plots: Sequence[Path] = (), figures: Mapping[str, float] | None = None
+    ) -> None:
+        """Show an outcome on the study's run: as its description, as metrics, and as plots among its artifacts.
+
+        Args:
+            result: The outcome.
+            plots: Pictures.
+            figures: Further metrics, by name.
+        """
         for path in plots:
             self._client.log_artifact(self.study_run_id, str(path), "plots")
         note = study_note(self._study, result.trials, result)
-        self._log(self.study_run_id, outcome_metrics(result, _now()), tags={**outcome_labels(result), NOTE: note})
+        now = _now()
+        further = [Metric(name, value, now, 0) for name, value in (figures or {}).items()]
+        metrics = [*outcome_metrics(result, now), *further]
+        self._log(self.study_run_id, metrics, tags={**outcome_labels(result), NOTE: note})
 
     def forget_checkpoint(self, key: str) -> None:
         """Note that the newest checkpoint of a trial was deleted, so that the index offers it no longer."""

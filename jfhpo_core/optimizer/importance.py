@@ -11,7 +11,7 @@ from the posterior of every member of the surrogate's ensemble: a share is the m
 95 % of them.
 
 Locally: how far each hyperparameter alone may move from its best value before the expected value has fallen by the
-standard error of one evaluation.
+standard error of one evaluation, or may well have fallen by several.
 
 References:
     Sobol (2001), global sensitivity indices; Jansen (1999) for the estimators; Saltelli et al. (2010) compares them.
@@ -20,6 +20,8 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -41,6 +43,10 @@ MOST_POINTS = 1536
 
 GRID = 65
 """Values of a hyperparameter that are tried locally, if it has more."""
+
+SAFE = 0.8
+MOST_ERRORS = 3.0
+"""A value is harmless only if it costs less than so many standard errors with this probability."""
 
 INTERVAL = (0.025, 0.975)
 """Ends of intervals, as quantiles."""
@@ -71,6 +77,13 @@ class Importance(Record):
         description="Lowest and highest value (of a choice: all values) at which it alone costs less than one standard "
         "error of the score; null if it is not active."
     )
+
+
+class Interaction(Record):
+    """How much two hyperparameters matter together, beyond what each of them does alone."""
+
+    names: tuple[str, str]
+    share: Estimate = Field(description="Share of the variance from terms that contain both of them, in [0, 1].")
 
 
 def expected_draws(beliefs: Beliefs, inputs: Tensor) -> Tensor:
@@ -134,6 +147,45 @@ def importances(beliefs: Beliefs, best: Configuration) -> list[Importance]:
     return sorted(found, key=lambda item: -item.total.value)
 
 
+def interactions(beliefs: Beliefs, names: Sequence[str]) -> list[Interaction]:
+    """Of every pair of some hyperparameters, the strongest one first.
+
+    With A_ij the points A with both hyperparameters taken from B,
+    mean((f(A) - f(A_i) - f(A_j) + f(A_ij))^2) / (4 var f) is the share.
+
+    Args:
+        beliefs: What is believed.
+        names: The hyperparameters; points grow with their square.
+
+    Raises:
+        NotPSDError: The posterior covariance could not be factored.
+
+    References:
+        Liu and Owen (2006), superset importance.
+    """
+    if len(names) < 2:
+        return []
+    space = beliefs.history.study.space
+    slices, pairs = space.slices(), list(combinations(names, 2))
+    sets: list[tuple[str, ...]] = [(), *((name,) for name in names), *pairs]
+    count = 2 ** int(math.log2(MOST_POINTS / len(sets)))
+    base, other = np.split(qmc.Sobol(2 * space.dimension, rng=np.random.default_rng(1)).random(count), 2, axis=1)
+    mixed = []
+    for chosen in sets:
+        points = base.copy()
+        for name in chosen:
+            points[:, slices[name]] = other[:, slices[name]]
+        mixed.append(points)
+    draws = expected_draws(beliefs, _at_target(space.snap(np.concatenate(mixed)))).reshape(-1, len(sets), count)
+    variance = draws.flatten(1).var(-1).clamp_min(np.finfo(float).tiny)
+    found = []
+    for pair in pairs:
+        first, second, both = (draws[:, sets.index(chosen)] for chosen in ((pair[0],), (pair[1],), pair))
+        share = (draws[:, 0] - first - second + both).square().mean(-1) / (4 * variance)
+        found.append(Interaction(names=pair, share=Estimate.of(share.clamp(0, 1).numpy())))
+    return sorted(found, key=lambda item: -item.share.value)
+
+
 def _harmless(beliefs: Beliefs, best: Configuration, name: str) -> tuple[Value, ...]:
     """See `Importance.harmless`."""
     space = beliefs.history.study.space
@@ -141,9 +193,13 @@ def _harmless(beliefs: Beliefs, best: Configuration, name: str) -> tuple[Value, 
     values = _tried_values(parameter, best[name])
     points = np.tile(space.encode(best), (len(values), 1))
     points[:, space.slices()[name]] = [parameter.encode(value) for value in values]
-    means = beliefs.expected(_at_target(space.snap(points)))[0]
-    place = values.index(best[name])
-    kept = (means >= means[place] - math.sqrt(beliefs.measurement_variance)).tolist()
+    inputs, place = _at_target(space.snap(points)), values.index(best[name])
+    # In scores: the scale is logarithmic below the best.
+    scores = beliefs.scale.score(TARGET, beliefs.expected(inputs)[0].tolist())
+    draws = beliefs.scale.score(TARGET, expected_draws(beliefs, inputs).flatten().tolist()).reshape(-1, len(values))
+    error = math.sqrt(beliefs.measurement_variance) * beliefs.scale.unit()
+    most = np.quantile(draws[:, place : place + 1] - draws, SAFE, axis=0)
+    kept = ((scores >= scores[place] - error) & (most <= MOST_ERRORS * error)).tolist()
     if isinstance(parameter, ChoiceParameter):
         return tuple(value for value, keep in zip(values, kept, strict=True) if keep)
     low = next((i + 1 for i in range(place, -1, -1) if not kept[i]), 0)

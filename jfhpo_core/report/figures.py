@@ -116,7 +116,7 @@ _STYLE = {
 
 
 @contextmanager
-def _canvas(width: float, height: float) -> Iterator[Figure]:
+def canvas(width: float, height: float) -> Iterator[Figure]:
     """A figure in house style, sizes in inches; pyplot's global state is left alone."""
     with mpl.rc_context(_STYLE):
         yield Figure(figsize=(width, height), layout="constrained")
@@ -188,7 +188,8 @@ def save_figure(figure: Figure, path: Path, label: str) -> Path:
     return path
 
 
-def _label(name: str) -> str:
+def short_label(name: str) -> str:
+    """A name, cut to `LONGEST_LABEL` characters."""
     return name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…"
 
 
@@ -197,7 +198,7 @@ def _label(name: str) -> str:
 
 def headline_figure(result: SearchResult) -> Figure:
     """The outcome in one picture: the final comparison, and the incumbent against cost."""
-    with _canvas(10, 3.4) as figure:
+    with canvas(10, 3.4) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
         _draw_comparison(left, result)
         _draw_incumbents(right, result)
@@ -208,14 +209,14 @@ def headline_figure(result: SearchResult) -> Figure:
 
 def comparison_figure(result: SearchResult) -> Figure:
     """Dot and whisker: each row of the final table with its 95 % interval."""
-    with _canvas(8.4, 0.9 + 0.42 * max(1, len(result.rows))) as figure:
+    with canvas(8.4, 0.9 + 0.42 * max(1, len(result.rows))) as figure:
         _draw_comparison(figure.subplots(), result)
     return figure
 
 
 def incumbent_figure(result: SearchResult) -> Figure:
     """Best score so far against charged device-time."""
-    with _canvas(8.4, 3.6) as figure:
+    with canvas(8.4, 3.6) as figure:
         _draw_incumbents(figure.subplots(), result)
     return figure
 
@@ -233,7 +234,7 @@ def _draw_comparison(axes: Axes, result: SearchResult) -> None:
             f"{row.score:.3f}", (high, position), (7, 0), textcoords="offset points", va="center",
             color=color, fontweight="bold",
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [_label(row.label) for row in rows])
+    axes.set_yticks(range(len(rows)), [short_label(row.label) for row in rows])
     axes.tick_params(axis="y", labelsize=10, labelcolor=LIGHT["ink"])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -305,7 +306,7 @@ def _end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], panel_inch
         ceiling = positions[index] - gap
     for position, (_, text, color) in zip(positions, ordered, strict=True):
         axes.annotate(
-            _label(text), (1, position), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+            short_label(text), (1, position), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
             va="center", color=color, annotation_clip=False,
         )  # fmt: skip
 
@@ -314,7 +315,7 @@ def bill_figure(result: SearchResult) -> Figure:
     """Device-time by purpose, split by model."""
     table = cost_by_purpose(result)
     roles = size_roles(result)
-    with _canvas(8.4, 1.1 + 0.42 * max(1, len(table))) as figure:
+    with canvas(8.4, 1.1 + 0.42 * max(1, len(table))) as figure:
         axes = figure.subplots()
         scale, unit = duration_unit(max((sum(row.values()) for row in table.values()), default=0.0))
         for position, (purpose, row) in enumerate(table.items()):
@@ -431,7 +432,7 @@ def panel_height(result: SearchResult) -> int:
 def learning_figure(result: SearchResult) -> Figure:
     """Held-out score over training prompts, one panel per model, one curve per trial."""
     colors = RateColors(result)
-    with _canvas(10, 0.5 + 2.9 * panel_height(result)) as figure:
+    with canvas(10, 0.5 + 2.9 * panel_height(result)) as figure:
         (panels,) = _panels(figure, result)
         trials = drawn_trials(result)
         bases = base_scores(result.trials)
@@ -439,7 +440,7 @@ def learning_figure(result: SearchResult) -> Figure:
         for axes, model in zip(panels, result.study.ladder.models, strict=True):
             mine = [trial for trial in trials if trial.model == model.name]
             count = sum(trial.model == model.name for trial in result.trials)
-            axes.set_title(_label(model.name))
+            axes.set_title(short_label(model.name))
             axes.annotate(
                 f"{parameters(model.parameters)} parameters, {count} trial{'s' if count != 1 else ''}",
                 (1, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom",
@@ -484,13 +485,14 @@ def _draw_learning_curve(
         style = {"color": colors(trial), "linewidth": 1.3, "alpha": 0.85}
     xs, ys = zip(*points, strict=True)
     line = axes.plot(xs, ys, marker="o", markersize=2.2, **style)[0]
-    line.set_gid(TITLE_PREFIX + _tooltip(trial, label))
+    line.set_gid(TITLE_PREFIX + tooltip(trial, label))
     if trial.state is TrialState.STOPPED:
         axes.plot(xs[-1:], ys[-1:], "x", color=style["color"], markersize=6, markeredgewidth=1.8, zorder=5)
     return (ys[-1], label, style["color"]) if label and math.isfinite(ys[-1]) else None
 
 
-def _tooltip(trial: Trial, label: str | None) -> str:
+def tooltip(trial: Trial, label: str | None) -> str:
+    """What a trial's mark says when it is pointed at; by the number at its beginning the page finds its other marks."""
     values = ", ".join(f"{name} {value}" for name, value in trial.configuration.items())
     return f"#{trial.number}{f' ({label})' if label else ''}, {trial.state.value}: {values}"
 
@@ -503,10 +505,10 @@ def dynamics_figure(result: SearchResult, step_records: Mapping[str, Sequence[St
     colors = RateColors(result)
     best = result.rows[0] if result.recommended is not None and result.rows else None
     has_kl = any(record.kl is not None for trial in trials for record in step_records[trial.key])
-    with _canvas(10, 0.5 + (3.9 if has_kl else 2.3) * panel_height(result)) as figure:
+    with canvas(10, 0.5 + (3.9 if has_kl else 2.3) * panel_height(result)) as figure:
         panels = _panels(figure, result, rows_per_model=1 + has_kl)
         for column, model in enumerate(result.study.ladder.models):
-            panels[0][column].set_title(_label(model.name))
+            panels[0][column].set_title(short_label(model.name))
             for trial in trials:
                 if trial.model != model.name:
                     continue
@@ -517,7 +519,7 @@ def dynamics_figure(result: SearchResult, step_records: Mapping[str, Sequence[St
                         xs, ys, color=LIGHT["accent"] if highlighted else colors(trial),
                         linewidth=2.2 if highlighted else 1, alpha=0.85, zorder=3 if highlighted else 2,
                     )[0]  # fmt: skip
-                    line.set_gid(TITLE_PREFIX + _tooltip(trial, None))
+                    line.set_gid(TITLE_PREFIX + tooltip(trial, None))
                     if trial.state is TrialState.STOPPED:
                         panels[row][column].plot(
                             xs[-1:], ys[-1:], "x", color=colors(trial), markersize=5, markeredgewidth=1.6
@@ -557,7 +559,7 @@ def agreement_figure(result: SearchResult, agreements: Sequence[FidelityAgreemen
     by_number = {trial.number: trial for trial in result.trials}
     colors = RateColors(result)
     best = result.rows[0] if result.recommended is not None and result.rows else None
-    with _canvas(min(10.0, 3.6 * columns + 0.8), 3.3 * blocks) as figure:
+    with canvas(min(10.0, 3.6 * columns + 0.8), 3.3 * blocks) as figure:
         grid = figure.subplots(blocks, columns, squeeze=False, sharey=True)
         panels = [axes for row in grid for axes in row]
         for axes, item in zip(panels, agreements, strict=False):
@@ -574,9 +576,9 @@ def agreement_figure(result: SearchResult, agreements: Sequence[FidelityAgreemen
                     first.score, second.score, "D" if highlighted else "o", color=color, markersize=7,
                     markeredgecolor=LIGHT["surface"], zorder=3,
                 )[0]  # fmt: skip
-                point.set_gid(TITLE_PREFIX + _tooltip(trial, "recommended" if highlighted else None))
+                point.set_gid(TITLE_PREFIX + tooltip(trial, "recommended" if highlighted else None))
             done = share(prompts / result.study.spec.fidelity.horizon_prompts)
-            axes.set_title(f"{_label(model)} against {_label(item.second[0])}")
+            axes.set_title(f"{short_label(model)} against {short_label(item.second[0])}")
             axes.set_xlabel(f"score on {model} at {done} of the horizon")
             axes.margins(0.12)
         for axes in panels[len(agreements) :]:

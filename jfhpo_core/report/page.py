@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -23,6 +23,8 @@ from jfhpo_core.report import findings as summary
 from jfhpo_core.report import text
 from jfhpo_core.report.completions import readings
 from jfhpo_core.report.text import without_credentials
+from jfhpo_core.report.why import Why, why
+from jfhpo_core.report.why_records import Topic
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import ChoiceParameter
@@ -46,6 +48,7 @@ def write_report(
     folder: Path,
     facts: Mapping[str, str | float] | None = None,
     written: datetime | None = None,
+    explained: Why | None = None,
 ) -> Path:
     """Write the report of a study, finished or not.
 
@@ -55,11 +58,14 @@ def write_report(
         folder: Where `report.html` goes; made if need be. An earlier report is replaced, whole or not at all.
         facts: Further facts to show, e.g. `Ledger.facts()`; addresses (http, https) become links.
         written: Date to print; None is now.
+        explained: What `why` says of the result; None: it is asked.
 
     Returns:
         The path of the file.
     """
-    page = _template().render(_context(result, step_records, facts or {}, written or datetime.now(UTC)))
+    page = _template().render(
+        _context(result, step_records, facts or {}, written or datetime.now(UTC), explained or why(result))
+    )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / REPORT
     draft = path.with_suffix(".part")
@@ -67,13 +73,18 @@ def write_report(
     return draft.replace(path)
 
 
-def write_plots(result: SearchResult, folder: Path) -> list[Path]:
+def write_plots(result: SearchResult, folder: Path, explained: Why | None = None) -> list[Path]:
     """Write the report's main figures as single pictures (PNG), those of them that there are data for.
+
+    Args:
+        result: As for `write_report`.
+        folder: Where they go; made if need be.
+        explained: What `why` says of the result; None: importance is not drawn.
 
     Returns:
         The paths of the files.
     """
-    from jfhpo_core.report import figures
+    from jfhpo_core.report import figures, response
 
     measured = any(trial.evaluations for trial in result.trials)
     drawn: dict[str, Callable[[SearchResult], Any]] = {}
@@ -81,6 +92,8 @@ def write_plots(result: SearchResult, folder: Path) -> list[Path]:
         drawn["outcome"] = figures.headline_figure
     if measured:
         drawn["learning-curves"] = figures.learning_figure
+    if explained is not None and explained.importance:
+        drawn["importance"] = lambda _: response.importance_figure(explained)
     if result.trials:
         drawn["bill"] = figures.bill_figure
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,9 +149,9 @@ def _context(
     step_records: Mapping[str, Sequence[StepRecord]],
     facts: Mapping[str, str | float],
     written: datetime,
+    explained: Why,
 ) -> dict[str, Any]:
     from jfhpo_core.report import figures
-    from jfhpo_core.report.why import why
 
     study, trials = result.study, result.trials
     sizes = {model.name: size_agreements(study, trials, model.name) for model in study.ladder.proxies}
@@ -166,7 +179,9 @@ def _context(
         "score_text": summary.score_text,
         "interval_text": summary.interval_text,
         "settings": settings_table(result),
-        "why": why(result),
+        "why": explained,
+        "topics": {topic: explained.topics.get(topic, ()) for topic in get_args(Topic)},
+        **_responses(result, explained, figure),
         "choices": [name for name in study.space if isinstance(study.space[name], ChoiceParameter)],
         "comparison": figure(
             "comparison",
@@ -228,6 +243,52 @@ def _context(
         "yaml": without_credentials(study.spec.to_yaml()),
         "versions": versions(),
         "facts": [(name, clip(value), is_address(value)) for name, value in facts.items()],
+    }
+
+
+def _responses(
+    result: SearchResult, explained: Why, figure: Callable[[str, str, Callable[[], Any]], Markup | None]
+) -> dict[str, Any]:
+    """Figures of what matters; None where the data do not tell."""
+    from jfhpo_core.report import response
+
+    names = [item.name for item in explained.importance] or list(result.study.space)
+    finished = [
+        model.name
+        for model in result.study.ladder.models
+        if sum(trial.final is not None for trial in result.trials if trial.model == model.name) >= response.FEWEST_LINES
+    ]
+    parallel = None
+    if finished:
+        parallel = figure(
+            "parallel",
+            f"Parallel coordinates of the configurations that finished on {finished[-1]}, coloured by score.",
+            lambda: response.parallel_figure(result, finished[-1], names),
+        )
+    found: dict[str, Any] = {"parallel": parallel, "parallel_model": finished[-1] if finished else None}
+    beliefs = response.belief_of(result) if explained.importance else None
+    if beliefs is None:
+        return {**found, "importance": None, "responses": None, "pair": None, "pair_names": ()}
+    best = {item.name: item.best for item in explained.importance if item.best is not None}
+    drawn = response.drawn_names(explained.importance)
+    pair = explained.interactions[0].names if explained.interactions else (drawn[0], drawn[min(1, len(drawn) - 1)])
+    words = f"Expected final score over {', '.join(drawn)}, one column for each model."
+    return {
+        **found,
+        "importance": figure(
+            "importance",
+            "Bars: share of the variance by hyperparameter; the table below has the numbers.",
+            lambda: response.importance_figure(explained),
+        ),
+        "responses": figure("responses", words, lambda: response.response_figure(result, beliefs, explained, best)),
+        "pair": figure(
+            "pair",
+            f"Contours: expected final score over {pair[0]} and {pair[1]}.",
+            lambda: response.pair_figure(result, beliefs, pair, best),
+        )
+        if pair[0] != pair[1] and all(name in best for name in pair)
+        else None,
+        "pair_names": pair,
     }
 
 

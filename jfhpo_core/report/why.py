@@ -8,106 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
-from pydantic import Field
-from scipy.stats import hypergeom
+import torch
+from scipy.stats import hypergeom, norm
 from threadpoolctl import threadpool_limits
 
 from jfhpo_core.optimizer.beliefs import NUMERICAL_ERRORS, TARGET, Beliefs
 from jfhpo_core.optimizer.candidates import ranked_configurations
 from jfhpo_core.optimizer.forecast import Quality, forecast_quality, with_more
-from jfhpo_core.optimizer.importance import Estimate, Importance, expected_draws, importances
+from jfhpo_core.optimizer.importance import Estimate, Importance, expected_draws, importances, interactions
 from jfhpo_core.optimizer.observations import went_wrong
-from jfhpo_core.optimizer.rank_agreement import FEW_PAIRS, most_telling, size_agreements
+from jfhpo_core.optimizer.rank_agreement import most_telling, size_agreements
 from jfhpo_core.optimizer.strategy import load_strategy
-from jfhpo_core.report.text import duration, number, setting, share, signed
+from jfhpo_core.report.why_records import Boundary, Change, Choice, More, Proxy, Why
+from jfhpo_core.report.why_sentences import NOTABLE, SIGNIFICANCE, sections
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.run.standing import rank
 from jfhpo_core.study.history import History, searched_configuration
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.space import ChoiceParameter
-from jfhpo_core.study.trial import Configuration, FailureKind, Outcome, Record, Trial, Value, configuration_key
+from jfhpo_core.study.trial import Configuration, FailureKind, Outcome, Trial, Value, configuration_key
+
+__all__ = ["Boundary", "Why", "boundaries", "collapsed", "why"]
 
 FEWEST_CONFIGURATIONS = 8
 """Evaluated configurations that importance needs, or twice the number of hyperparameters if that is more: with fewer
 the prior speaks."""
 
-NOTABLE = 0.05
-"""A hyperparameter matters if the interval of its share of the variance lies above this."""
-
-LITTLE = 0.1
-"""Little depends on a hyperparameter if that interval begins below `NOTABLE` and ends below this."""
-
-SIGNIFICANCE = 0.01
-"""Probability that splits by chance would look as good, over all of them (Bonferroni), that a boundary may have."""
-
 MOST_BOUNDARIES = 3
 
-MOST_DIFFERENCES = 3
-"""Hyperparameters in which two configurations differ that a sentence names."""
-
-
-class Boundary(Record):
-    """A value of a hyperparameter beyond which most runs collapsed."""
-
-    name: str
-    side: Literal["above", "below"]
-    between: tuple[float, float] = Field(description="Neighbouring values that were run, between which it lies.")
-    model: str | None = Field(description="The model on which it was seen; null: over all models.")
-    collapsed: int = Field(description="Collapsed runs beyond it.")
-    runs: int = Field(description="Runs beyond it.")
-    other_collapsed: int = Field(description="Collapsed runs on the other side.")
-    other_runs: int = Field(description="Runs on the other side.")
-
-
-class Proxy(Record):
-    """What a smaller model could tell about the target."""
-
-    name: str
-    shared: float | None = Field(description="Share of its variance that the model believes it has in common, [0, 1].")
-    spearman: float | None = Field(description="Measured rank agreement with the target, [-1, 1].")
-    interval: tuple[float, float] | None = Field(description="Its 95 % bootstrap interval.")
-    pairs: int = Field(description="Configurations measured on both.")
-    horizon_share: float | None = Field(description="Share of the horizon at which they were measured.")
-
-
-class Choice(Record):
-    """The recommended configuration against the second best."""
-
-    second: Configuration
-    trial: int = Field(description="First trial of the second best.")
-    difference: Estimate = Field(description="Expected score of the recommended one minus that of the second.")
-    probability: float = Field(description="That the recommended one is better, in [0, 1].")
-    differs: dict[str, tuple[Value | None, Value | None]] = Field(
-        description="Values of the recommended and the second one where they differ, by importance."
-    )
-
-
-class More(Record):
-    """What a budget twice as large should bring."""
-
-    seconds: float = Field(description="Device-seconds added.")
-    now: float = Field(description="Expected final score of the best configuration now.")
-    score: float = Field(description="Median of the forecast score.")
-    low: float = Field(description="Lower end of its 80 % interval.")
-    high: float = Field(description="Upper end.")
-
-
-class Why(Record):
-    """Everything that `jfhpo why` says, in figures and sentences."""
-
-    study: str
-    configurations: int = Field(description="Configurations that have been evaluated.")
-    standard_error: float | None = Field(description="Of one evaluation's score; null without a model.")
-    importance: tuple[Importance, ...] = Field(default=(), description="Most important first; empty if unknown.")
-    boundaries: tuple[Boundary, ...] = ()
-    proxies: tuple[Proxy, ...] = ()
-    choice: Choice | None = None
-    more: More | None = None
-    edges: tuple[str, ...] = Field(default=(), description="Hyperparameters recommended at the edge of their range.")
-    sentences: tuple[str, ...] = ()
+MOST_PAIRED = 3
+"""Of so many hyperparameters, the most important ones, pairs are looked at."""
 
 
 @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]  # on small matrices threads wait for each other
@@ -126,6 +57,8 @@ def why(result: SearchResult) -> Why:
         try:
             beliefs = Beliefs.form(history)
             found = _importance(result, beliefs) if beliefs is not None else ()
+            paired = [item.name for item in found if item.total.value >= NOTABLE][:MOST_PAIRED]
+            together = tuple(interactions(beliefs, paired)) if beliefs is not None else ()
         except NUMERICAL_ERRORS as error:
             beliefs, lacking = None, f"no model could be fitted to the trials ({error})"
     recommended = result.recommended.configuration if result.recommended is not None else {}
@@ -134,6 +67,7 @@ def why(result: SearchResult) -> Why:
         configurations=len(evaluated),
         standard_error=None if beliefs is None else beliefs.measurement_variance**0.5 * beliefs.scale.unit(),
         importance=() if beliefs is None else found,
+        interactions=() if beliefs is None else together,
         boundaries=tuple(boundaries(study, trials)),
         proxies=tuple(_proxies(study, trials, beliefs)),
         choice=None if beliefs is None else _choice(result, beliefs, found),
@@ -143,7 +77,10 @@ def why(result: SearchResult) -> Why:
         ),
     )
     lead = [] if beliefs is not None else [f"What matters cannot be told: {lacking}."]
-    return page.model_copy(update={"sentences": (*lead, *_sentences(study, page))})
+    topics = {topic: tuple(said) for topic, said in sections(study, page).items()}
+    topics["matters"] = (*lead, *topics["matters"])
+    sentences = tuple(sentence for said in topics.values() for sentence in said)
+    return page.model_copy(update={"topics": topics, "sentences": sentences})
 
 
 def _importance(result: SearchResult, beliefs: Beliefs) -> tuple[Importance, ...]:
@@ -275,6 +212,38 @@ def _choice(result: SearchResult, beliefs: Beliefs, importance: Sequence[Importa
             for item in importance
             if first.get(item.name) != second.get(item.name)
         },
+        change=_change(beliefs, first, second),
+    )
+
+
+def _change(beliefs: Beliefs, first: Configuration, second: Configuration) -> Change | None:
+    """What one more full run of either would have to score; None if failures decide between the two."""
+    moments, inputs = beliefs.surrogate.moments(), beliefs.at_target([first, second])
+    predicted = moments.at(inputs)
+    between = torch.cov(predicted.mean.T, correction=0)
+    covariance = beliefs.inflation**2 * (moments.covariance(predicted, predicted).mean(0) + between).numpy()
+    means = predicted.mean.mean(0).tolist()
+    if means[0] <= means[1]:
+        return None
+    surrogate = beliefs.surrogate
+    seeds = float(surrogate.structure.value(surrogate.parameter_draws, "seed").exp().mean())
+    needed: list[tuple[float, float] | None] = []
+    for index, other in ((1, 0), (0, 1)):
+        variance = covariance[index, index] + seeds + beliefs.measurement_variance
+        # A surprise moves this configuration's mean by more than the other's.
+        apart = (covariance[index, index] - covariance[other, index]) / variance
+        if apart <= 0:
+            needed.append(None)
+            continue
+        surprise = (means[0] - means[1]) / apart
+        value = means[index] + (surprise if index == 1 else -surprise)
+        needed.append((float(beliefs.scale.score(TARGET, [value])[0]), float(norm.sf(surprise / variance**0.5))))
+    better, worse = needed
+    return Change(
+        second_at_least=None if better is None else better[0],
+        second_probability=0.0 if better is None else better[1],
+        first_at_most=None if worse is None else worse[0],
+        first_probability=0.0 if worse is None else worse[1],
     )
 
 
@@ -286,109 +255,3 @@ def _more(result: SearchResult) -> More | None:
     if quality is None:
         return None
     return More(seconds=added, now=quality.now, score=quality.score, low=quality.low, high=quality.high)
-
-
-def _sentences(study: Study, page: Why) -> list[str]:
-    said = []
-    matter = [item for item in page.importance if item.total.low >= NOTABLE]
-    for index, item in enumerate(matter):
-        verb = "matters most" if index == 0 else "matters as well"
-        text = (
-            f"{item.name} {verb}: it accounts for {_percent(item.total)} of the variance over the search space, "
-            f"{_percent(item.first)} alone."
-        )
-        said.append(f"{text} {_locally(study, page, item)}".rstrip())
-    little = [item for item in page.importance if _is_little(item)]
-    if little:
-        each = "each at" if len(little) > 1 else "at"
-        ceiling = share(max(item.total.high for item in little))
-        said.append(f"Little depends on {', '.join(item.name for item in little)}: {each} most {ceiling}.")
-    for boundary in page.boundaries:
-        where = f"on {boundary.model}" if boundary.model is not None else "on models of any size"
-        low, high = (setting(value) for value in boundary.between)
-        edge = f"From {boundary.name} = {high} upwards" if boundary.side == "above" else f"At {boundary.name} <= {low}"
-        said.append(
-            f"{edge}, {boundary.collapsed} of {boundary.runs} runs {where} collapsed; "
-            f"{'below' if boundary.side == 'above' else 'above'} it, "
-            f"{boundary.other_collapsed} of {boundary.other_runs} (the boundary lies between {low} and {high})."
-        )
-    target = study.ladder.target.name
-    for proxy in page.proxies:
-        parts = []
-        if proxy.spearman is not None and proxy.interval is not None and proxy.pairs >= FEW_PAIRS:
-            least, most = proxy.interval
-            parts.append(
-                f"{proxy.pairs} configurations measured on both at {share(proxy.horizon_share or 0.0)} of the horizon "
-                f"rank with a Spearman correlation of {number(proxy.spearman, 2)} ({number(least, 2)} to "
-                f"{number(most, 2)})"
-            )
-        if proxy.shared is not None:
-            parts.append(f"the model believes that it shares {share(proxy.shared)} of its variance with {target}")
-        if parts:
-            said.append(f"Proxy {proxy.name}: {'; '.join(parts)}.")
-    if page.choice is not None:
-        said.append(_choice_sentence(page.choice))
-    if page.more is not None:
-        said.append(_more_sentence(page.more, page.standard_error))
-    unimportant = {item.name for item in little}
-    edges = [name for name in page.edges if name not in unimportant]
-    if edges:
-        said.append(
-            f"Recommended at the edge of the range: {', '.join(edges)}. A better value may lie beyond; widen the "
-            "range before spending more."
-        )
-    return said
-
-
-def _is_little(item: Importance) -> bool:
-    """Whether little depends on a hyperparameter."""
-    return item.total.low < NOTABLE and item.total.high < LITTLE
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{share(estimate.value)} ({100 * estimate.low:.0f} to {share(estimate.high)})"
-
-
-def _locally(study: Study, page: Why, item: Importance) -> str:
-    """How far the hyperparameter alone may move; empty if it is not active in the best configuration."""
-    if item.best is None or item.harmless is None or page.standard_error is None:
-        return ""
-    values, error = [setting(value) for value in item.harmless], number(page.standard_error)
-    if not isinstance(study.space[item.name], ChoiceParameter):
-        return (
-            f"From {values[0]} to {values[1]} (best: {setting(item.best)}), with nothing else changed, the expected "
-            f"score stays within one standard error ({error})."
-        )
-    if len(values) == 1:
-        return f"With nothing else changed, any value but {values[0]} costs more than one standard error ({error})."
-    return f"With nothing else changed, {' and '.join(values)} differ by less than one standard error ({error})."
-
-
-def _choice_sentence(choice: Choice) -> str:
-    differs = ", ".join(
-        f"{name} {'unset' if a is None else setting(a)} instead of {'unset' if b is None else setting(b)}"
-        for name, (a, b) in list(choice.differs.items())[:MOST_DIFFERENCES]
-    )
-    figures = (
-        f"{signed(choice.difference.value)} ({signed(choice.difference.low)} to {signed(choice.difference.high)}), "
-        f"better with a probability of {share(choice.probability)}"
-    )
-    if choice.difference.low > 0:
-        return f"The recommendation is expected to beat the second best, trial {choice.trial}, by {figures}: {differs}."
-    return (
-        f"The data do not tell the recommendation clearly from the second best, trial {choice.trial}: an expected "
-        f"difference of {figures}; {differs}."
-    )
-
-
-def _more_sentence(more: More, standard_error: float | None) -> str:
-    text = (
-        f"With {duration(more.seconds)} of device-time more, the final score is forecast at {number(more.score)} (80 % "
-        f"interval {number(more.low)} to {number(more.high)}), against {number(more.now)} expected of the best now"
-    )
-    if standard_error is not None and more.score - more.now < standard_error:
-        return (
-            f"{text}: less than one standard error of a score ({number(standard_error)}) is to be gained. Further "
-            "training seeds of the best configurations would tell more than a longer search."
-        )
-    return f"{text}."

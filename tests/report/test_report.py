@@ -175,7 +175,7 @@ def test_a_finished_study_has_every_section(finished: Finished, report: Path) ->
     assert result.complete
     assert "not finished" not in page.text
     assert verdict(result) in page.text
-    assert len(page.of("svg")) == 6
+    assert len(page.of("svg")) == 7
     for words in (
         "small against large", "medium against large", "small-first/960", "Reproduction", "botorch",
         "study: report", "untrained", "2026-01-02 03:04 UTC",

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from markupsafe import escape
 
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report import write_report
@@ -92,9 +93,13 @@ def test_a_search_is_explained_from_what_matters_to_what_more_would_bring(tmp_pa
     assert page.more.seconds == 900
     assert page.proxies == ()  # random search has run none
     report = write_report(result, {}, tmp_path).read_text(encoding="utf-8")
-    section = report[report.index('id="matters"') : report.index('id="bill"')]
+    section = report[report.index('id="matters"') : report.index('id="stopped"')]
     assert section.count("<tr>") == 1 + len(page.importance)
-    assert section.count("<li>") == len(page.sentences)
+    assert section.count("<li>") == len(page.topics["matters"])
+    assert section.count("<svg") == 4
+    assert all(escape(sentence) in report for sentence in page.sentences)
+    assert [sentence for said in page.topics.values() for sentence in said] == list(page.sentences)
+    assert page.metrics()["importance/learning_rate"] == page.importance[0].total.value
     assert Why.model_validate_json(page.model_dump_json()) == page
 
 

@@ -1,0 +1,173 @@
+"""The sentences of `jfhpo why`: each from figures of the page, left out where these do not tell."""
+
+from __future__ import annotations
+
+from jfhpo_core.optimizer.importance import Estimate, Importance, Interaction
+from jfhpo_core.optimizer.rank_agreement import FEW_PAIRS
+from jfhpo_core.report.text import duration, number, setting, share, signed
+from jfhpo_core.report.why_records import Choice, More, Proxy, Topic, Why
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import ChoiceParameter
+
+NOTABLE = 0.05
+"""A hyperparameter matters if the interval of its share of the variance lies above this."""
+
+LITTLE = 0.1
+"""Little depends on a hyperparameter if that interval begins below `NOTABLE` and ends below this."""
+
+POOR_RANKING = 0.3
+"""A proxy with a rank correlation below this, the upper end of its interval included, tells little."""
+
+SIGNIFICANCE = 0.01
+"""Probability that splits by chance would look as good, over all of them (Bonferroni), that a boundary may have."""
+
+MOST_DIFFERENCES = 3
+"""Hyperparameters in which two configurations differ that a sentence names."""
+
+
+def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
+    """The sentences by topic, in the order of a reader's questions."""
+    matters: list[str] = []
+    collapse: list[str] = []
+    proxies: list[str] = []
+    choice: list[str] = []
+    following: list[str] = []
+    matter = [item for item in page.importance if item.total.low >= NOTABLE]
+    for index, item in enumerate(matter):
+        verb = "matters most" if index == 0 else "matters as well"
+        text = (
+            f"{item.name} {verb}: it accounts for {_percent(item.total)} of the variance over the search space, "
+            f"{_percent(item.first)} alone."
+        )
+        matters.append(f"{text} {_locally(study, page, item)}".rstrip())
+    little = [item for item in page.importance if _is_little(item)]
+    if little:
+        each = "each at" if len(little) > 1 else "at"
+        ceiling = share(max(item.total.high for item in little))
+        matters.append(f"Little depends on {', '.join(item.name for item in little)}: {each} most {ceiling}.")
+    matters += [_pair_sentence(pair) for pair in page.interactions if pair.share.low >= NOTABLE]
+    for boundary in page.boundaries:
+        where = f"on {boundary.model}" if boundary.model is not None else "on models of any size"
+        low, high = (setting(value) for value in boundary.between)
+        edge = f"From {boundary.name} = {high} upwards" if boundary.side == "above" else f"At {boundary.name} <= {low}"
+        collapse.append(
+            f"{edge}, {boundary.collapsed} of {boundary.runs} runs {where} collapsed; "
+            f"{'below' if boundary.side == 'above' else 'above'} it, "
+            f"{boundary.other_collapsed} of {boundary.other_runs} (the boundary lies between {low} and {high})."
+        )
+    target = study.ladder.target.name
+    for proxy in page.proxies:
+        parts = []
+        if proxy.spearman is not None and proxy.interval is not None and proxy.pairs >= FEW_PAIRS:
+            least, most = proxy.interval
+            parts.append(
+                f"{proxy.pairs} configurations measured on both at {share(proxy.horizon_share or 0.0)} of the horizon "
+                f"rank with a Spearman correlation of {number(proxy.spearman, 2)} ({number(least, 2)} to "
+                f"{number(most, 2)})"
+            )
+        if proxy.shared is not None:
+            parts.append(f"the model believes that it shares {share(proxy.shared)} of its variance with {target}")
+        if parts:
+            proxies.append(f"Proxy {proxy.name}: {'; '.join(parts)}.")
+    if page.choice is not None:
+        choice.append(_choice_sentence(page.choice))
+        if page.choice.change is not None and (text := _change_sentence(page.choice)):
+            choice.append(text)
+    if page.more is not None:
+        following.append(_more_sentence(page.more, page.standard_error))
+    poor = [item for item in page.proxies if _ranks_poorly(item)]
+    if poor and len(poor) == len(page.proxies):
+        following.append(
+            f"No proxy ranks configurations as {target} does: name models nearer to it (fidelity.proxies), or let the "
+            "target have more of the budget (strategy.settings.target_share)."
+        )
+    unimportant = {item.name for item in little}
+    edges = [name for name in page.edges if name not in unimportant]
+    if edges:
+        following.append(
+            f"Recommended at the edge of the range: {', '.join(edges)}. A better value may lie beyond; widen the "
+            "range before spending more."
+        )
+    return {"matters": matters, "collapse": collapse, "proxies": proxies, "choice": choice, "next": following}
+
+
+def _pair_sentence(pair: Interaction) -> str:
+    return (
+        f"{pair.names[0]} and {pair.names[1]} act together: {_percent(pair.share)} of the variance comes from their "
+        "interaction, so what one of them does depends on the other."
+    )
+
+
+def _is_little(item: Importance) -> bool:
+    """Whether little depends on a hyperparameter."""
+    return item.total.low < NOTABLE and item.total.high < LITTLE
+
+
+def _percent(estimate: Estimate) -> str:
+    return f"{share(estimate.value)} ({100 * estimate.low:.0f} to {share(estimate.high)})"
+
+
+def _locally(study: Study, page: Why, item: Importance) -> str:
+    """How far the hyperparameter alone may move; empty if it is not active in the best configuration."""
+    if item.best is None or item.harmless is None or page.standard_error is None:
+        return ""
+    values, error = [setting(value) for value in item.harmless], number(page.standard_error)
+    if not isinstance(study.space[item.name], ChoiceParameter):
+        return (
+            f"From {values[0]} to {values[1]} (best: {setting(item.best)}), with nothing else changed, the expected "
+            f"score stays within one standard error ({error})."
+        )
+    if len(values) == 1:
+        return f"With nothing else changed, any value but {values[0]} costs more than one standard error ({error})."
+    return f"With nothing else changed, {' and '.join(values)} differ by less than one standard error ({error})."
+
+
+def _choice_sentence(choice: Choice) -> str:
+    differs = ", ".join(
+        f"{name} {'unset' if a is None else setting(a)} instead of {'unset' if b is None else setting(b)}"
+        for name, (a, b) in list(choice.differs.items())[:MOST_DIFFERENCES]
+    )
+    figures = (
+        f"{signed(choice.difference.value)} ({signed(choice.difference.low)} to {signed(choice.difference.high)}), "
+        f"better with a probability of {share(choice.probability)}"
+    )
+    if choice.difference.low > 0:
+        return f"The recommendation is expected to beat the second best, trial {choice.trial}, by {figures}: {differs}."
+    return (
+        f"The data do not tell the recommendation clearly from the second best, trial {choice.trial}: an expected "
+        f"difference of {figures}; {differs}."
+    )
+
+
+def _change_sentence(choice: Choice) -> str:
+    """What would change the mind; empty if no single run would."""
+    change, parts = choice.change, []
+    if change is not None and change.second_at_least is not None and change.second_probability >= SIGNIFICANCE:
+        parts.append(
+            f"one of trial {choice.trial}'s configuration that scores {number(change.second_at_least)} or more "
+            f"(probability {share(change.second_probability)})"
+        )
+    if change is not None and change.first_at_most is not None and change.first_probability >= SIGNIFICANCE:
+        parts.append(
+            f"one of the recommended configuration that scores {number(change.first_at_most)} or less (probability "
+            f"{share(change.first_probability)})"
+        )
+    return f"One more full run could change this choice: {', or '.join(parts)}." if parts else ""
+
+
+def _ranks_poorly(proxy: Proxy) -> bool:
+    """Whether a proxy was seen to rank configurations otherwise than the target."""
+    return proxy.pairs >= FEW_PAIRS and proxy.interval is not None and proxy.interval[1] < POOR_RANKING
+
+
+def _more_sentence(more: More, standard_error: float | None) -> str:
+    text = (
+        f"With {duration(more.seconds)} of device-time more, the final score is forecast at {number(more.score)} (80 % "
+        f"interval {number(more.low)} to {number(more.high)}), against {number(more.now)} expected of the best now"
+    )
+    if standard_error is not None and more.score - more.now < standard_error:
+        return (
+            f"{text}: less than one standard error of a score ({number(standard_error)}) is to be gained. Further "
+            "training seeds of the best configurations would tell more than a longer search."
+        )
+    return f"{text}."
