@@ -38,6 +38,8 @@ COMMON = {
 ON_CPU = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
+    "RAY_agent_register_timeout_ms": "300000",  # CPUs that others use as well are slow
+    "RAY_raylet_start_wait_time_s": "300",
     "TORCH_COMPILE_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -86,8 +86,6 @@ def variables(settings: VerlSettings, files: VerlFiles, base: Mapping[str, str],
     if settings.device == "cpu":
         own |= {
             "PYTHONPATH": shim_path(CPU_SHIM),
-            "RAY_agent_register_timeout_ms": "300000",  # CPUs that others use as well are slow
-            "RAY_raylet_start_wait_time_s": "300",
             "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": gpus, "CPU": ray_cpus(settings, gpus)}),
             "VERL_ENGINE_DEVICE": "cuda",  # verl registers no engine for CPUs; that of GPUs asks the platform
             "VERL_PLATFORM": "cpu",
