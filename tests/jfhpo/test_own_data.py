@@ -216,8 +216,8 @@ def test_case_8_10_12_and_16_rewards(own: Own, capfd: pytest.CaptureFixture[str]
 
 
 def test_case_18_truth_values_within_a_list_are_ones_and_zeros(own: Own) -> None:
-    own.reward("def reward(completions, **k):\n    return [True, False, True, True]\n")
-    assert "with 1, 0, 1, 1" in own.scores()
+    own.reward("def reward(completions, **k):\n    return [number % 2 == 0 for number in range(len(completions))]\n")
+    assert "with 1, 0, 1, 0" in own.scores()
 
 
 def test_case_9_and_11_several_rewards(own: Own) -> None:
