@@ -199,6 +199,29 @@ def inject_faults(
         raise typer.Exit(1)
 
 
+@app.command("simulate")
+def simulate_faults(
+    schedules: Annotated[int, typer.Option(min=1, help="How many schedules of faults.")] = 10_000,
+    first: Annotated[int, typer.Option(help="Seed of the first.")] = 0,
+    replay: Annotated[str | None, typer.Option(help="Run this one schedule, as a finding prints it.")] = None,
+) -> None:
+    """Run schedules of simulated faults; what does not hold is shrunk and printed as a line for --replay."""
+    from benchmarks.simulator.schedules import Schedule, explore, fault_of, shrink
+
+    if replay is not None:
+        what = fault_of(Schedule.parse(replay))
+        print(what or "everything holds")
+        raise typer.Exit(what is not None)
+    tally = explore(schedules, first, say=lambda tally: print(tally.sentence(), flush=True))
+    print(tally.sentence())
+    for kind, times in sorted(tally.happened.items()):
+        print(f"  {kind}: {times}")
+    for finding in tally.findings:
+        smallest = shrink(finding.schedule)
+        print(f"--replay '{smallest.schedule}'\n  {smallest.what}")
+    raise typer.Exit(bool(tally.findings))
+
+
 @app.command("cluster")
 def use_of_clusters(
     seeds: Annotated[str, typer.Option(help="1000:1003 or 3,5.")] = "1000:1003",

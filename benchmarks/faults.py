@@ -41,7 +41,8 @@ from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Outcome, SegmentResult, Trial
 from jfhpo_core.trainers import Job
-from mlflow_plugin.ledger import HEADER, SEGMENT, MlflowLedger
+from mlflow_plugin.ledger import MlflowLedger
+from mlflow_plugin.tags import HEADER, SEGMENT
 
 FILE = Path(__file__).parent / "results" / "faults" / "faults.jsonl"
 

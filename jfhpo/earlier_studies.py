@@ -54,7 +54,7 @@ def earlier_studies(study: Study) -> list[Found]:
 
 def _fitting(study: Study) -> Iterator[Found]:
     """Studies of the store that fit, newest first; those that began after this one are none of its past."""
-    from mlflow_plugin.ledger import recorded_before
+    from mlflow_plugin.study_run import recorded_before
 
     for name in recorded_before(study.spec)[:LOOKED_AT]:
         try:

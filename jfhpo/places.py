@@ -16,7 +16,7 @@ def check_places(spec: StudySpec) -> None:
     Raises:
         SpecError: A folder cannot be made or written to.
     """
-    from mlflow_plugin.ledger import local_store
+    from mlflow_plugin.tracking import local_store
 
     _check_folder(Path(spec.tracking.workspace).absolute(), "tracking.workspace")
     store = local_store(spec)

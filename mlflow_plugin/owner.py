@@ -109,7 +109,12 @@ class Owner:
             LedgerError: Another process has taken the study over.
         """
         now = _Claim.read(self._client, self._run_id)
-        if now is not None and not now.is_mine:
+        if now is None:  # the other one has finished meanwhile
+            raise LedgerError(
+                f"study {self._study!r} was taken over by another process, which has ended; what this one knows of it "
+                "is out of date: run the same command again"
+            )
+        if not now.is_mine:
             raise LedgerError(f"{_taken(self._study, now)}; it was taken over, and this process writes nothing more")
 
     def release(self) -> None:

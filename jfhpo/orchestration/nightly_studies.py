@@ -102,7 +102,8 @@ def recorded_studies(base: StudySpec) -> list[str]:
     """
     from mlflow.exceptions import MlflowException
 
-    from mlflow_plugin.ledger import STUDY, connect
+    from mlflow_plugin.tags import STUDY
+    from mlflow_plugin.tracking import connect
 
     client = connect(base)
     found: list[str] = []

@@ -64,10 +64,11 @@ class CheckpointStore:
         A trial has one writer at a time, so what interrupted ones left half written or half deleted goes first.
         """
         staging = self._trial(key).parent / "staging"
+        make_folder(staging)
         for leftover in staging.glob(f"{key}-*"):
             shutil.rmtree(leftover, ignore_errors=True)
         folder = staging / f"{key}-{uuid.uuid4().hex}"
-        folder.mkdir(parents=True)
+        folder.mkdir()
         return folder
 
     def commit(self, key: str, stage: Path, step: int, prompts: int) -> Checkpoint:
@@ -93,13 +94,13 @@ class CheckpointStore:
             # Content before the names that lead to it, from the leaves to the root; then the rename, then its folders.
             for parent, _, names in os.walk(stage, topdown=False):
                 for path in (*(Path(parent, name) for name in names), Path(parent)):
-                    _flush(path)
+                    flush(path)
             final.parent.mkdir(parents=True, exist_ok=True)
             if final.exists():
                 self._discard(final)
             stage.rename(final)
             for folder in (final.parent, stage.parent, self.root):
-                _flush(folder)
+                flush(folder)
         except OSError as error:
             raise CheckpointError(f"{final}: the checkpoint could not be stored: {error}") from error
         return Checkpoint(
@@ -208,6 +209,14 @@ def file_digests(files: Mapping[str, Path]) -> dict[str, str]:
         return dict(zip(files, threads.map(file_digest, files.values()), strict=True))
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder with those above it so that a loss of power does not take it, and what is in it, away."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content."""
     with path.open("rb") as file:
@@ -270,7 +279,7 @@ def manifest_fault(folder: Path) -> str | None:
     return None if wrong is None else f"{wrong} does not match its checksum"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Write a file or folder through to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

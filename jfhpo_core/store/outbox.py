@@ -21,6 +21,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from jfhpo_core.errors import LedgerError, LedgerUnavailable
+from jfhpo_core.store.checkpoints import flush, make_folder
 from jfhpo_core.store.ledger import Ledger, MemoryLedger
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Record, Segment, SegmentResult, StepRecord, Trial
@@ -77,10 +78,19 @@ class Outbox:
 
         Raises:
             LedgerUnavailable: The store is away.
+            LedgerError: What was left contradicts what the store has.
         """
         self._ledger.open(study)
         self._waiting = deque(waiting(self._path))
-        self.deliver()
+        try:
+            self.deliver()
+        except LedgerUnavailable:
+            raise
+        except LedgerError as error:
+            raise LedgerError(
+                f"{error}; {self._path} holds another one, because two machines that did not see each other trained "
+                "the study: delete this file to go on with what the ledger has"
+            ) from error
         self._path.unlink(missing_ok=True)  # the rest of a line that a crash has cut off must not spoil the next one
         self._mirror = MemoryLedger(self._ledger.trials())
         # The rules need what a continued run did before; from now on nobody has to wait for the store to tell.
@@ -162,11 +172,12 @@ class Outbox:
             else:
                 return
         self._waiting.append(entry)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._path.parent)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{entry.model_dump_json()}\n")
             file.flush()
             os.fsync(file.fileno())
+        flush(self._path.parent)
 
     def _retry(self) -> None:
         """Try again to write what waits, if the last attempt is a while ago."""

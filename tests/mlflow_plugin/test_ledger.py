@@ -43,8 +43,10 @@ from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.space import Space
 from jfhpo_core.study.spec import StudySpec, TrackingSpec
 from jfhpo_core.study.trial import Decision, FailureKind, Outcome, PassAtN, Trial
-from mlflow_plugin.ledger import TAG_LIMIT, MlflowLedger, _absolute, _exists
+from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.presentation import StudyState
+from mlflow_plugin.tags import TAG_LIMIT
+from mlflow_plugin.tracking import absolute_uri, store_exists
 
 
 @pytest.fixture
@@ -489,8 +491,8 @@ def test_an_error_of_mlflow_shows_no_password(ledger: MlflowLedger, monkeypatch:
 
 @pytest.mark.parametrize("uri", ["databricks", "databricks-uc"])
 def test_a_remote_store_without_a_scheme_is_no_folder(uri: str) -> None:
-    assert _exists(make_study(tracking=TrackingSpec(uri=uri)))
-    assert _absolute(uri) == uri
+    assert store_exists(make_study(tracking=TrackingSpec(uri=uri)))
+    assert absolute_uri(uri) == uri
 
 
 def test_hyperparameters_may_have_the_names_of_ours(ledger: MlflowLedger) -> None:
