@@ -391,7 +391,7 @@ class World:
             self.left = tuple(self.pending)
             self.pending, self.away, self.full = [], 0, 0
             self.driver = Driver("reader", 0)
-            reader = ledgers.MlflowLedger(Client(self.server, self.request))  # type: ignore[arg-type]
+            reader = ledgers.MlflowLedger(Client(self.server, self.request))
             if not reader.look(study().spec):
                 raise Wrong("the study is gone")
             self.check(reader.trials(), "in the end")
@@ -461,7 +461,7 @@ class Front:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self.store = ledgers.MlflowLedger(Client(world.server, world.request))  # type: ignore[arg-type]
+        self.store = ledgers.MlflowLedger(Client(world.server, world.request))
         self._outbox = outbox.Outbox(self.store, OUTBOX, patience_seconds=60.0)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
