@@ -23,12 +23,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 
 from jfhpo_core.errors import LedgerError, SpecError
 from jfhpo_core.report.text import without_credentials
-from jfhpo_core.run.search import SearchResult
+from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.store.ledger import changes_message, check_begin, check_commit
 from jfhpo_core.study.contents import contents
 from jfhpo_core.study.models import Ladder, build_ladder
@@ -334,17 +334,23 @@ class MlflowLedger:
         self._facts = known
 
     @explained
-    def present(self, result: SearchResult, plots: Sequence[Path] = ()) -> None:
-        """Show an outcome on the study's run: as its description, as metrics, and as plots among its artifacts."""
+    def present(
+        self, result: SearchResult, plots: Sequence[Path] = (), figures: Mapping[str, float] | None = None
+    ) -> None:
+        """Show an outcome on the study's run: as its description, as metrics, and as plots among its artifacts.
+
+        Args:
+            result: The outcome.
+            plots: Pictures.
+            figures: Further metrics, by name.
+        """
         for path in plots:
             self._client.log_artifact(self.study_run_id, str(path), "plots")
         note = study_note(self._study, result.trials, result)
-        log(
-            self._client,
-            self.study_run_id,
-            outcome_metrics(result, _now()),
-            tags={**outcome_labels(result), NOTE: note},
-        )
+        now = _now()
+        further = [Metric(name, value, now, 0) for name, value in (figures or {}).items()]
+        metrics = [*outcome_metrics(result, now), *further]
+        log(self._client, self.study_run_id, metrics, tags={**outcome_labels(result), NOTE: note})
 
     def forget_checkpoint(self, key: str) -> None:
         """Note that the newest checkpoint of a trial was deleted, so that the index offers it no longer."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jfhpo_core.run import search, worker
+from jfhpo_core.run import planning, search, worker
 from jfhpo_core.store import checkpoints, ledger, outbox
 from jfhpo_core.store.outbox import Entry, Outbox
 from jfhpo_core.study.resolved import Study
@@ -153,17 +153,17 @@ def the_checkpoint_before_is_deleted_too_early(patch: pytest.MonkeyPatch) -> Non
 
 
 def the_suggestion_depends_on_the_clock(patch: pytest.MonkeyPatch) -> None:
-    real = search.call_seed
+    real = planning.call_seed
 
     def call_seed(study: Study, trials: Sequence[Any]) -> int:
         return real(study, trials) + int(search.time.time() // 86400)
 
-    patch.setattr(search, "call_seed", call_seed)
+    patch.setattr(planning, "call_seed", call_seed)
 
 
 def the_suggestion_depends_on_the_process(patch: pytest.MonkeyPatch) -> None:
     calls = itertools.count()
-    patch.setattr(search, "call_seed", lambda _study, _trials: next(calls))
+    patch.setattr(planning, "call_seed", lambda _study, _trials: next(calls))
 
 
 def long_tags_are_cut(patch: pytest.MonkeyPatch) -> None:
