@@ -28,7 +28,7 @@ from jfhpo_core.optimizer.beliefs import TARGET, Beliefs
 from jfhpo_core.optimizer.score_scale import ScoreScale
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report.why import Boundary, Why, why
-from jfhpo_core.report.why_sentences import LITTLE, NOTABLE
+from jfhpo_core.report.why_sentences import LITTLE, NOTABLE, stands_out
 from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
@@ -223,7 +223,7 @@ def judge(page: Why, result: SearchResult, truth: Truth) -> tuple[Counter[str], 
     for index, item in enumerate(item for item in page.importance if item.total.low >= NOTABLE):
         share = truth.totals[item.name]
         inside = item.total.low - TOLERANCE <= share <= item.total.high + TOLERANCE
-        most = index > 0 or share >= max(truth.totals.values()) - TOLERANCE
+        most = index > 0 or not stands_out(page.importance) or share >= max(truth.totals.values()) - TOLERANCE
         text = f"{item.name} {item.total.low:.2f} to {item.total.high:.2f}, truly {share:.2f}"
         say("share of the variance", text, true=inside and most)
         if item.harmless is not None and best:

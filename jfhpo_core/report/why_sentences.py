@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from jfhpo_core.optimizer.importance import Estimate, Importance, Interaction
 from jfhpo_core.optimizer.rank_agreement import FEW_PAIRS
 from jfhpo_core.report.text import duration, number, setting, share, signed
@@ -34,7 +36,7 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
     following: list[str] = []
     matter = [item for item in page.importance if item.total.low >= NOTABLE]
     for index, item in enumerate(matter):
-        verb = "matters most" if index == 0 else "matters as well"
+        verb = ("matters most" if stands_out(page.importance) else "matters") if index == 0 else "matters as well"
         text = (
             f"{item.name} {verb}: it accounts for {_percent(item.total)} of the variance over the search space, "
             f"{_percent(item.first)} alone."
@@ -89,6 +91,11 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
             "range before spending more."
         )
     return {"matters": matters, "collapse": collapse, "proxies": proxies, "choice": choice, "next": following}
+
+
+def stands_out(importance: Sequence[Importance]) -> bool:
+    """Whether the first hyperparameter is clearly the most important: its interval lies above the second's share."""
+    return len(importance) < 2 or importance[0].total.low >= importance[1].total.value
 
 
 def _pair_sentence(pair: Interaction) -> str:
