@@ -153,7 +153,7 @@ def _refusal(count: int, sizes: Sequence[int]) -> str | None:
     if len(sizes) < 2:
         return (
             f"No recipe for {parameters(count)} parameters: only one size was run ({parameters(sizes[0])}), which does "
-            "not tell how the best values move with size. Add a proxy of another size to the family."
+            "not tell how the best values move with size. Run a few configurations on a model of another size."
         )
     span = math.log10(max(sizes) / min(sizes))
     if outside > FARTHEST * span:

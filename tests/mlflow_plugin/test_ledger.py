@@ -173,10 +173,11 @@ def test_an_outcome_is_shown(ledger: MlflowLedger, client: MlflowClient, tmp_pat
     result = run_search(study, MlflowLedger(client), InlineDispatcher(2))
     mine = MlflowLedger(client)
     mine.open(study.spec)
-    mine.present(result, write_plots(result, tmp_path / "plots"))
+    mine.present(result, write_plots(result, tmp_path / "plots"), {"importance/learning_rate": 0.9})
     run = client.get_run(mine.study_run_id)
     assert result.rows
     assert run.data.metrics["study/recommended_score"] == result.rows[0].score
+    assert run.data.metrics["importance/learning_rate"] == 0.9
     assert "How sure" in run.data.tags["mlflow.note.content"]
     plots = client.list_artifacts(mine.study_run_id, "plots")
     assert {plot.path for plot in plots} == {f"plots/{name}.png" for name in ("bill", "learning-curves", "outcome")}
