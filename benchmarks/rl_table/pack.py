@@ -46,7 +46,7 @@ TRAINING = {
 }
 """Further columns of trainings.parquet; the hyperparameters stand between `KEY` and these."""
 
-UNRECORDED = {"examples", "pass_at_n", "reward_parts", "reward_timeouts"}
+UNRECORDED = {"by_prompt", "examples", "pass_at_n", "reward_parts", "reward_timeouts"}
 """Fields of evaluations and steps that are no columns: the design has one completion per prompt, and one reward."""
 
 

@@ -291,6 +291,6 @@ def test_a_plan_says_what_a_rung_takes() -> None:
     family[-1]["parameters"] = 7_000_000_000
     settings = {**base.trainer.settings, "python": sys.executable}
     study = resolve(openrlhf_study(family=family, trainer={**base.trainer.model_dump(), "settings": settings}))
-    plan = text_of(plan_view(study, forecast(study, [])))
+    plan = text_of(plan_view(Prospect(study, forecast(study, []), None)))
     # 16 bytes for each of seven billion parameters, at 1 GB/s.
     assert re.search(r"at each l is evaluated \(.+\) and saved \(1 min 52 s\)", plan)
