@@ -60,7 +60,19 @@ class Display(Protocol):
         ...
 
 
-class PlainDisplay:
+class _Unframed:
+    """A display that has nothing to set up and nothing to clean up."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+class PlainDisplay(_Unframed):
     """One line per finished segment, for logs.
 
     Args:
@@ -71,14 +83,6 @@ class PlainDisplay:
         self._emit = emit
         self.watch = Watch()
         self.quiet = Quiet()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     def status(self, text: str) -> None:
         """See `Display.status`."""
@@ -104,16 +108,8 @@ class PlainDisplay:
             self._emit(line)
 
 
-class SilentDisplay:
+class SilentDisplay(_Unframed):
     """Shows nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     def status(self, text: str) -> None:
         """See `Display.status`."""

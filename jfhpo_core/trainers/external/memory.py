@@ -109,7 +109,7 @@ def training_bytes(
         critic: Whether a value model of the same size is trained, too.
     """
     shared = (GRADIENT_BYTES + (0 if offload else OPTIMIZER_BYTES)) * parameters / gpus
-    weights = WEIGHT_BYTES * parameters / (gpus if zero_stage == 3 else 1)
+    weights = _weights(parameters, gpus, zero_stage)
     return (weights + shared) * (2 if critic else 1) + (weights if reference else 0.0)
 
 
@@ -124,6 +124,11 @@ def resting_bytes(parameters: int, gpus: int, zero_stage: int, *, sleeps: bool, 
         reference: Whether a reference model lies beside it.
         critic: Whether a value model of the same size is trained, too.
     """
-    weights = WEIGHT_BYTES * parameters / (gpus if zero_stage == 3 else 1)
+    weights = _weights(parameters, gpus, zero_stage)
     optimizer = 0.0 if sleeps else OPTIMIZER_BYTES * parameters / gpus
     return (weights + optimizer) * (2 if critic else 1) + (weights if reference else 0.0)
+
+
+def _weights(parameters: int, gpus: int, zero_stage: int) -> float:
+    """Bytes of a model's weights on each GPU: only stage 3 divides them."""
+    return WEIGHT_BYTES * parameters / (gpus if zero_stage == 3 else 1)
