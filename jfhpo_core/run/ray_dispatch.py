@@ -236,7 +236,8 @@ class RayDispatcher:
 
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`."""
-        # A cancelled job of the same trial may still be ending, and a trial has one writer.
+        # An earlier job of the same trial may still be ending, and a trial has one writer.
+        self.cancel(job.trial_key)
         previous, ticket = self._tickets.get(job.trial_key), _Ticket(job)
         ticket.thread = threading.Thread(
             target=self._attend, args=(ticket, previous), name=f"trial-{job.trial_key}", daemon=True

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from jfhpo_core.errors import SpecError
+from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.run import ray_dispatch
 from jfhpo_core.run.dispatch import InlineDispatcher, Streamed
 from jfhpo_core.run.ray_dispatch import RayDispatcher
@@ -22,7 +24,7 @@ from jfhpo_core.study.trial import FailureKind, Outcome
 from tests.run.conftest import FRAGILE
 from tests.run.gpu_program import TRIALS
 from tests.run.mixed_program import SIZES
-from tests.run.support import PATIENCE_SECONDS, all_gone, collect, descendants, first_job
+from tests.run.support import ENDING_SECONDS, PATIENCE_SECONDS, all_gone, collect, descendants, first_job
 from tests.studies import simulated_study
 
 pytestmark = pytest.mark.slow
@@ -204,6 +206,49 @@ def test_programs_that_a_reward_runs_may_fail_visibly(ray_dispatcher: RayDispatc
     assert (Path(study.spec.trainer.settings["folder"]) / "code").read_text() == "3"
     in_driver = subprocess.run([sys.executable, "-c", "raise SystemExit(3)"], check=False)
     assert in_driver.returncode == 3
+
+
+def closes(dispatcher: RayDispatcher) -> bool:
+    """Whether `close` comes back within a reasonable time."""
+    closing = threading.Thread(target=dispatcher.close, daemon=True)
+    closing.start()
+    closing.join(ENDING_SECONDS)
+    return not closing.is_alive()
+
+
+def test_a_trial_that_was_submitted_twice_does_not_keep_ray_from_closing(
+    ray_dispatcher: RayDispatcher, tmp_path: Path
+) -> None:
+    ray_dispatcher.submit(first_job(simulated_study(tmp_path / "first")))
+    collect(ray_dispatcher, 1)  # Ray is up now, and the second dispatcher shares the instance.
+    dispatcher = RayDispatcher(ClusterSpec(address="local"), slots=1)
+    job = first_job(fragile_study(tmp_path, "hang", times=2))
+    dispatcher.submit(job)
+    while not dispatcher.wait(0.5):
+        pass
+    dispatcher.submit(job)
+    assert closes(dispatcher)
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_trial_that_was_submitted_twice_does_not_keep_ray_from_closing_that_never_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cancelled: bool
+) -> None:
+    def fail(**options: Any) -> None:
+        raise ConnectionError("no memory for the object store")
+
+    errors = SimpleNamespace(RayError=OSError, OutOfMemoryError=OSError)
+    broken = SimpleNamespace(is_initialized=lambda: False, init=fail, shutdown=lambda: None, exceptions=errors)
+    monkeypatch.setattr(ray_dispatch, "_import_ray", lambda private: broken)
+    dispatcher = RayDispatcher(ClusterSpec(address="local"), slots=1)
+    job = first_job(simulated_study(tmp_path))
+    dispatcher.submit(job)
+    if cancelled:
+        dispatcher.cancel(job.trial_key)
+    dispatcher.submit(job)
+    with pytest.raises(InfrastructureError, match=r"Ray did not start .*no memory for the object store"):
+        collect(dispatcher, 1)
+    assert closes(dispatcher)
 
 
 def test_a_gpu_that_is_not_there_is_refused(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
