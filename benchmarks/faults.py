@@ -32,7 +32,7 @@ from benchmarks.runner import commit
 from benchmarks.tracking_server import TrackingServer
 from jfhpo.session import OUTBOX
 from jfhpo_core.errors import JfhpoError
-from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, InlineDispatcher
+from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, InlineDispatcher, Streamed
 from jfhpo_core.run.scheduler import Load, Opening
 from jfhpo_core.run.search import Progress, run_search
 from jfhpo_core.store.ledger import Ledger, MemoryLedger
@@ -165,6 +165,10 @@ class Unreliable:
     def load(self) -> Load:
         """See `Dispatcher.load`."""
         return self._inner.load()
+
+    def listen(self, hear: Callable[[Streamed], None]) -> None:
+        """See `Dispatcher.listen`."""
+        self._inner.listen(hear)
 
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`."""

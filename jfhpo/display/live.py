@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from jfhpo_core.run.search import Progress
 from jfhpo_core.study.trial import StepRecord, TrialState
 
 REFRESH_PER_SECOND = 4
+LISTEN_SECONDS = 1.0
 EVENTS_SHOWN = 6
 LABEL_WIDTH = 18
 TREND_LENGTH = 16
@@ -60,20 +62,8 @@ class Display(Protocol):
         ...
 
 
-class _Unframed:
-    """A display that has nothing to set up and nothing to clean up."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-
-class PlainDisplay(_Unframed):
-    """One line per finished segment, for logs.
+class PlainDisplay:
+    """One line per finished segment, for logs; and while nothing is heard, a line now and then.
 
     Args:
         emit: Takes a line.
@@ -81,12 +71,34 @@ class PlainDisplay(_Unframed):
 
     def __init__(self, emit: Callable[[str], None]) -> None:
         self._emit = emit
+        self._progress: Progress | None = None
+        self._lock = threading.Lock()
+        self._over = threading.Event()
         self.watch = Watch()
         self.quiet = Quiet()
 
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._listen, name="display", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+
+    def _listen(self) -> None:
+        """Snapshots may stay away for long: a trial may train in the very thread that they come from."""
+        while not self._over.wait(LISTEN_SECONDS):
+            with self._lock:
+                for line in self.quiet.heard(self._progress, spoken=False):
+                    self._emit(line)
+
     def status(self, text: str) -> None:
         """See `Display.status`."""
-        self._emit(text)
+        with self._lock:
+            self._progress = None
+            self.quiet.begin(text)
+            self._emit(text)
 
     def note(self, text: str) -> None:
         """See `Display.note`."""
@@ -94,6 +106,11 @@ class PlainDisplay(_Unframed):
 
     def progress(self, progress: Progress) -> None:
         """See `Display.progress`."""
+        with self._lock:
+            self._tell(progress)
+
+    def _tell(self, progress: Progress) -> None:
+        self._progress = progress
         news = self.watch.news(progress)
         budget = progress.study.spec.budget
         left = self.watch.left()
@@ -108,8 +125,16 @@ class PlainDisplay(_Unframed):
             self._emit(line)
 
 
-class SilentDisplay(_Unframed):
+class SilentDisplay:
     """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
 
     def status(self, text: str) -> None:
         """See `Display.status`."""
@@ -163,9 +188,9 @@ class LiveDisplay:
     def progress(self, progress: Progress) -> None:
         """See `Display.progress`."""
         self._status = ""
-        clock = duration(time.monotonic() - self._began)
         news = self.watch.news(progress)
-        self._events.extend(f"{clock:>12}  {line}" for line in [*news, *self.quiet.heard(progress, spoken=bool(news))])
+        for line in [*news, *self.quiet.heard(progress, spoken=bool(news))]:
+            self.note(line)
         for key, record in progress.live.items():
             seen = self._trends.setdefault(key, deque(maxlen=TREND_LENGTH))
             if not seen or seen[-1].step != record.step:
@@ -179,6 +204,8 @@ class LiveDisplay:
         if progress is None or self._status:
             self._spinner.update(text=Text(f" {self._status} ... {elapsed}"))
             return self._spinner
+        for line in self.quiet.heard(progress, spoken=False):
+            self.note(line)
         parts: list[RenderableType] = [
             _facts_grid(progress, elapsed, self.watch.left(), self.watch.quality),
             Text(),

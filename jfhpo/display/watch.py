@@ -130,11 +130,28 @@ class Quiet:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._spoke = clock()
+        self._begun = ("", self._spoke)
         self._heard: dict[str, tuple[int, float]] = {}
 
-    def heard(self, progress: Progress, *, spoken: bool) -> list[str]:
-        """What to say after a snapshot: a line now and then, unless something else was `spoken`."""
+    def begin(self, what: str) -> None:
+        """Something that takes seconds begins, outside any trial."""
+        self._spoke = self._clock()
+        self._begun = (what, self._spoke)
+
+    def heard(self, progress: Progress | None, *, spoken: bool) -> list[str]:
+        """What to say now: a line now and then, unless something else was `spoken`.
+
+        Args:
+            progress: The newest snapshot; None before the first one, and since something else has begun.
+            spoken: Whether something has just been said.
+        """
         now = self._clock()
+        if progress is None:
+            what, since = self._begun
+            if not what or now - self._spoke < QUIET_SECONDS:
+                return []
+            self._spoke = now
+            return [f"still at work: {what}, for {duration(now - since)}"]
         running = {trial.key: trial for trial in progress.trials if trial.open_segment is not None}
         for key, trial in running.items():
             assert trial.open_segment is not None

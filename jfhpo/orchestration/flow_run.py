@@ -116,7 +116,7 @@ def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
     def around(dispatcher: Dispatcher) -> Dispatcher:
         return TaskRuns(spec.study, dispatcher, ledgers[-1], gate.check if gate is not None else lambda *_: None)
 
-    with hold(spec.study), _devices(spec):
+    with hold(spec.study), _devices(spec), display:
         try:
             outcome = persist(
                 lambda: run_study(spec, on_progress, display.status, display.note, on_open, around), log.warning

@@ -16,7 +16,7 @@ from prefect.logging import get_run_logger
 
 from jfhpo.display.words import describe_end
 from jfhpo.orchestration.events import trial_ended
-from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, Suspended
+from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, Streamed, Suspended
 from jfhpo_core.run.scheduler import Load, Opening
 from jfhpo_core.store.ledger import Ledger
 from jfhpo_core.study.trial import Outcome, StepRecord, Trial
@@ -73,6 +73,15 @@ class TaskRuns:
         """See `Dispatcher.load`."""
         return self._inner.load()
 
+    def listen(self, hear: Callable[[Streamed], None]) -> None:
+        """See `Dispatcher.listen`."""
+
+        def follow(event: Streamed) -> None:
+            self._pass_on(event)
+            hear(event)
+
+        self._inner.listen(follow)
+
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`."""
         self._settle()
@@ -101,8 +110,7 @@ class TaskRuns:
                 message = f"the wall-clock limit came; the next run goes on from step {event.step}"
                 self._end(event.key, State(type=StateType.COMPLETED, name="Paused", message=message))
             else:
-                for record in event.records:
-                    run.heard.put(record)
+                self._pass_on(event)
         return events
 
     def now(self) -> float:
@@ -121,6 +129,10 @@ class TaskRuns:
         for key in list(self._runs):
             self._end(key, _cancelled("the flow run ended; the next run of the study trains this segment again"))
         self._inner.close()
+
+    def _pass_on(self, event: Streamed) -> None:
+        for record in event.records:
+            self._runs[event.key].heard.put(record)
 
     def _settle(self) -> None:
         """End the task runs whose segments have been committed since the last call."""

@@ -53,6 +53,9 @@ class Suspended:
 
 Event = Streamed | Finished | Suspended
 
+TELL_SECONDS = 0.5
+"""Listeners hear of a job that runs in this process at most this often."""
+
 
 class Dispatcher(Protocol):
     """Runs jobs, several at a time, each as soon as its devices are free; see `jfhpo_core.run.scheduler`.
@@ -66,6 +69,13 @@ class Dispatcher(Protocol):
 
     def load(self) -> Load:
         """How busy the devices are, and which trials wait for some."""
+        ...
+
+    def listen(self, hear: Callable[[Streamed], None]) -> None:
+        """Have a job told of while `submit` runs it: without records when it starts, then with those that came.
+
+        A dispatcher whose `submit` returns before the job has run tells it all by `wait` alone.
+        """
         ...
 
     def submit(self, job: Job) -> None:
@@ -147,6 +157,8 @@ class InlineDispatcher:
         self._submitted: dict[str, _Submitted] = {}
         self._running: list[_Completed] = []
         self._on_submit = on_submit
+        self._hear: Callable[[Streamed], None] | None = None
+        self._here: Job | None = None
 
     def opening(self) -> Opening | None:
         """See `Dispatcher.opening`."""
@@ -154,7 +166,12 @@ class InlineDispatcher:
 
     def load(self) -> Load:
         """See `Dispatcher.load`."""
-        return Load(self._scheduler.busy, self._scheduler.devices, self._scheduler.waiting(self._clock))
+        here = self._here.devices if self._here is not None else 0
+        return Load(self._scheduler.busy + here, self._scheduler.devices, self._scheduler.waiting(self._clock))
+
+    def listen(self, hear: Callable[[Streamed], None]) -> None:
+        """See `Dispatcher.listen`."""
+        self._hear = hear
 
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`.
@@ -167,16 +184,33 @@ class InlineDispatcher:
         if self._on_submit is not None:
             self._on_submit(job)
         records: list[StepRecord] = []
+        told, told_at = 0, -math.inf
+
+        def tell() -> None:
+            nonlocal told, told_at
+            if self._hear is not None and time.monotonic() - told_at > TELL_SECONDS:
+                news = tuple(records[told:])
+                told, told_at = len(records), time.monotonic()
+                self._hear(Streamed(job.trial_key, news))
+
+        def record(step: StepRecord) -> None:
+            records.append(step)
+            tell()
+
         began = time.perf_counter()
         event: Finished | Suspended
+        self._here = job
         try:
-            result = run_job(job, self._trainer or load_trainer(job.study.trainer.name), records.append)
+            tell()
+            result = run_job(job, self._trainer or load_trainer(job.study.trainer.name), record)
         except Paused as pause:
             seconds, event = 0.0, Suspended(job.trial_key, pause.step)
         else:
             seconds, event = result.seconds, Finished(job.trial_key, result, tuple(records))
+        finally:
+            self._here = None
         seconds = max(seconds, 0.0) or time.perf_counter() - began
-        self._submitted[job.trial_key] = _Submitted(self._clock, seconds, event, tuple(records))
+        self._submitted[job.trial_key] = _Submitted(self._clock, seconds, event, tuple(records[told:]))
         self._scheduler.submit(request(job))
         self._start()
 

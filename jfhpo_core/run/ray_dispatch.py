@@ -29,7 +29,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -233,6 +233,9 @@ class RayDispatcher:
             waiting = self._scheduler.waiting(time.monotonic())
             seconds = {ticket.job.trial_key: left for ticket, left in waiting.items()}
             return Load(self._scheduler.busy, self._scheduler.devices, seconds)
+
+    def listen(self, hear: Callable[[Streamed], None]) -> None:
+        """See `Dispatcher.listen`."""
 
     def submit(self, job: Job) -> None:
         """See `Dispatcher.submit`."""

@@ -180,7 +180,8 @@ def run_search(
         study: A resolved study.
         ledger: Where it is kept; this process must be its only writer.
         dispatcher: Where its trials run. The caller closes it.
-        on_progress: Called before the first event, with the study as it stood, and after every further one.
+        on_progress: Called before the first event, with the study as it stood, after every further one, and while a
+            trial trains in this very process.
         strategy: None uses the one that the study names.
 
     Raises:
@@ -190,16 +191,25 @@ def run_search(
     clock = _WallClock(study.spec.budget.wall_seconds or math.inf)
     run = _Run(study, ledger, dispatcher, strategy or load_strategy(study), dispatcher.now(), clock)
     run.give_up_after = patience(ledger.trials())
+
+    def show(phase: Phase) -> None:
+        if on_progress is not None:
+            trials = ledger.trials()
+            spent, elapsed = spent_seconds(trials), dispatcher.now() - run.began
+            on_progress(Progress(study, phase, trials, dict(run.live), dispatcher.load(), spent, elapsed))
+
+    def hear(event: Streamed) -> None:
+        _absorb(run, event)
+        show(_phase(ledger.trials()))
+
+    dispatcher.listen(hear)
     for trial in ledger.trials():
         if trial.open_segment is not None:
             run.submit(trial, trial.open_segment)
     try:
         while True:
             phase = _fill(run)
-            if on_progress is not None:
-                trials = ledger.trials()
-                spent, elapsed = spent_seconds(trials), dispatcher.now() - run.began
-                on_progress(Progress(study, phase, trials, dict(run.live), dispatcher.load(), spent, elapsed))
+            show(phase)
             if clock.spent:
                 for event in dispatcher.wait(0):
                     _absorb(run, event)

@@ -72,6 +72,10 @@ class Job(Record):
         default=None, description="Seconds since the epoch at which it has to be paused if it has not ended."
     )
 
+    def full_at(self, step: int) -> bool:
+        """Whether it is a full-length run of the target after so many steps: these are compared prompt by prompt."""
+        return step >= self.total_steps and self.parameters == self.target_parameters
+
 
 class TrainingResult(Record):
     """What a trainer returns for a segment; the surrounding execution adds checkpoint, charge and verdict."""

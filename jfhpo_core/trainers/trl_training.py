@@ -347,7 +347,7 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
             self.step,
             self.step * self._job.prompts_per_step,
             examples=self._job.study.tracking.completions,
-            by_prompt=self.step >= self._job.total_steps and self._job.parameters == self._job.target_parameters,
+            by_prompt=self._job.full_at(self.step),
         )
         self.evaluations.append(evaluation)
         return evaluation

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import math
 import re
 import sys
@@ -226,6 +227,50 @@ def test_while_nothing_is_heard_a_line_now_and_then_says_that_work_goes_on(study
     assert "at step 2 of 30, nothing heard for 1 min 20 s" in said[-1][1]
     waiting = replace(here, load=replace(busy.load, waiting={trial.key: 60.0}))
     assert quiet.heard(waiting, spoken=False) == []
+
+
+@pytest.mark.parametrize("kind", ["plain", "live"])
+def test_a_trial_that_trains_in_this_very_process_is_seen_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Case 14 with `cluster: {address: inline}`: its steps are shown as they come, and so is their absence."""
+    monkeypatch.setattr("jfhpo.display.watch.QUIET_SECONDS", 0.2)
+    monkeypatch.setattr("jfhpo.display.live.LISTEN_SECONDS", 0.01)
+    monkeypatch.setattr("jfhpo_core.run.dispatch.TELL_SECONDS", 0.0)
+    settings = {"real_seconds_per_step": 0.5}
+    study = simulated_study(
+        tmp_path, trainer={"name": "simulated", "settings": settings}, fidelity={"horizon_prompts": 16, "rungs": 1}
+    )
+    lines: list[str] = []
+    seen: list[tuple[int, int]] = []
+    console = Console(width=160, force_terminal=True, file=io.StringIO())
+    display = PlainDisplay(lines.append) if kind == "plain" else LiveDisplay(console, "test")
+
+    def on_progress(progress: Progress) -> None:
+        display.progress(progress)
+        running = [trial for trial in progress.trials if trial.open_segment is not None]
+        assert len(running) == 1
+        seen.append((running[0].number, progress.live[running[0].key].step if progress.live else 0))
+        if seen[-1][1]:
+            raise KeyboardInterrupt
+
+    with display, pytest.raises(KeyboardInterrupt):
+        run_search(study, MemoryLedger(), InlineDispatcher(1), on_progress)
+    assert seen == [(0, 0), (0, 1)]
+    said = "\n".join(lines) if isinstance(display, PlainDisplay) else text_of(display.render())
+    assert "still at work: #0 " in said
+
+
+def test_what_takes_long_before_the_first_trial_says_that_it_goes_on() -> None:
+    now = [0.0]
+    quiet = Quiet(lambda: now[0])
+    assert quiet.heard(None, spoken=False) == []
+    quiet.begin("trying models and reward")
+    said = []
+    for second in range(0, 70, 10):
+        now[0] = second
+        said += quiet.heard(None, spoken=False)
+    assert said == [f"still at work: trying models and reward, for {seconds}" for seconds in ("30 s", "1 min 00 s")]
 
 
 def test_at_80_columns_every_label_keeps_its_width(study: Study) -> None:

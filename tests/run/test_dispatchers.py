@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, InlineDispatcher, Suspended
+import pytest
+
+from jfhpo_core.run.dispatch import Dispatcher, Event, Finished, InlineDispatcher, Streamed, Suspended
 from jfhpo_core.study.trial import FailureKind, Outcome
 from tests.run.support import collect, first_job
 from tests.studies import BECAUSE, simulated_study
 
+SLOW = {"real_seconds_per_step": 0.001}
 RATES = [1e-4, 2e-4, 3e-4, 5e-4, 8e-4]
 
 
@@ -25,6 +28,27 @@ def test_every_job_finishes_once_with_its_records_in_order(dispatcher: Dispatche
         assert [record.step for record in event.records] == list(range(1, 31))
         assert tuple(record for part in streamed if part.key == key for record in part.records) == event.records
     assert dispatcher.wait(0) == []
+
+
+def test_a_job_in_this_process_is_heard_of_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jfhpo_core.run.dispatch.TELL_SECONDS", 0.0)
+    dispatcher = InlineDispatcher(nodes={"here": 1})
+    job = first_job(simulated_study(tmp_path, trainer={"name": "simulated", "settings": SLOW}), 1e-4)
+    heard: list[Streamed] = []
+    busy: list[int] = []
+
+    def hear(event: Streamed) -> None:
+        heard.append(event)
+        busy.append(dispatcher.load().busy)
+
+    dispatcher.listen(hear)
+    dispatcher.submit(job)
+    assert heard[0] == Streamed(job.trial_key, ())
+    assert len(heard) > 20
+    assert set(busy) == {1}
+    later, finished = collect(dispatcher, 1)
+    told = tuple(record for event in (*heard, *later) for record in event.records)
+    assert told == finished[job.trial_key].records
 
 
 def test_results_are_those_of_the_inline_dispatcher(dispatcher: Dispatcher, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from jfhpo_core.errors import InfrastructureError, LedgerError, SpecError, TrialFailure
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation, Strategy, fresh_configurations
-from jfhpo_core.run.dispatch import Event, Finished, InlineDispatcher
+from jfhpo_core.run.dispatch import Event, Finished, InlineDispatcher, Streamed
 from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.run.planning import HOPELESS_AFTER, Phase, call_seed, plan_next
 from jfhpo_core.run.search import LOST_IN_A_ROW, Progress, run_search
@@ -79,6 +79,13 @@ class Interruption(Exception):  # noqa: N818
     """Stands for Ctrl-C."""
 
 
+class EventsOnly(InlineDispatcher):
+    """Tells nothing of a job while it runs."""
+
+    def listen(self, hear: Callable[[Streamed], None]) -> None:
+        pass
+
+
 def search(study: Study, slots: int = 1, strategy: Strategy | None = None) -> tuple[SearchResult, MemoryLedger]:
     ledger = MemoryLedger()
     return run_search(study, ledger, InlineDispatcher(slots), strategy=strategy), ledger
@@ -109,7 +116,7 @@ def interrupted_search(
                 raise Interruption
 
         try:
-            dispatcher = InlineDispatcher(slots, on_submit=count_submission)
+            dispatcher = EventsOnly(slots, on_submit=count_submission)
             return run_search(study, ledger, dispatcher, on_progress=count_event, strategy=strategy), interruptions
         except Interruption:
             interruptions += 1
@@ -357,7 +364,7 @@ def test_what_has_finished_when_ctrl_c_comes_is_kept(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_search(study, ledger, InlineDispatcher(), on_progress=interrupt)
+        run_search(study, ledger, EventsOnly(), on_progress=interrupt)
     assert [len(trial.segments) for trial in ledger.trials()] == [1]
 
 

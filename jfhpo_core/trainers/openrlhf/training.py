@@ -10,7 +10,7 @@ import statistics
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ import numpy as np
 
 from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.study import scoring
-from jfhpo_core.study.data import Prompt, Row, is_conversational
+from jfhpo_core.study.data import Prompt, Row, is_conversational, text_of
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_overlong
 from jfhpo_core.study.tasks import Task, load_task
-from jfhpo_core.study.trial import Evaluation, PassAtN, StepRecord
+from jfhpo_core.study.trial import EXAMPLES, Evaluation, Example, PassAtN, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.external.compile_locks import build_extensions, remove_stale_locks
 from jfhpo_core.trainers.external.fit import Fit
@@ -94,7 +94,7 @@ def train(job: Job, settings: OpenRlhfSettings, start: Path | None, stage: Path,
         (files.folder / "command.json").write_text(json.dumps(command, indent=1), encoding="utf-8")
         own_ray = ray_session(variables, files.folder) if settings.jobs is None else nullcontext()
         with fit.answering_for_memory(), own_ray, TrainingProcess(command, variables, files.log, stop) as process:
-            loop = _Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
+            loop = _Loop(job, settings, files, process, observe, began, tokens, task.heldout, fresh=start is None)
             loop.run()
             if not loop.stopped:
                 loop.await_checkpoint()
@@ -150,6 +150,7 @@ def _prepare(job: Job, settings: OpenRlhfSettings, task: Task, start: Path | Non
         "heldout_samples": job.study.evaluation.samples_per_prompt,
         "heldout_temperature": job.study.evaluation.temperature,
         "heldout_seed": EVALUATION_SEED,
+        "kept_completions": EXAMPLES if job.study.tracking.completions else 0,
         "chat_template": settings.chat_template,
         "orphan_seconds": ORPHAN_SECONDS,
     }
@@ -234,6 +235,7 @@ class _Loop:
     observe: Observer
     began: float
     tokens: int
+    heldout: tuple[Row, ...]
     fresh: bool
     stopped: bool = False
     evaluations: list[Evaluation] = field(default_factory=list)
@@ -366,9 +368,14 @@ class _Loop:
         content = json.loads(path.read_text(encoding="utf-8"))
         self._watch.silence.hear(step=False)
         job = self.job
-        final = self.step >= job.total_steps and job.parameters == job.target_parameters
-        prompts = self.step * job.prompts_per_step
-        found = score(content["rewards"], self.step, prompts, content["seconds"], by_prompt=final)
+        found = score(
+            content["rewards"],
+            self.step,
+            self.step * job.prompts_per_step,
+            content["seconds"],
+            kept_examples(self.heldout, content["completions"]),
+            by_prompt=job.full_at(self.step),
+        )
         return found.model_copy(update={"reward_timeouts": content["timed_out"]})
 
     def _follow(self) -> None:
@@ -386,8 +393,20 @@ class _Loop:
         return self._watch.poll(may_end=may_end)
 
 
+def kept_examples(heldout: Sequence[Row], kept: Sequence[tuple[int, str, float]]) -> tuple[Example, ...]:
+    """What is to be read of an evaluation, from (row, completion, reward) in the order of rows."""
+    prompts = [text_of(heldout[row]["prompt"]) for row, _, _ in kept]
+    return Example.first(prompts, [text for _, text, _ in kept], [reward for _, _, reward in kept])
+
+
 def score(
-    rewards: list[tuple[int, float]], step: int, prompts: int, seconds: float, *, by_prompt: bool = False
+    rewards: list[tuple[int, float]],
+    step: int,
+    prompts: int,
+    seconds: float,
+    examples: tuple[Example, ...] = (),
+    *,
+    by_prompt: bool = False,
 ) -> Evaluation:
     """Mean over held-out prompts, its standard error, and pass@n, from (row, reward) of every completion."""
     by_row: dict[int, list[float]] = {}
@@ -403,6 +422,7 @@ def score(
         samples=len(rewards),
         seconds=seconds,
         pass_at_n=PassAtN.of(by_row.values()),
+        examples=examples,
         by_prompt=tuple(statistics.fmean(by_row[row]) for row in sorted(by_row)) if by_prompt else (),
     )
 

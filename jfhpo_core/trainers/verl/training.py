@@ -11,7 +11,9 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import numpy as np
 from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.study import scoring
 from jfhpo_core.study.data import Row, messages_of
-from jfhpo_core.study.tasks import load_task
+from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import Evaluation, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.external.fit import Fit
@@ -28,7 +30,7 @@ from jfhpo_core.trainers.external.log import LogTail, compress
 from jfhpo_core.trainers.external.process import TrainingProcess, environment, shim_path
 from jfhpo_core.trainers.external.ray_session import ray_session
 from jfhpo_core.trainers.external.watch import Watch
-from jfhpo_core.trainers.openrlhf.training import PROGRESS, link, new_folder, prompt_order, score
+from jfhpo_core.trainers.openrlhf.training import PROGRESS, kept_examples, link, new_folder, prompt_order, score
 from jfhpo_core.trainers.verl.command import MAIN, VerlFiles, build_overrides, to_argv
 from jfhpo_core.trainers.verl.settings import VerlHyperparameters, VerlSettings
 
@@ -45,7 +47,8 @@ def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, obs
     folder = new_folder(job)
     files = VerlFiles(folder, stage.absolute().with_name(f"{stage.name}.work"))
     try:
-        tokens = prepare(job, start, files)
+        task = load_task(job.study.task)
+        tokens = prepare(job, task, start, files)
         overrides = build_overrides(job, settings, fit.placement, files, fresh=start is None)
         assert settings.interpreter is not None
         command = [settings.interpreter, str(MAIN), *to_argv(overrides)]
@@ -56,7 +59,7 @@ def train(job: Job, settings: VerlSettings, start: Path | None, stage: Path, obs
             ray_session(own, folder),
             TrainingProcess(command, own, files.log) as process,
         ):
-            loop = Loop(job, settings, files, process, observe, began, tokens, fresh=start is None)
+            loop = Loop(job, settings, files, process, observe, began, tokens, task.heldout, fresh=start is None)
             loop.run()
         if not loop.stopped:
             last = job.segment.stop_step == job.total_steps
@@ -98,9 +101,8 @@ def ray_cpus(settings: VerlSettings, gpus: int) -> int:
     return 3 * gpus + settings.workers + 1
 
 
-def prepare(job: Job, start: Path | None, files: VerlFiles) -> int:
+def prepare(job: Job, task: Task, start: Path | None, files: VerlFiles) -> int:
     """Write everything that the run reads. Returns the completion tokens generated before it."""
-    task = load_task(job.study.task)
     rows = prompt_order(task.train, job.total_steps * job.prompts_per_step, job.seed)
     _write_rows(files.prompts, rows, "train")
     _write_rows(files.heldout, list(task.heldout[: job.study.evaluation.prompts]), "heldout")
@@ -139,12 +141,16 @@ def _write_rows(path: Path, rows: list[Row], source: str) -> None:
         {
             "data_source": source,
             "prompt": messages_of(row["prompt"]),
-            "reward_model": {"style": "rule", "ground_truth": json.dumps(row)},
+            "reward_model": {"style": "rule", "ground_truth": _ground_truth(row)},
             "extra_info": {"index": number},
         }
         for number, row in enumerate(rows)
     ]
     pq.write_table(pa.Table.from_pylist(table), path)
+
+
+def _ground_truth(row: Row) -> str:
+    return json.dumps(row)
 
 
 class Loop:
@@ -159,6 +165,7 @@ class Loop:
         observe: Observer,
         began: float,
         tokens: int,
+        heldout: Sequence[Row],
         *,
         fresh: bool,
     ) -> None:
@@ -172,6 +179,7 @@ class Loop:
         self._observe = observe
         self._began = began
         self._fresh = fresh
+        self._heldout = heldout[: job.study.evaluation.prompts]
         self._watch = Watch(process, files.log, settings.startup_seconds, settings.hang_seconds)
         self._metrics = LogTail(files.metrics)
         self._timeouts = LogTail(files.reward.with_name("reward-timeouts.txt"))
@@ -235,8 +243,8 @@ class Loop:
         """A step in our terms. Rewards come from the completions: of their metrics there is no standard deviation."""
         path = self._files.rollouts / f"{self.step}.jsonl"
         self._wait_for(path)
-        groups = _groups(path)
-        rewards = [reward for group in groups.values() for reward in group]
+        groups = [[scored.reward for scored in group] for group in _groups(path)]
+        rewards = [reward for group in groups for reward in group]
         length = data["response_length/mean"]
         self.tokens += round(len(rewards) * length)
         total, generation = data["timing_s/step"] - data["timing_s/held"], data.get("timing_s/gen", 0.0)
@@ -249,7 +257,7 @@ class Loop:
             tokens=self.tokens,
             reward=float(np.mean(rewards)),
             reward_std=float(np.std(rewards)),
-            zero_variance_share=float(np.mean([max(group) == min(group) for group in groups.values()])),
+            zero_variance_share=float(np.mean([max(group) == min(group) for group in groups])),
             kl=data.get("actor/kl_loss", data.get("actor/reward_kl_penalty")),
             entropy=data.get("actor/entropy"),
             clip_fraction=data.get("actor/pg_clipfrac"),
@@ -265,20 +273,45 @@ class Loop:
     def _evaluation(self, data: dict[str, float]) -> Evaluation:
         path = self._files.validations / f"{self.step}.jsonl"
         self._wait_for(path)
-        rewards = [(row, reward) for row, group in enumerate(_groups(path).values()) for reward in group]
-        found = score(rewards, self.step, self.step * self._job.prompts_per_step, data.get("timing_s/testing", 0.0))
+        groups = self._by_row(_groups(path))
+        kept = [(row, group[0].text, group[0].reward) for row, group in groups]
+        found = score(
+            [(row, scored.reward) for row, group in groups for scored in group],
+            self.step,
+            self.step * self._job.prompts_per_step,
+            data.get("timing_s/testing", 0.0),
+            kept_examples(self._heldout, kept) if self._job.study.tracking.completions else (),
+            by_prompt=self._job.full_at(self.step),
+        )
         # Those of a step's rollouts are in its record, which has been taken.
         return found.model_copy(update={"reward_timeouts": len(self._timeouts.read())})
 
+    def _by_row(self, groups: list[list[_Scored]]) -> list[tuple[int, list[_Scored]]]:
+        """Groups with the numbers of their held-out rows, in the order of rows. verl sorts by random names."""
+        numbers: dict[str, list[int]] = {}
+        for number, row in enumerate(self._heldout):
+            numbers.setdefault(_ground_truth(row), []).append(number)
+        return sorted(((numbers[group[0].ground_truth].pop(0), group) for group in groups), key=itemgetter(0))
 
-def _groups(path: Path) -> dict[str, list[float]]:
-    """Rewards of a file of completions, by prompt."""
-    groups: dict[str, list[float]] = {}
+
+@dataclass(frozen=True)
+class _Scored:
+    """A completion in verl's files."""
+
+    text: str
+    reward: float
+    ground_truth: str
+
+
+def _groups(path: Path) -> list[list[_Scored]]:
+    """A file of completions, those of a prompt together."""
+    groups: dict[str, list[_Scored]] = {}
     for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # completions may hold other line separators
         entry = json.loads(line)
         # PROMPT_ROLLOUT_OUTPUT
-        groups.setdefault(entry["uid"].rsplit("_", 2)[0], []).append(float(entry["score"]))
-    return groups
+        scored = _Scored(entry["output"], float(entry["score"]), entry["gts"])
+        groups.setdefault(entry["uid"].rsplit("_", 2)[0], []).append(scored)
+    return list(groups.values())
 
 
 def take_checkpoint(files: VerlFiles, stage: Path, step: int, tokens: int, *, resumable: bool) -> None:

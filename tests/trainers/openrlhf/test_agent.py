@@ -45,7 +45,7 @@ async def main():
     said["asked"] = await first
     again, other = (asyncio.create_task(coordinator.admit(place)) for place in (70, 11))
     said["held while evaluating"] = await waits(again) and await waits(other)
-    coordinator.report([(row, 1.0, False, row == 1) for row, _ in said["asked"]])
+    coordinator.report([(row, 1.0, False, row == 1, None if n else f"text {{row}}") for row, n in said["asked"]])
     said["held until released"] = await waits(again) and await waits(other)
     control(0, evaluate=0)
     said["first step"] = [await again, await other]
@@ -88,7 +88,7 @@ async def main():
         sample = agent._Sampling(Engine(), Tokenizer(), 8, pool)
         try:
             params = SimpleNamespace(max_tokens=2, logprobs=None)
-            said[name] = await sample("p", {{"prompt": "p", "answer": "34"}}, params)
+            said[name], said[name + " text"] = await sample("p", {{"prompt": "p", "answer": "34"}}, params)
         except RuntimeError as error:
             said[name] = str(error)
     try:
@@ -116,6 +116,7 @@ def run(trainer_python: str, tmp_path: Path) -> Any:
         "heldout_samples": 2,
         "heldout_temperature": 1.0,
         "heldout_seed": 5,
+        "kept_completions": 3,
         "chat_template": False,
         "orphan_seconds": 1.0,
     }
@@ -144,6 +145,7 @@ def test_rollouts_wait_for_the_driver_and_evaluate_when_asked(run: Any, tmp_path
     written = json.loads((tmp_path / "evaluation-at-0.json").read_text())
     assert written["rewards"] == [[0, 1.0], [0, 1.0], [1, 1.0], [1, 1.0]]
     assert written["timed_out"] == 2
+    assert written["completions"] == [[0, "text 0", 1.0], [1, "text 1", 1.0]]
 
 
 def test_a_training_without_a_driver_ends(run: Any) -> None:
@@ -161,6 +163,7 @@ def test_rewards_see_completions_and_their_failures_are_not_swallowed(run: Any, 
     assert (said["good"]["reward"], said["good"]["extra_logs"]) == (1.0, {"reward_timeouts": 0.0})
     assert (said["hanging"]["reward"], said["hanging"]["extra_logs"]) == (0.25, {"reward_timeouts": 1.0})
     assert said["good"]["truncated"] is True
+    assert said["good text"] == "34"
     assert said["good"]["action_ranges"] == [[2, 4]]
     assert said["raising"].startswith("jfhpo: the reward failed: ")
     assert "raising.py raised ValueError: broken" in said["raising"]

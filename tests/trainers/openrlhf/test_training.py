@@ -45,7 +45,8 @@ def files(tmp_path: Path) -> Files:
 def loop(files: Files, *, fresh: bool = True, **hyper: object) -> _Loop:
     start = 0 if fresh else 2
     task = job(study(), files.folder, start=start, stop=4, **hyper)
-    return _Loop(task, OpenRlhfSettings(), files, None, lambda _: None, 0.0, 10, fresh=fresh)  # type: ignore[arg-type]
+    heldout = load_task(task.study.task).heldout
+    return _Loop(task, OpenRlhfSettings(), files, None, lambda _: None, 0.0, 10, heldout, fresh=fresh)  # type: ignore[arg-type]
 
 
 def test_a_step_in_our_terms(files: Files) -> None:
@@ -100,6 +101,26 @@ def test_what_the_training_reads(files: Files) -> None:
     assert [set(one) for one in plan["reward"]] == [{"reference", "weight", "constants"}]
     assert (plan["reward_timeout_seconds"], plan["reward_timeout_score"]) == (10.0, 0.0)
     assert (files.folder / "scoring.py").is_file()
+    assert plan["kept_completions"] == 3
+
+
+def test_of_private_data_no_completions_are_kept(files: Files) -> None:
+    task = job(study(tracking={"completions": False}), files.folder, stop=4)
+    _prepare(task, OpenRlhfSettings(), load_task(task.study.task), None, files)
+    assert json.loads(files.plan.read_text())["kept_completions"] == 0
+
+
+def test_an_evaluation_shows_what_was_written_for_the_first_prompts(files: Files) -> None:
+    path = files.folder / "evaluation-at-0.json"
+    content = {"rewards": [[0, 1.0], [1, 0.0]], "timed_out": 1, "seconds": 2.0}
+    path.write_text(json.dumps({**content, "completions": [[0, "right", 1.0], [1, "w" * 1000, 0.0]]}))
+    running = loop(files)
+    found = running._evaluation(path)
+    assert [(one.prompt, one.completion, one.reward) for one in found.examples] == [
+        (running.heldout[0]["prompt"], "right", 1.0),
+        (running.heldout[1]["prompt"], "w" * 300, 0.0),
+    ]
+    assert found.by_prompt == ()
 
 
 def test_pass_at_n_is_over_prompts_whatever_the_order_of_completions() -> None:

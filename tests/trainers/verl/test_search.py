@@ -155,9 +155,12 @@ def test_a_killed_training_went_on_from_its_checkpoint(searched: Searched) -> No
 def test_evaluations_come_with_their_standard_error(searched: Searched) -> None:
     good = searched.trial(GOOD, "m")
     assert [evaluation.step for evaluation in good.evaluations] == [0, 2, 4, 6]
+    shown = good.evaluations[0].examples
     for evaluation in good.evaluations:
         assert evaluation.samples == 32
         assert 0 < evaluation.standard_error < 0.2
+        assert [example.prompt for example in evaluation.examples] == [example.prompt for example in shown]
+        assert len(shown) == 3
     # The base model, and the same model after two steps that hardly changed it.
     assert abs(good.evaluations[0].score - good.evaluations[1].score) < 0.4
 

@@ -21,6 +21,7 @@ from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.study import scoring
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.tasks import load_task
 from jfhpo_core.study.trial import Decision, Evaluation, PassAtN, StepRecord
 from jfhpo_core.trainers import Job, load_trainer
 from jfhpo_core.trainers.external.process import TrainingProcess
@@ -46,10 +47,12 @@ FAKE = """
 import json, sys, time
 from pathlib import Path
 folder, step, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+truths = json.loads((folder / "truths.json").read_text())
 def generations(name, step, rewards):
     (folder / name).mkdir(exist_ok=True)
     lines = [
-        {"input": "", "output": "one\u2028two", "score": reward, "step": step, "uid": f"p{place // 2}_{place % 2}_0"}
+        {"input": "", "output": f"one\u2028{place}", "gts": truths[place // 2], "score": reward, "step": step,
+         "uid": f"p{place // 2}_{place % 2}_0"}
         for place, reward in enumerate(rewards)
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\\n" for line in lines)
@@ -58,7 +61,7 @@ def log(step, data):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": step, "data": data}) + "\\n")
 def evaluate():
-    generations("validations", step, [0, 1, 1, 1] if step == 0 else [0, 1, 0, 1])
+    generations("validations", step, [0, 1, 1, 1] if step in (0, 6) else [0, 1, 0, 1])
     return {"val-core/heldout/reward/mean@2": 0.5, "timing_s/testing": 2.0}
 evaluated = False
 while True:
@@ -186,7 +189,8 @@ def test_a_cpu_pretends_to_be_the_gpus(files: VerlFiles) -> None:
 def test_what_it_reads(tmp_path: Path, files: VerlFiles) -> None:
     import pyarrow.parquet as pq
 
-    assert prepare(job(tmp_path), None, files) == 0
+    task = job(tmp_path)
+    assert prepare(task, load_task(task.study.task), None, files) == 0
     rows = pq.read_table(files.prompts).to_pylist()
     assert len(rows) == 12
     row = json.loads(rows[0]["reward_model"]["ground_truth"])
@@ -237,10 +241,14 @@ def follow(
         return decide if isinstance(event, StepRecord) else None
 
     tell(files, released=-1)
+    # verl's names of prompts are random, so that their order is, too.
+    heldout = load_task(task.study.task).heldout
+    truths = [json.dumps(row) for row in (heldout[1], heldout[0])]
+    (files.metrics.parent / "truths.json").write_text(json.dumps(truths))
     command = [sys.executable, "-c", FAKE, str(files.metrics.parent), str(first), str(task.total_steps)]
     with TrainingProcess(command, {}, files.log) as process:
         fresh = task.segment.start_step == 0
-        loop = Loop(task, VerlSettings(), files, process, observe, time.monotonic(), 10, fresh=fresh)
+        loop = Loop(task, VerlSettings(), files, process, observe, time.monotonic(), 10, heldout, fresh=fresh)
         loop.run()
     return loop, seen
 
@@ -261,6 +269,25 @@ def test_records_and_evaluations_from_its_files(tmp_path: Path, files: VerlFiles
     assert isinstance(rung, Evaluation)
     assert (rung.step, rung.score, rung.seconds) == (2, 0.5, 2.0)
     assert not loop.stopped
+
+
+def test_completions_are_kept_in_the_order_of_held_out_rows_unless_they_are_private(
+    tmp_path: Path, files: VerlFiles
+) -> None:
+    task = job(tmp_path, start=4, stop=6)
+    task = task.model_copy(update={"target_parameters": task.parameters})
+    prompts = [row["prompt"] for row in load_task(task.study.task).heldout]
+    private = task.study.model_copy(update={"tracking": task.study.tracking.model_copy(update={"completions": False})})
+    for study, kept in (
+        (task.study, [(prompts[0], "one\u20282", 1.0), (prompts[1], "one\u20280", 0.0)]),
+        (private, []),
+    ):
+        files.metrics.unlink(missing_ok=True)
+        *_, last = follow(task.model_copy(update={"study": study}), files, 4)[1]
+        assert isinstance(last, Evaluation)
+        assert [(example.prompt, example.completion, example.reward) for example in last.examples] == kept
+        # A full-length run of the target is compared prompt by prompt.
+        assert last.by_prompt == (1.0, 0.5)
 
 
 def test_a_rule_stops_it(tmp_path: Path, files: VerlFiles) -> None:
@@ -294,7 +321,8 @@ def test_a_checkpoint_comes_and_goes(tmp_path: Path, files: VerlFiles) -> None:
     assert (stage / "model.safetensors").read_text() == "weights"
 
     again = VerlFiles(tmp_path / "folder", tmp_path / "again")
-    assert prepare(job(tmp_path, start=2, stop=4), stage, again) == 7
+    task = job(tmp_path, start=2, stop=4)
+    assert prepare(task, load_task(task.study.task), stage, again) == 7
     assert (again.checkpoints / "latest_checkpointed_iteration.txt").read_text() == "2"
     assert (again.checkpoints / "global_step_2" / "actor" / "model_world_size_1_rank_0.pt").read_text() == "shard"
 

@@ -7,7 +7,8 @@ OpenRLHF's vLLM actors and in the trainer's environment, where jfhpo is not inst
   processes of their own with a time limit. A reward that fails ends the training with a message; OpenRLHF by itself
   would swallow the error.
 * It tells for every group of completions whether all scored alike.
-* It writes down what each held-out prompt scored, so that a standard error can be given.
+* It writes down what each held-out prompt scored, so that a standard error can be given, and what was written for the
+  first ones.
 * It holds the rollouts of a step until the driver has judged the step before (`control.json`), and evaluates then if
   asked to. So a stopping rule stops on the very step, with that step's weights. A driver that is gone for
   `orphan_seconds` ends the training.
@@ -42,8 +43,9 @@ POLL_SECONDS = 0.1
 CHUNK = 64
 """Held-out completions that an engine takes at a time."""
 
-Result = tuple[int, float, bool, bool]
-"""Of a held-out completion: its row, its reward, whether it was cut off, and whether scoring it took too long."""
+Result = tuple[int, float, bool, bool, str | None]
+"""Of a held-out completion: its row, its reward, whether it was cut off, whether scoring it took too long, and its text
+if that is to be kept."""
 
 
 def _scoring() -> Any:
@@ -81,6 +83,7 @@ class _Evaluation:
         self.open = deque(wanted)
         self.missing = missing
         self.rewards: list[tuple[int, float]] = []
+        self.completions: list[tuple[int, str, float]] = []
         self.truncated = 0
         self.timed_out = 0
         self.began = time.time()
@@ -153,9 +156,12 @@ class _Coordinator:
 
     def _take(self, evaluation: _Evaluation, results: list[Result]) -> bool:
         """Whether the evaluation is complete now; it is written then."""
-        evaluation.rewards += [(row, reward) for row, reward, _, _ in results]
-        evaluation.truncated += sum(truncated for _, _, truncated, _ in results)
-        evaluation.timed_out += sum(timed_out for *_, timed_out in results)
+        for row, reward, truncated, timed_out, text in results:
+            evaluation.rewards.append((row, reward))
+            evaluation.truncated += truncated
+            evaluation.timed_out += timed_out
+            if text is not None:
+                evaluation.completions.append((row, text, reward))
         evaluation.missing -= len(results)
         if evaluation.missing:
             return False
@@ -166,6 +172,7 @@ class _Coordinator:
             name = f"evaluation-at-{evaluation.step}.json"
         content = {
             "rewards": sorted(evaluation.rewards),
+            "completions": sorted(evaluation.completions),
             "truncated": evaluation.truncated,
             "timed_out": evaluation.timed_out,
             "seconds": time.time() - evaluation.began,
@@ -229,16 +236,15 @@ class AgentExecutor(AgentExecutorBase):  # type: ignore[misc]
         if "heldout" in place:
             row = place["heldout"]
             number = await self._coordinator.next_sample.remote(row)
-            output = await sample(
-                prompt, self._plan["heldout"][row], self._heldout_params(sampling_params, row, number)
-            )
-            await self._coordinator.report_native.remote(_result(row, output))
+            params = self._heldout_params(sampling_params, row, number)
+            output, text = await sample(prompt, self._plan["heldout"][row], params)
+            await self._coordinator.report_native.remote(self._result(row, number, output, text))
             return {**output, "label": label}
         position = place["position"]
         if position not in self._admissions:
             self._admissions[position] = asyncio.create_task(self._admit(position, sample, sampling_params))
         await self._admissions[position]
-        output = await sample(prompt, place["row"], deepcopy(sampling_params))
+        output, _ = await sample(prompt, place["row"], deepcopy(sampling_params))
         alike = await self._scored_alike(position, output["reward"])
         return {**output, "label": label, "extra_logs": {**output["extra_logs"], "zero_variance": float(alike)}}
 
@@ -247,19 +253,25 @@ class AgentExecutor(AgentExecutorBase):  # type: ignore[misc]
             wanted = await self._coordinator.admit.remote(position)
             if wanted is None:
                 return
-            outputs = await asyncio.gather(
+            results = await asyncio.gather(
                 *(self._heldout(row, number, sample, sampling_params) for row, number in wanted)
             )
-            results = [_result(row, output) for (row, _), output in zip(wanted, outputs, strict=True)]
             await self._coordinator.report.remote(results)
 
-    async def _heldout(self, row: int, number: int, sample: _Sampling, sampling_params: Any) -> dict[str, Any]:
+    async def _heldout(self, row: int, number: int, sample: _Sampling, sampling_params: Any) -> Result:
         content = self._plan["heldout"][row]
         prompt = content["prompt"]
         if self._plan["chat_template"]:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             prompt = sample.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return await sample(prompt, content, self._heldout_params(sampling_params, row, number))
+        output, text = await sample(prompt, content, self._heldout_params(sampling_params, row, number))
+        return self._result(row, number, output, text)
+
+    def _result(self, row: int, number: int, output: dict[str, Any], text: str) -> Result:
+        """What a held-out completion came to. The first one of each of the first rows is kept, to be read."""
+        timed_out = bool(output["extra_logs"]["reward_timeouts"])
+        kept = text if number == 0 and row < self._plan["kept_completions"] else None
+        return row, output["reward"], output["truncated"], timed_out, kept
 
     def _heldout_params(self, sampling_params: Any, row: int, number: int) -> Any:
         """Every evaluation samples with the same random numbers: configurations are compared on equal terms."""
@@ -290,7 +302,8 @@ class _Sampling:
         self.max_length = max_length
         self.pool = pool
 
-    async def __call__(self, prompt: str, row: dict[str, Any], params: Any) -> dict[str, Any]:
+    async def __call__(self, prompt: str, row: dict[str, Any], params: Any) -> tuple[dict[str, Any], str]:
+        """What OpenRLHF wants to know of a completion, and its text without special tokens."""
         ids = self.tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
         if len(ids) + params.max_tokens > self.max_length:
             raise RuntimeError(
@@ -308,7 +321,7 @@ class _Sampling:
         scores = await asyncio.to_thread(self._score, row, text)
         reward = scores.rewards[0]
         parts = {f"reward_part_{name}": values[0] for name, values in scores.parts.items()}
-        return {
+        output = {
             "prompt": prompt,
             "label": "",
             "images": None,
@@ -325,6 +338,7 @@ class _Sampling:
                 **{name: 0.0 if value is None else value for name, value in parts.items()},
             },
         }
+        return output, text
 
     def _score(self, row: dict[str, Any], completion: str) -> Any:
         columns = {name: [value] for name, value in row.items() if name != "prompt"}
@@ -332,8 +346,3 @@ class _Sampling:
             return self.pool.score([row["prompt"]], [completion], columns)
         except scoring.RewardError as error:
             raise RuntimeError(f"{REWARD_FAILED} {error}") from error
-
-
-def _result(row: int, output: dict[str, Any]) -> Result:
-    """What a held-out completion came to."""
-    return row, output["reward"], output["truncated"], bool(output["extra_logs"]["reward_timeouts"])
