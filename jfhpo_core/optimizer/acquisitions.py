@@ -21,7 +21,9 @@ class Acquisition(Protocol):
     """How much better the best configuration at the target becomes by what a segment shows."""
 
     def __call__(self, beliefs: Beliefs, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The expected gain of each candidate, price and feasibility left out: the strategy takes them into account.
+        """The expected gain of each candidate.
+
+        Price, feasibility and constraints of the candidates are left out: the strategy takes them into account.
 
         Args:
             beliefs: What the trials so far say; `beliefs.history` has them, running ones included.
@@ -41,7 +43,7 @@ def target_knowledge_gradient(beliefs: Beliefs, inputs: Tensor, targets: Tensor)
         beliefs.surrogate,
         targets,
         beliefs.measurement_variance,
-        beliefs.probability(targets),
+        beliefs.accepted(targets),
         beliefs.failed_value,
         running_points(beliefs.history),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from jfhpo_core.optimizer.constraints import LimitModel
 from jfhpo_core.optimizer.feasibility import Feasibility
 from jfhpo_core.optimizer.observations import (
     measurement_variance,
@@ -31,6 +32,7 @@ from jfhpo_core.optimizer.surrogate import (
     fitted_surrogate,
 )
 from jfhpo_core.study.history import History
+from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.trial import Configuration
 
 NUMERICAL_ERRORS = (NanError, NotPSDError, LinAlgError)
@@ -49,20 +51,23 @@ class Beliefs:
         surrogate: Of values on the scale.
         scale: Between scores and values.
         feasibility: None as long as nothing has failed.
+        limits: Of the study's constraints, those that something is known about.
     """
 
     history: History
     surrogate: JointSurrogate
     scale: ScoreScale
     feasibility: Feasibility | None
+    limits: tuple[LimitModel, ...] = ()
 
     @classmethod
-    def form(cls, history: History, draws: int = DRAWS) -> Beliefs | None:
+    def form(cls, history: History, draws: int = DRAWS, further: Sequence[Limit] = ()) -> Beliefs | None:
         """From the trials alone; None if nothing has been evaluated, here or in an earlier study.
 
         Args:
             history: The trials.
             draws: Members of the surrogate's ensemble.
+            further: Limits beside the study's constraints.
         """
         rows = observed_rows(history)
         if not rows:
@@ -79,13 +84,27 @@ class Beliefs:
         )
         inputs, feasible = verdicts(history)
         ruined = bool((feasible == 0).any())
-        return cls(history, surrogate, scale, Feasibility.fit(inputs, feasible) if ruined else None)
+        wanted = (*study.spec.limits, *further)
+        limits = [model for limit in wanted if (model := LimitModel.fit(history, limit)) is not None]
+        return cls(history, surrogate, scale, Feasibility.fit(inputs, feasible) if ruined else None, tuple(limits))
 
     def probability(self, inputs: Tensor) -> Tensor:
         """P(feasible) at inputs (m, d + 4), shape (m,)."""
         if self.feasibility is None:
             return torch.ones(len(inputs), dtype=inputs.dtype)
         return self.feasibility.probability(inputs[:, : -FIDELITY_COLUMNS + 1])
+
+    def respected(self, inputs: Tensor) -> Tensor:
+        """P(all constraints are respected) at (target, full horizon), whatever the inputs' fidelity; shape (m,)."""
+        probability = torch.ones(len(inputs), dtype=inputs.dtype)
+        for model in self.limits:
+            probability = probability * model.probability(inputs)
+        return probability
+
+    def accepted(self, inputs: Tensor) -> Tensor:
+        """P(can be trained, and respects all constraints on the target) at inputs (m, d + 4), shape (m,)."""
+        feasible = self.probability(inputs)
+        return feasible * self.respected(inputs) if self.limits else feasible
 
     def at_target(self, configurations: Iterable[Configuration]) -> Tensor:
         """Inputs of configurations at (target, full horizon), shape (m, d + 4)."""
@@ -118,6 +137,11 @@ class Beliefs:
         """Expected value, failures included, and the value's deviation if feasible; each of shape (m,)."""
         means, deviations = self.values(inputs)
         return self.failed_value + self.probability(inputs) * (means - self.failed_value), deviations
+
+    def worth(self, inputs: Tensor) -> Tensor:
+        """Expected value where what breaks a constraint counts as what fails, shape (m,): by it is chosen."""
+        means, _ = self.values(inputs)
+        return self.failed_value + self.accepted(inputs) * (means - self.failed_value)
 
     def score(self, mean: float, deviation: float) -> tuple[float, float]:
         """Median and deviation of the score at the target whose value is normal with this mean and deviation."""

@@ -154,11 +154,20 @@ class CandidateSet:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a configuration is expected to be worth at the target: mean and deviation of its value on the scale."""
+    """What a configuration is expected to be worth at the target.
+
+    Attributes:
+        mean: Of its value on the scale, failures counted in.
+        deviation: Of its value if it can be trained.
+        worth: The mean where what breaks a constraint counts as a failure, too; the mean itself without constraints.
+        respected: Probability that it respects all constraints; None without any.
+    """
 
     configuration: Configuration
     mean: float
     deviation: float
+    worth: float
+    respected: float | None
 
 
 def ranked_configurations(beliefs: Beliefs) -> list[Expectation]:
@@ -181,9 +190,15 @@ def by_value(beliefs: Beliefs, configurations: Sequence[Configuration]) -> list[
     """Configurations with what they are expected to be worth, best first."""
     if not configurations:
         return []
-    means, deviations = beliefs.expected(beliefs.at_target(configurations))
-    order = torch.argsort(means, descending=True, stable=True).tolist()
-    return [Expectation(configurations[i], float(means[i]), float(deviations[i])) for i in order]
+    inputs = beliefs.at_target(configurations)
+    means, deviations = beliefs.expected(inputs)
+    worth = beliefs.worth(inputs)
+    respected = beliefs.respected(inputs).tolist() if beliefs.limits else [None] * len(inputs)
+    order = torch.argsort(worth, descending=True, stable=True).tolist()
+    return [
+        Expectation(configurations[i], float(means[i]), float(deviations[i]), float(worth[i]), respected[i])
+        for i in order
+    ]
 
 
 def _promising(beliefs: Beliefs, points: Vector, count: int, random: np.random.Generator) -> Vector:
@@ -198,7 +213,7 @@ def _promising(beliefs: Beliefs, points: Vector, count: int, random: np.random.G
     fidelity = np.tile([0.0, 1.0, -1.0, 0.0], (len(points), 1))
     inputs = torch.from_numpy(np.concatenate([points, fidelity], axis=1))
     means, deviations = (values.numpy() for values in beliefs.values(inputs))
-    feasible, failed = beliefs.probability(inputs).numpy(), beliefs.failed_value
+    feasible, failed = beliefs.accepted(inputs).numpy(), beliefs.failed_value
     chosen: list[int] = []
     for weight in (np.zeros(len(points)), np.ones(len(points)), random.normal(size=len(points))):
         order = np.argsort(-feasible * (means + weight * deviations - failed), kind="stable")

@@ -238,7 +238,7 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
 
     It rests on full runs of the target, baselines within the space among them: what proxies and short runs promise of
     it is too uncertain, and the best of many such promises is one of the most exaggerated. None as long as there are
-    too few.
+    too few. Those that break a constraint count neither as known nor as what is still to be found.
 
     With A the best finished configuration's score, normal as the strategy believes it, and B the best of K further
     runs, drawn like those that have finished, the final score is max(A, B):
@@ -256,9 +256,10 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
         trials: The study's trials.
     """
     history, spent = History.of(study, trials), spent_seconds(trials)
-    done = {configuration_key(trial.configuration) for trial in history.finished}
+    finished = [trial for trial in history.finished if not history.breaks(trial.configuration)]
+    done = {configuration_key(trial.configuration) for trial in finished}
     known = [item for item in ranked if configuration_key(item.configuration) in done]
-    bought = sum(trial.purpose == "search" for trial in history.finished)
+    bought = sum(trial.purpose == "search" for trial in finished)
     if len(known) < FEWEST_CONFIGURATIONS or spent <= 0 or not bought:
         return None
     count, further = len(known), bought * max(0.0, study.spec.budget.device_seconds - spent) / spent

@@ -34,6 +34,7 @@ from jfhpo_core.optimizer.candidates import (
     candidate_inputs,
     ranked_configurations,
 )
+from jfhpo_core.optimizer.constraints import drawn_limit
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.floors import value_floors
 from jfhpo_core.optimizer.initial_design import InitialDesign
@@ -51,6 +52,7 @@ from jfhpo_core.optimizer.strategy import (
 from jfhpo_core.optimizer.surrogate import THIS_STUDY
 from jfhpo_core.stopping.rules import Unpromising, build_rules
 from jfhpo_core.study.history import History
+from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.models import progress
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Suggestion, Trial, configuration_key
@@ -139,16 +141,16 @@ class JointFidelity:
         if design is not None:
             proposal = _propose(costs, *design, source="jfhpo/initial-design")
             return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
+        random = np.random.default_rng(seed)
+        drawn = drawn_limit(history, random)
         try:
-            beliefs = Beliefs.form(history)
+            beliefs = Beliefs.form(history, further=(drawn,) if drawn is not None else ())
         except NUMERICAL_ERRORS as error:
             return _sobol(history, costs, remaining_seconds, f"the surrogate could not be fitted ({error})")
         if beliefs is None:
             return _sobol(history, costs, remaining_seconds, "no trial has been evaluated yet")
         ranked = ranked_configurations(beliefs)
-        candidates = self._candidates.segments(
-            beliefs, [item.configuration for item in ranked], np.random.default_rng(seed)
-        )
+        candidates = self._candidates.segments(beliefs, [item.configuration for item in ranked], random)
         # What might not fit is not begun: it would be paid with what is held back to finish the best.
         estimates = [
             (item, costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts))
@@ -165,7 +167,7 @@ class JointFidelity:
         choice = self._choose(beliefs, ranked, offer, allocation.full_seconds)
         if choice.worth * allocation.full_seconds < self.stop_gain:
             return None
-        return _chosen(beliefs, ranked, offer, choice)
+        return _chosen(beliefs, ranked, offer, choice, drawn)
 
     @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
     def rank(self, study: Study, trials: Sequence[Trial]) -> list[Recommendation]:
@@ -181,7 +183,10 @@ class JointFidelity:
         ranked = ranked_configurations(beliefs)
         if self.untried and ranked:
             ranked = self._better_untried(beliefs, ranked) + ranked
-        return [Recommendation(item.configuration, *beliefs.score(item.mean, item.deviation)) for item in ranked]
+        return [
+            Recommendation(item.configuration, *beliefs.score(item.mean, item.deviation), item.respected)
+            for item in ranked
+        ]
 
     def _choose(self, beliefs: Beliefs, ranked: Sequence[Expectation], offer: Offer, full_seconds: float) -> _Choice:
         """The candidate worth most per second; among full runs that are due, the one worth most.
@@ -198,12 +203,12 @@ class JointFidelity:
             gains = self._gains(beliefs, inputs, beliefs.at_target(different.values()))
         if gains is None:
             source, gains = "expected-improvement", _expected_improvement(beliefs, candidates)
-        gains = gains * beliefs.probability(inputs) * self._expectation(history, inputs)
+        gains = gains * beliefs.accepted(inputs) * self._expectation(history, inputs)
         worth = gains / full_seconds if offer.due else NetCostUtility(lambda _: seconds)(inputs, gains)
         best = int(worth.argmax())
         if offer.due and not any(trial.purpose == "search" for trial in history.on_target):
             # The first full run is the best guess: where little is known, improvement is expected at the edges.
-            source, best = "best-expectation", int(beliefs.expected(_at_target(beliefs, candidates))[0].argmax())
+            source, best = "best-expectation", int(beliefs.worth(_at_target(beliefs, candidates)).argmax())
         unit = beliefs.scale.unit()
         return _Choice(offer.items[best], source, float(gains[best]) * unit, float(worth[best]) * unit)
 
@@ -225,7 +230,7 @@ class JointFidelity:
         seed = [beliefs.history.study.spec.seeds.search, len(beliefs.surrogate.observations)]
         best = [item.configuration for item in ranked[: self.known]]
         new = self._candidates.new_configurations(beliefs, best, np.random.default_rng(seed))
-        return [item for item in by_value(beliefs, new)[: self.untried] if item.mean > ranked[0].mean]
+        return [item for item in by_value(beliefs, new)[: self.untried] if item.worth > ranked[0].worth]
 
     def _expectation(self, history: History, inputs: Tensor) -> Tensor:
         """Weights in (0, 1] of candidates by the user's expectations, which fade as trials accumulate; shape (n,).
@@ -261,11 +266,13 @@ def _expected_improvement(beliefs: Beliefs, candidates: Sequence[Candidate]) -> 
     inputs = _at_target(beliefs, candidates)
     means, deviations = beliefs.values(inputs)
     finished = beliefs.at_target(trial.configuration for trial in beliefs.history.finished)
-    incumbent = float(beliefs.expected(finished if len(finished) else inputs)[0].max())
+    incumbent = float(beliefs.worth(finished if len(finished) else inputs).max())
     return expected_improvement(means, deviations, incumbent)
 
 
-def _chosen(beliefs: Beliefs, ranked: Sequence[Expectation], offer: Offer, choice: _Choice) -> Proposal:
+def _chosen(
+    beliefs: Beliefs, ranked: Sequence[Expectation], offer: Offer, choice: _Choice, drawn: Limit | None
+) -> Proposal:
     """The proposal of a choice, with the reason for it and its floors."""
     history, chosen, seconds = beliefs.history, choice.item.candidate, choice.item.seconds
     is_known = chosen.trial < len(history.trials)
@@ -279,13 +286,23 @@ def _chosen(beliefs: Beliefs, ranked: Sequence[Expectation], offer: Offer, choic
             source=f"jfhpo/{choice.source}",
             explanation=f"{verb} on {chosen.model} to {progress(history.study.spec, chosen.stop_prompts):.0%}: "
             f"should raise the best expected target score by {choice.gain:.4f} for {seconds:.1f} device-seconds, "
-            f"the most per second of {len(offer.items)} candidates"
+            f"the most per second of {len(offer.items)} candidates{_under(beliefs, chosen, drawn)}"
             f"{' that are full runs of the target, of which one is due' if offer.due else ''}",
             expected_gain=choice.gain,
             expected_cost_seconds=seconds,
         ),
         floors=_floors(beliefs, ranked, chosen),
     )
+
+
+def _under(beliefs: Beliefs, chosen: Candidate, drawn: Limit | None) -> str:
+    """Under which limits a candidate was chosen, and how probably it respects them; empty without any."""
+    limits = [*beliefs.history.study.spec.limits, *([drawn] if drawn is not None else [])]
+    if not limits:
+        return ""
+    probability = float(beliefs.respected(_at_target(beliefs, [chosen])))
+    note = f" under {', '.join(map(str, limits))}, respected with a probability of {probability:.0%}"
+    return f"{note} (the last limit was drawn to find the front)" if drawn is not None else note
 
 
 def _floors(beliefs: Beliefs, ranked: Sequence[Expectation], chosen: Candidate) -> tuple[tuple[int, float], ...]:
@@ -295,7 +312,7 @@ def _floors(beliefs: Beliefs, ranked: Sequence[Expectation], chosen: Candidate) 
     """
     study = beliefs.history.study
     rule = next((rule for rule in build_rules(study.spec.stopping) if isinstance(rule, Unpromising)), None)
-    incumbent = next((item.mean for item in ranked if item.configuration != chosen.configuration), None)
+    incumbent = next((item.worth for item in ranked if item.configuration != chosen.configuration), None)
     size = study.ladder.size_coordinate(chosen.model)
     groups = {
         rung: group

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jfhpo_core.optimizer.score_scale import Group, ScoreScale
+from jfhpo_core.optimizer.score_scale import Group, Scale, ScoreScale
 from jfhpo_core.optimizer.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations
 from jfhpo_core.stopping.rules import Unpromising
 from jfhpo_core.study.history import History, searched_configuration
@@ -101,7 +101,7 @@ def scale_of(rows: Sequence[Row]) -> ScoreScale:
     )
 
 
-def observe(rows: Sequence[Row], scale: ScoreScale, dimension: int) -> Observations:
+def observe(rows: Sequence[Row], scale: Scale, dimension: int) -> Observations:
     """Rows on a scale, thinned to `MAX_OBSERVATIONS`.
 
     Args:
@@ -210,7 +210,7 @@ def _curve(
             progress(study.spec, evaluation.prompts),
             evaluation.score,
             evaluation.standard_error**2,
-            _rank(trial, evaluation),
+            rank_of(trial, evaluation),
             evaluation.step,
             last=evaluation is curve[-1],
         )
@@ -243,7 +243,7 @@ def thinned(evaluations: list[Evaluation], count: int = CURVE_POINTS) -> list[Ev
     return [evaluations[round(place)] for place in reversed(places)]
 
 
-def _rank(trial: Trial, evaluation: Evaluation) -> int:
+def rank_of(trial: Trial, evaluation: Evaluation) -> int:
     """Rank of the commit that brought an evaluation."""
     return next(result.committed for result in trial.segments if evaluation in result.evaluations)
 

@@ -137,7 +137,8 @@ class PaperStrategy:
         )
         means, deviations = (values.tolist() for values in model.mean_and_deviation(inputs))
         return [
-            Expectation(trial.configuration, mean, sd) for trial, mean, sd in zip(pool, means, deviations, strict=True)
+            Expectation(trial.configuration, mean, sd, mean, None)
+            for trial, mean, sd in zip(pool, means, deviations, strict=True)
         ]
 
 

@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 import numpy as np
 
@@ -42,6 +43,14 @@ LOWEST = 700.0
 
 EQUAL = 1e-9
 """Scores that differ by less than this share of all differences count as equal."""
+
+
+class Scale(Protocol):
+    """From what was measured to what is modelled."""
+
+    def value(self, group: Group, score: float) -> tuple[float, float]:
+        """A measured value on the scale, and the slope there (value per score)."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,13 @@ class Recommendation:
     Attributes:
         mean: Expected final held-out score (its median, where the distribution is skewed).
         standard_deviation: Its uncertainty, evaluation noise excluded.
+        respected: Probability that it respects all constraints; None without any, or if the strategy does not tell.
     """
 
     configuration: Configuration
     mean: float
     standard_deviation: float
+    respected: float | None = None
 
 
 class Strategy(Protocol):

@@ -459,7 +459,7 @@ class JointSurrogate(SingleTaskGP):  # type: ignore[misc]
         return self.moments().at(inputs).mixture()
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _remembered_parameters(dimension: int, shifting: tuple[int, ...], earlier: int, data: bytes, draws: int) -> Tensor:
     """`fit_parameters` for observations given as bytes: saves repeated fits, changes nothing."""
     columns = dimension + FIDELITY_COLUMNS + 2

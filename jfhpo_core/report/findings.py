@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from jfhpo_core.report.text import number, signed
+from jfhpo_core.report.text import number, setting, signed
 from jfhpo_core.run.outcome import Comparison, SearchResult
 from jfhpo_core.study.history import History
+from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import (
     Evaluation,
@@ -111,17 +112,43 @@ def verdict(result: SearchResult) -> str:
         f"The recommended configuration scores {number(mine.score)} on {target} "
         f"({number(low)} to {number(high)}, {seeds})."
     )
+    if result.study.spec.limits:
+        text += f" {_respect(mine, result.study.spec.limits)}"
     groups: dict[str, list[str]] = {}
+    breaks = {row.label: f", which breaks {broken_text(row.broken, row.measured)}" for row in result.rows if row.broken}
     for contrast in contrasts(result):
-        groups.setdefault(contrast.verdict, []).append(f"{contrast.label} ({signed(contrast.difference)})")
+        label = f"{contrast.label} ({signed(contrast.difference)}{breaks.get(contrast.label, '')})"
+        groups.setdefault(contrast.verdict, []).append(label)
     if groups:
         text += f" It is {'; '.join(f'{words} {_listed(labels)}' for words, labels in groups.items())}."
     return text
 
 
+def broken_text(limits: Sequence[Limit], measured: Mapping[str, float]) -> str:
+    """Constraints with what was measured: 'kl <= 0.2 (0.31)'."""
+    return _listed([f"{limit} ({metric_text(limit.metric, measured)})" for limit in limits])
+
+
+def metric_text(name: str, measured: Mapping[str, float]) -> str:
+    """A metric's value for people."""
+    return setting(float(f"{measured[name]:.3g}")) if name in measured else "not recorded"
+
+
+def _respect(row: Comparison, limits: Sequence[Limit]) -> str:
+    """Whether the recommended configuration keeps to the constraints, over all runs of its row."""
+    if row.broken:
+        return (
+            f"Over all of these runs it breaks {broken_text(row.broken, row.measured)}; in those by which it was "
+            "chosen it did not."
+        )
+    return f"It respects {broken_text(limits, row.measured)}."
+
+
 def why_nothing(result: SearchResult) -> str:
     """Why nothing can be recommended, and what to do about it."""
     target, budget = result.study.ladder.target.name, result.study.spec.budget.device_seconds
+    if result.tried:
+        return _none_respects(result)
     lead = f"Nothing can be recommended: no training run of the search reached full length on {target}."
     if not result.complete:
         return f"{lead} The study is not finished: run the same command to continue."
@@ -156,6 +183,32 @@ def why_nothing(result: SearchResult) -> str:
     )
 
 
+def _none_respects(result: SearchResult) -> str:
+    """What comes nearest to the constraints, if no configuration respects them."""
+    study = result.study
+    limits = study.spec.limits
+    unknown = [limit.metric for limit in limits if all(limit.metric not in item.measured for item in result.tried)]
+    count = len(result.tried)
+    configurations = f"{count} configuration{'s' if count != 1 else ''} trained to full length on"
+    lead = f"Nothing can be recommended: none of {configurations} {study.ladder.target.name} is known to respect "
+    if unknown:
+        return (
+            f"{lead}{_listed([str(limit) for limit in limits])}, as no full run has recorded {_listed(unknown)}: "
+            f"trainer {study.spec.trainer.name!r} does not measure it with these hyperparameters, or the runs are from "
+            "an earlier version. Remove the constraint and run the same command again: nothing is trained twice."
+        )
+    nearest = min(result.tried, key=lambda item: item.excess)
+    more = (
+        "Loosen the limit (constraints may change at any time), or raise the budget, and run the same command again."
+        if result.complete
+        else "The study is not finished: run the same command to continue."
+    )
+    return (
+        f"{lead}{_listed([str(limit) for limit in limits])}. Trial {nearest.trial} comes nearest: it scores "
+        f"{number(nearest.score)} and breaks {broken_text(nearest.broken, nearest.measured)}. {more}"
+    )
+
+
 def _listed(items: Sequence[str]) -> str:
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
@@ -184,6 +237,11 @@ def caveats(result: SearchResult) -> list[str]:
         notes.append("With so few seeds the spread between runs is itself uncertain, and so are the intervals.")
     if any(row.label == "random search" for row in result.rows):
         notes.append("Random search counts with the best of its full runs, which flatters it as well.")
+    if result.study.spec.limits and result.recommended is not None:
+        notes.append(
+            "Constraints are judged by means over the last rung of training; those values are noisy, too, and another "
+            "run may lie beyond a limit that these respect narrowly."
+        )
     changed = sorted({field for trial in result.trials for field in trial.changed})
     if changed:
         first = min(trial.number for trial in result.trials if trial.changed)

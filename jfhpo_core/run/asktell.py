@@ -27,6 +27,7 @@ from jfhpo_core.run.planning import Phase, plan_next
 from jfhpo_core.run.standing import recommend
 from jfhpo_core.stopping.rules import Unpromising
 from jfhpo_core.store.ledger import MemoryLedger, mismatch_message
+from jfhpo_core.study.metrics import METRICS
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import StudySpec
@@ -165,6 +166,7 @@ class Optimizer:
         outcome: Outcome | str = Outcome.REACHED,
         prompts: int | None = None,
         evaluations: Sequence[Measured] = (),
+        metrics: Mapping[str, float] | None = None,
         base_score: float | None = None,
         startup_seconds: float = 0.0,
         message: str | None = None,
@@ -181,6 +183,8 @@ class Optimizer:
                 refused); 'lost' if something else failed.
             prompts: How far it came, if not to the end; needed if it was stopped.
             evaluations: Scores measured on the way, if any: the learning curve makes the forecasts sharper.
+            metrics: What the study's constraints ask for, by name (`jfhpo_core.study.metrics.METRICS`): means over the
+                training steps since the rung before the end.
             base_score: Held-out score of the untrained model, known from the first run of each model. What is
                 learned is the gain over it, which is what models of different size have in common.
             startup_seconds: Of `seconds`, loading and set-up before the first step.
@@ -217,6 +221,7 @@ class Optimizer:
                 standard_error=_finite("standard_error", error, minimum=0.0),
                 samples=samples,
                 seconds=0.0,
+                training=_metrics(metrics or {}) if step == end else {},
             )
             for step, value, error in measured
         }
@@ -353,6 +358,13 @@ def _decision(segment: Segment, outcome: Outcome, last: Evaluation | None) -> De
     return Decision(
         stop=True, rule=Unpromising.name, signal="held-out score", value=last.score, threshold=floor, step=last.step
     )
+
+
+def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    for name in metrics:
+        if name not in METRICS:
+            raise LedgerError(f"metrics: there is no {name!r}; there are {', '.join(METRICS)}")
+    return {name: _finite(f"metrics[{name!r}]", value, minimum=0.0) for name, value in metrics.items()}
 
 
 def _outcome(outcome: Outcome | str) -> Outcome:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from jfhpo_core.optimizer.strategy import Recommendation, Strategy
 from jfhpo_core.run.standing import Standing
+from jfhpo_core.run.tried import Tried, tried
 from jfhpo_core.study.history import History
+from jfhpo_core.study.metrics import Limit, broken, mean_of
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import (
     Configuration,
@@ -31,6 +33,8 @@ class Comparison:
         seeds: Runs that reached full length, one per seed.
         seconds: Device-seconds charged for all runs of the row.
         unfinished: Why further runs ended before full length, one reason each. They have no score.
+        measured: What the runs that reached full length come to, by metric; see `jfhpo_core.study.metrics`.
+        broken: Constraints that these values do not respect.
     """
 
     label: str
@@ -40,6 +44,8 @@ class Comparison:
     seeds: int
     seconds: float
     unfinished: tuple[str, ...] = ()
+    measured: Mapping[str, float] = field(default_factory=dict)
+    broken: tuple[Limit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,10 @@ class SearchResult:
 
     Attributes:
         recommended: The recommended configuration, with the model's belief about it.
-        target_trial: Of its runs on the target at full length the one that scored best, whatever its seed; its weights
-            are the ones to use, and its score flatters it. None if no run reached full length.
+        target_trial: Of its runs on the target at full length the one that scored best, whatever its seed, among those
+            that respect all constraints, if any does; its weights are the ones to use, and its score flatters it. None
+            if no run reached full length.
+        tried: What there was to choose from, best score first.
         confirmed: Its runs on seeds that had no part in choosing it, as a row of the table; None without one.
         rows: Final table: the recommendation first, then the baselines, then random search.
         complete: False if a wall-clock limit or an interruption ended the call before the study was done.
@@ -65,6 +73,7 @@ class SearchResult:
     complete: bool
     note: str = ""
     confirmed: Comparison | None = None
+    tried: tuple[Tried, ...] = ()
 
 
 def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete: bool, note: str = "") -> SearchResult:
@@ -73,26 +82,22 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
     recommended = Standing(history, strategy).recommended
     rows: list[Comparison] = []
     target_trial: Trial | None = None
+    limits = study.spec.limits
     confirmed: Comparison | None = None
     if recommended is not None:
         mine = _runs(history, recommended.configuration)
-        target_trial = max(
-            (trial for trial in mine if trial.final is not None),
-            key=lambda trial: (trial.final.score if trial.final else 0.0, -trial.number),
-            default=None,
-        )
+        target_trial = _best(mine, limits)
         runs = history.of_configuration(recommended.configuration)
         clean = [trial for trial in runs if history.judges(trial) and trial.final is not None]
-        confirmed = _compare("confirmed", recommended.configuration, clean) if clean else None
-        rows.append(_compare("recommended", recommended.configuration, mine))
+        confirmed = _compare("confirmed", recommended.configuration, clean, limits) if clean else None
+        rows.append(_compare("recommended", recommended.configuration, mine, limits))
     for baseline in study.spec.baselines:
         mine = _runs(history, baseline.configuration)
         if mine:
-            rows.append(_compare(baseline.name, baseline.configuration, mine))
-    random = [trial for trial in trials if trial.purpose == "random-search" and trial.final is not None]
-    if random:
-        best = max(random, key=lambda trial: trial.final.score if trial.final else 0.0)
-        rows.append(_compare("random search", best.configuration, [best]))
+            rows.append(_compare(baseline.name, baseline.configuration, mine, limits))
+    best = _best([trial for trial in trials if trial.purpose == "random-search"], limits)
+    if best is not None:
+        rows.append(_compare("random search", best.configuration, [best], limits))
     return SearchResult(
         study=study,
         trials=tuple(trials),
@@ -103,6 +108,7 @@ def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete
         spent_seconds=spent_seconds(trials),
         complete=complete,
         note=note,
+        tried=tried(history),
     )
 
 
@@ -119,7 +125,17 @@ def _runs(history: History, configuration: Configuration) -> list[Trial]:
     return list(by_seed.values())
 
 
-def _compare(label: str, configuration: Configuration, trials: Sequence[Trial]) -> Comparison:
+def _best(trials: Sequence[Trial], limits: Sequence[Limit]) -> Trial | None:
+    """The run that scored best at full length, of those that respect all constraints, if any does."""
+    finals = [(trial, trial.final) for trial in trials if trial.final is not None]
+    return max(
+        finals,
+        key=lambda item: (not broken(limits, item[1].training), item[1].score, -item[0].number),
+        default=(None,),
+    )[0]
+
+
+def _compare(label: str, configuration: Configuration, trials: Sequence[Trial], limits: Sequence[Limit]) -> Comparison:
     """Mean and standard error over the trials that reached full length; what a shorter run scored is not comparable."""
     finals = [trial.final for trial in trials if trial.final is not None]
     count = len(finals)
@@ -132,7 +148,18 @@ def _compare(label: str, configuration: Configuration, trials: Sequence[Trial]) 
         variance = max(variance, between)
     seconds = sum(trial.charge_seconds for trial in trials)
     unfinished = tuple(_ending(trial) for trial in trials if trial.final is None)
-    return Comparison(label, configuration, score, variance**0.5, count, seconds, unfinished)
+    measured = mean_of([evaluation.training for evaluation in finals])
+    return Comparison(
+        label,
+        configuration,
+        score,
+        variance**0.5,
+        count,
+        seconds,
+        unfinished,
+        measured,
+        broken(limits, measured) if finals else (),
+    )
 
 
 def _ending(trial: Trial) -> str:

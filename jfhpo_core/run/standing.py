@@ -48,29 +48,44 @@ class Standing:
                 error = math.sqrt(sum(final.standard_error**2 for final in finals)) / len(finals)
                 place = next((index for index, item in enumerate(ranked) if item.mean < score), len(ranked))
                 ranked.insert(place, Recommendation(recipe, score, error))
-        return ranked
+        # Whatever the strategy knows of constraints: what was measured to break one comes last.
+        return sorted(ranked, key=lambda item: history.breaks(item.configuration))
 
     @cached_property
     def recommended(self) -> Recommendation | None:
         """See `recommend`."""
         finished = {configuration_key(trial.configuration) for trial in self.history.finished}
-        return next((item for item in self.ranked if configuration_key(item.configuration) in finished), None)
+        return next(
+            (
+                item
+                for item in self.ranked
+                if configuration_key(item.configuration) in finished and not self.history.breaks(item.configuration)
+            ),
+            None,
+        )
 
     @cached_property
     def finalists(self) -> list[tuple[Recommendation, Trial | None]]:
         """The best-ranked configurations, as many as are validated, and what was trained of them on the target.
 
-        Those that a rule stopped or that failed on the target are passed over.
+        Those that a rule stopped, that failed or that broke a constraint on the target are passed over.
         """
         on_target = first_seed_on_target(self.history)
         ranked = ((item, on_target.get(configuration_key(item.configuration))) for item in self.ranked)
         ruined = (TrialState.STOPPED, TrialState.INFEASIBLE)
-        left = [(item, known) for item, known in ranked if known is None or known.state not in ruined]
+        left = [
+            (item, known)
+            for item, known in ranked
+            if (known is None or known.state not in ruined) and not self.history.breaks(item.configuration)
+        ]
         return left[: self.history.study.spec.budget.top_k]
 
 
 def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Recommendation | None:
-    """The best-ranked configuration, recipes among them, whose run on the target is complete; None if there is none."""
+    """The best-ranked configuration, recipes among them, whose run on the target is complete; None if there is none.
+
+    With constraints: of those that respect them, as measured.
+    """
     return Standing(History.of(study, trials), strategy).recommended
 
 

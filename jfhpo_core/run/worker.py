@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import entry_points
@@ -16,6 +16,8 @@ from jfhpo_core.errors import CheckpointError, InfrastructureError, TrialFailure
 from jfhpo_core.run.parts import Countdown, Part, Paused, after_part, cut, find_part, save_part
 from jfhpo_core.stopping.rules import Course, Monitor, NonFinite, build_rules
 from jfhpo_core.store.checkpoints import CheckpointStore
+from jfhpo_core.study.metrics import training_means
+from jfhpo_core.study.models import steps_at
 from jfhpo_core.study.trial import (
     Checkpoint,
     Decision,
@@ -130,7 +132,7 @@ def run_job(
             outcome=Outcome.REACHED if decision is None else Outcome.STOPPED,
             end_step=result.end_step,
             end_prompts=result.end_prompts,
-            evaluations=result.evaluations,
+            evaluations=tuple(_with_means(job, course.records, one) for one in result.evaluations),
             seconds=charge(result.seconds),
             startup_seconds=result.startup_seconds,
             evaluation_seconds=result.evaluation_seconds,
@@ -148,6 +150,14 @@ def run_job(
         return ended.model_copy(update={"checkpoint": _commit(store, job, kept, stage, result)})
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _with_means(job: Job, records: Sequence[StepRecord], evaluation: Evaluation) -> Evaluation:
+    """An evaluation with what the steps since the rung before were measured by."""
+    rungs = [steps_at(level, job.prompts_per_step) for level in job.study.fidelity.levels]
+    before = max((rung for rung in rungs if rung < evaluation.step), default=0)
+    since = [record for record in records if before < record.step <= evaluation.step]
+    return evaluation.model_copy(update={"training": training_means(since, job.devices, job.total_steps)})
 
 
 @contextmanager

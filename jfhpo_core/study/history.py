@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.study.metrics import broken, mean_of
 from jfhpo_core.study.resolved import Study, base_scores
 from jfhpo_core.study.trial import (
     VALIDATION,
@@ -141,6 +142,18 @@ class History:
         return tuple(
             trial.final for trial in self.on_target if trial.final is not None and trial.configuration == configuration
         )
+
+    def measured(self, configuration: Configuration) -> dict[str, float]:
+        """What the search's full runs of a configuration on the target come to, by metric: see `metrics`."""
+        return mean_of([final.training for final in self.final(configuration)])
+
+    def breaks(self, configuration: Configuration) -> bool:
+        """Whether a configuration was measured to break a constraint; not as long as it has no full run.
+
+        A run that did not record a metric breaks every limit on it.
+        """
+        limits = self.study.spec.limits
+        return bool(limits and self.final(configuration) and broken(limits, self.measured(configuration)))
 
     @cached_property
     def finished(self) -> tuple[Trial, ...]:

@@ -16,6 +16,7 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.plugins import TRAINERS, load_plugin
 from jfhpo_core.study.hardware import gpus
 from jfhpo_core.study.hyperparameters import default_spaces
+from jfhpo_core.study.metrics import METRICS, Direction, Limit
 from jfhpo_core.study.operational import OPERATIONAL, operational_fields
 from jfhpo_core.study.space import ChoiceParameter, Space
 from jfhpo_core.study.trial import Configuration, canonical_json
@@ -335,6 +336,30 @@ class BaselineSpec(_Section):
     configuration: Configuration = Field(description="Hyperparameters; those not named keep the trainer's defaults.")
 
 
+def _limit(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError(f"say which side of {value:g} is allowed, in quotes: '<= {value:g}'")  # noqa: TRY004
+    return value
+
+
+class SecondObjectiveSpec(_Section):
+    """A metric that is traded against the score: the front of the two is shown, and half of the search looks for it."""
+
+    metric: str = Field(description=f"One of {', '.join(METRICS)}, as in `constraints`.")
+    direction: Direction = "minimize"
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in METRICS:
+            raise ValueError(f"there is no metric {name!r}; name one of {', '.join(METRICS)}")
+        return name
+
+
+def _second_objective(value: Any) -> Any:
+    return {"metric": value} if isinstance(value, str) else value
+
+
 class StoppingSpec(_Section):
     """Stopping rules: the name of a set, and changes to single rules.
 
@@ -485,6 +510,18 @@ class StudySpec(_Section):
     baselines: list[BaselineSpec] = Field(
         default_factory=list, json_schema_extra=OPERATIONAL, description="Recipes to beat."
     )
+    constraints: dict[str, Annotated[str, BeforeValidator(_limit)]] = Field(
+        default_factory=dict,
+        json_schema_extra=OPERATIONAL,
+        description="Limits that a recommended configuration respects, {kl: '<= 0.2'}: means over the training steps "
+        f"of the last rung of its full runs on the target. Metrics: {', '.join(METRICS)}.",
+    )
+    second_objective: Annotated[SecondObjectiveSpec | None, BeforeValidator(_second_objective)] = Field(
+        default=None,
+        json_schema_extra=OPERATIONAL,
+        description="Traded against the score, e.g. {metric: completion_tokens, direction: minimize}: report, MLflow "
+        "and `jfhpo show` have the Pareto front of full runs. What is recommended is still the best score.",
+    )
     random_search: bool = Field(
         default=False,
         json_schema_extra=OPERATIONAL,
@@ -530,6 +567,8 @@ class StudySpec(_Section):
                 raise _fault(
                     f"trainer.fixed.{name}", "the space searches it, so it cannot be fixed; remove one of the two"
                 )
+        for limit in self.limits:
+            self._check_attainable(limit)
         for batch in self._batches():
             for level in self.fidelity.levels:
                 if level % batch:
@@ -539,6 +578,29 @@ class StudySpec(_Section):
                         "(prompts_per_step); choose horizon_prompts and rungs as multiples of it",
                     )
         return self
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The constraints."""
+        found = []
+        for name, text in self.constraints.items():
+            try:
+                found.append(Limit.parse(name, text))
+            except ValueError as error:
+                raise _fault(f"constraints.{name}", str(error)) from None
+        return tuple(found)
+
+    def _check_attainable(self, limit: Limit) -> None:
+        """Refuse a length that no completion can miss, or none can reach."""
+        own_task = self.task.embedded == self.trainer.name
+        longest = self.task.max_completion_tokens
+        if limit.metric == "completion_tokens" and not own_task and limit.bound >= longest:
+            always = "always met" if limit.at_most else "hardly ever met"
+            raise _fault(
+                f"constraints.{limit.metric}",
+                f"'{limit}' is {always}, as completions end at task.max_completion_tokens = {longest}; give a bound "
+                "below it",
+            )
 
     @property
     def slots(self) -> int | None:

@@ -127,6 +127,10 @@ class Evaluation(Record):
         description="At full length: mean reward of each held-out prompt, for paired comparisons; empty where the "
         "trainer does not tell.",
     )
+    training: dict[str, float] = Field(
+        default_factory=dict,
+        description="Means over the training steps since the rung before, by metric (`jfhpo_core.study.metrics`).",
+    )
 
 
 class Decision(Record):

@@ -157,6 +157,11 @@ class Curve:
             value *= math.exp((self.onset - share) / COLLAPSE_LENGTH)
         return min(1.0, max(0.0, value))
 
+    def kl(self, share: Vector) -> Vector:
+        """KL to the reference, nats per token, without noise, after shares of the horizon in [0, 1]; same shape."""
+        drift = 0.2 * share * 10**self.excess * (1 + 4 * max(0.0, self.excess) * share)
+        return np.minimum(20.0, drift)
+
 
 class Surface:
     """A landscape over the space of a study.
@@ -374,7 +379,6 @@ class _Run:
         count = (job.study.evaluation.prompts or 1024) * job.study.evaluation.samples_per_prompt
         completions = job.prompts_per_step * int(job.configuration["n_samples"])
         share = shares[1:]
-        drift = 0.2 * share * 10**curve.excess * (1 + 4 * max(0.0, curve.excess) * share)
         grad_norm = random.lognormal(0, 0.2, job.total_steps)
         if curve.diverges:
             grad_norm[share > curve.onset] = math.nan
@@ -384,7 +388,7 @@ class _Run:
             count=count,
             hits=random.binomial(count, scores).astype(np.float64),
             rewards=random.binomial(completions, scores[1:]) / completions,
-            kl=np.minimum(20.0, drift) * random.lognormal(0, 0.1, job.total_steps),
+            kl=curve.kl(share) * random.lognormal(0, 0.1, job.total_steps),
             grad_norm=grad_norm,
         )
 
