@@ -1,7 +1,8 @@
-"""A real MLflow tracking server that can be killed and started again."""
+"""A real MLflow tracking server that can be killed and started again; servers end with who started them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -11,6 +12,10 @@ import time
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
+
+from jfhpo_core.trainers.external.process import REAPER
+from jfhpo_core.trainers.external.reaper import descendants
 
 
 def free_port() -> int:
@@ -18,6 +23,45 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
+
+
+class Tethered:
+    """A command that ends, with all that it has started, when the thread that started it does, however that ends.
+
+    Args:
+        command: The command.
+        cwd: Its working directory.
+        environment: Its whole environment.
+        output: Takes what it prints; None: nothing does.
+    """
+
+    def __init__(
+        self, command: Sequence[str], cwd: Path, environment: Mapping[str, str], output: IO[str] | None = None
+    ) -> None:
+        self._reaper = subprocess.Popen(
+            [sys.executable, str(REAPER), str(os.getpid()), *command],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if output is None else output,
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return self._reaper.poll() is not None
+
+    def processes(self) -> list[int]:
+        """Ids of the command's own process and of all below it."""
+        return descendants(self._reaper.pid)
+
+    def kill(self) -> None:
+        """End it, and all that it has started, without a chance to clean up."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._reaper.wait(60)
 
 
 class TrackingServer:
@@ -33,38 +77,34 @@ class TrackingServer:
         self.folder, self.port = folder, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._options, self._environment = options, environment or {}
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Tethered | None = None
 
     def start(self) -> None:
         """Start it and wait until it answers."""
         folder = self.folder
-        self._process = subprocess.Popen(
+        self._process = Tethered(
             [
                 sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
                 "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
                 "--artifacts-destination", str(folder / "files"), *self._options,
             ],
-            cwd=folder,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **self._environment},
-            stdout=(folder / "log").open("a"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
+            folder,
+            {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **self._environment},
+            (folder / "log").open("a"),
         )  # fmt: skip
         deadline = time.monotonic() + 180
         while True:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=5).read()
             except OSError:
-                assert self._process.poll() is None, (folder / "log").read_text()
+                assert not self._process.ended, (folder / "log").read_text()
                 assert time.monotonic() < deadline, (folder / "log").read_text()
                 time.sleep(0.5)
             else:
                 return
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        """End it, by default without a chance to clean up."""
+    def kill(self) -> None:
+        """End it without a chance to clean up."""
         if self._process is not None:
-            os.killpg(self._process.pid, number)
-            self._process.wait(30)
+            self._process.kill()
             self._process = None

@@ -401,12 +401,12 @@ class LedgerConformance:
     @given(result=results, configuration=st.dictionaries(names, values, max_size=6), records=st.lists(step_records))
     def test_whatever_is_valid_comes_back_exactly(
         self,
+        ledger: Ledger,
         reopen: Callable[[], Ledger],
         result: SegmentResult,
         configuration: dict[str, bool | int | float | str],
         records: list[StepRecord],
     ) -> None:
-        ledger = self.again(reopen)
         number = len(ledger.trials())
         trial = make_trial(number).model_copy(update={"configuration": configuration})
         ledger.begin(trial, result.segment)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,12 @@ from jfhpo_core.study.trial import spent_seconds
 from jfhpo_core.trainers.simulated import landscape
 
 
-@pytest.mark.parametrize("name", LANDSCAPES)
+def by_landscape(*names: str) -> list[Any]:
+    """Parameters; the best point of a recorded table takes seconds to find."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("table-") else []) for name in names]
+
+
+@pytest.mark.parametrize("name", by_landscape(*LANDSCAPES))
 def test_nothing_scores_more_than_the_best(tmp_path: Path, name: str) -> None:
     problem = LANDSCAPES[name](3)
     study = problem.study(tmp_path)
@@ -60,18 +66,18 @@ def test_every_seed_is_a_fresh_landscape_and_the_same_again(tmp_path: Path) -> N
         assert scores[0] == scores[3]
 
 
-def test_a_search_sees_the_true_score_through_noise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", by_landscape("aligned", "hartmann", "table-instruct"))
+def test_a_search_sees_the_true_score_through_noise(tmp_path: Path, name: str) -> None:
     """The observed final scores on the target scatter around the true ones."""
-    for name in ("aligned", "hartmann", "table-instruct"):
-        problem = LANDSCAPES[name](2)
-        study = problem.study(tmp_path / name)
-        result = run_search(study, MemoryLedger(), InlineDispatcher(1, trainer=problem.trainer))
-        finals = [trial for trial in result.trials if trial.final is not None]
-        assert len(finals) > 8
-        gaps = [trial.final.score - problem.true_score(trial.configuration) for trial in finals if trial.final]
-        assert abs(float(np.mean(gaps))) < 0.03
-        assert 0 < float(np.std(gaps)) < 0.06
-        assert spent_seconds(result.trials) == pytest.approx(study.spec.budget.device_seconds, rel=0.1)
+    problem = LANDSCAPES[name](2)
+    study = problem.study(tmp_path)
+    result = run_search(study, MemoryLedger(), InlineDispatcher(1, trainer=problem.trainer))
+    finals = [trial for trial in result.trials if trial.final is not None]
+    assert len(finals) > 8
+    gaps = [trial.final.score - problem.true_score(trial.configuration) for trial in finals if trial.final]
+    assert abs(float(np.mean(gaps))) < 0.03
+    assert 0 < float(np.std(gaps)) < 0.06
+    assert spent_seconds(result.trials) == pytest.approx(study.spec.budget.device_seconds, rel=0.1)
 
 
 def test_functions_have_their_optimum_at_one() -> None:

@@ -127,6 +127,7 @@ def test_the_text_table_shows_common_seeds_only() -> None:
     assert report.text_table({}, "jfhpo") == "no results"
 
 
+@pytest.mark.slow
 def test_the_page_and_its_figures_are_the_same_again(tmp_path: Path) -> None:
     tuned = results(*(item for found in TWO.values() for item in found.values()), run("jfhpo", 3, (1.0, 0.0)))
     report.write(tuned, "jfhpo", tmp_path / "one")
@@ -143,6 +144,7 @@ def test_the_page_and_its_figures_are_the_same_again(tmp_path: Path) -> None:
     assert report.WHY_NOT_LESS not in page
 
 
+@pytest.mark.slow
 def test_an_aim_that_is_missed_is_called_so(tmp_path: Path) -> None:
     slow = results(*(item for name in ("gp", "random") for item in TWO[name].values()))
     slow |= results(run("jfhpo", 1003, (15.0, 0.1)), run("jfhpo", 1004, (15.0, 0.1)))

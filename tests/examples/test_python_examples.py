@@ -23,10 +23,14 @@ def test_every_script_is_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", EXPECTED)
 def test_a_script_runs_and_prints_what_it_promises(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: str,
+    tmp_path: Path,
+    tracking_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     runpy.run_path(str(SCRIPTS / script), run_name="__main__")
     printed = capsys.readouterr().out
     for part in EXPECTED[script]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks.tracking_server import Tethered, free_port
 from tests.run.support import descendants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,12 +24,6 @@ BIN = Path(sys.executable).parent
 PATIENCE_SECONDS = 240
 ENDS = ("Completed", "Suspended", "Failed", "Crashed", "Cancelled")
 """States that a run does not leave by itself."""
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -92,13 +86,10 @@ class Prefect:
         self.webhook = Webhook()
         self._serve = ("server", "start", "--host", "127.0.0.1", "--port", str(port))
         self.server = self.start(*self._serve)
-        self.worker: subprocess.Popen[bytes] | None = None
+        self.worker: Tethered | None = None
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [BIN / "prefect", *arguments], cwd=self.clone, env=self.environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
+    def start(self, *arguments: str) -> Tethered:
+        return Tethered([str(BIN / "prefect"), *arguments], self.clone, self.environment)
 
     def run(self, *command: str) -> None:
         """Run a command of the environment in the clone; it must succeed."""
@@ -111,13 +102,12 @@ class Prefect:
     def revive(self) -> None:
         """Kill the server without a chance to clean up, and start it again."""
         self.server.kill()
-        self.server.wait()
         self.server = self.start(*self._serve)
         self.wait_until_up()
 
     def wait_until_up(self) -> None:
         def up() -> bool:
-            assert self.server.poll() is None, "the Prefect server ended"
+            assert not self.server.ended, "the Prefect server ended"
             try:
                 return httpx.get(f"{self.api}/health", timeout=5).is_success
             except httpx.TransportError:
@@ -189,7 +179,7 @@ class Prefect:
     def processes(self) -> dict[int, str]:
         """Those of the worker's flow runs: id to command."""
         assert self.worker is not None
-        return descendants(self.worker.pid)
+        return descendants(self.worker.processes()[0])
 
     def told(self, state: str) -> bool:
         """Whether the webhook has heard of such an end."""
@@ -198,9 +188,5 @@ class Prefect:
     def close(self) -> None:
         for process in (self.worker, self.server):
             if process is not None:
-                process.terminate()
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+                process.kill()
         self.webhook.close()

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,9 +143,10 @@ def test_nothing_to_show_before_the_search(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def finished(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> tuple[Path, str]:
     """A folder in which the simulated example has been searched, and what was printed."""
     folder = tmp_path_factory.mktemp("finished")
+    shutil.copyfile(empty_database, folder / "mlflow.db")
     done = run("search", SIMULATED, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -319,6 +321,7 @@ def wait_for_segments(process: subprocess.Popen[str], count: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tracking_uri")
 def test_a_search_survives_ctrl_c_sigterm_and_kill_and_has_one_runner_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,9 +384,12 @@ def test_exit_codes_tell_what_ended_a_search(
     assert "Traceback" not in result.output
 
 
-def test_exit_codes_tell_how_far_a_search_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_exit_codes_tell_how_far_a_search_came(
+    tmp_path: Path, tracking_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     arguments = [
         "search",
         str(SIMULATED),

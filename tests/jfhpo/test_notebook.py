@@ -24,13 +24,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 @pytest.fixture
-def study(tmp_path: Path) -> jfhpo.Study:
+def study(tmp_path: Path, tracking_uri: str) -> jfhpo.Study:
     return jfhpo.load_study(
         study_data(
             tmp_path / "workspace",
             cluster={"address": "inline"},
             budget={"trial_seconds": 120, "max_parallel": 1},
-            tracking={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "workspace": str(tmp_path / "workspace")},
+            tracking={"uri": tracking_uri, "workspace": str(tmp_path / "workspace")},
         )
     )
 

@@ -379,6 +379,7 @@ def run_case(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tracking_uri")
 def test_case_17_a_reward_that_fails_in_training_ends_the_search_with_its_row(own: Own) -> None:
     rows = [row["prompt"] for row in ROWS["train"][:10]]
     own.reward(f"def reward(prompts, completions, **k):\n    return [1 / (p not in {rows}) for p in prompts]\n")

@@ -94,6 +94,7 @@ def study(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tracking_uri")
 def test_an_unknown_family_and_task_run_from_a_study_file(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [str(Path(sys.executable).with_name("jfhpo")), "search", "study.yaml", "--plain"]
     ended = subprocess.run(command, cwd=study.parent, capture_output=True, text=True, check=False)

@@ -17,18 +17,19 @@ from tests.studies import study_data
 
 
 @pytest.fixture
-def spec(tmp_path: Path) -> StudySpec:
+def spec(tmp_path: Path, tracking_uri: str) -> StudySpec:
     return StudySpec.model_validate(
         study_data(
             tmp_path / "workspace",
             strategy={"name": "random"},
             cluster={"address": "inline"},
             budget={"trial_seconds": 120, "max_parallel": 1},
-            tracking={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "workspace": str(tmp_path / "workspace")},
+            tracking={"uri": tracking_uri, "workspace": str(tmp_path / "workspace")},
         )
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_gone_hides_no_result(spec: StudySpec, tmp_path: Path) -> None:
     first = run_study(spec)
     trial = first.result.target_trial
@@ -58,6 +59,7 @@ def test_what_a_person_ends_has_not_failed(spec: StudySpec) -> None:
     assert (study.info.status, study.data.tags["jfhpo.state"]) == ("KILLED", "interrupted")
 
 
+@pytest.mark.slow
 def test_a_model_that_is_named_later_is_registered_then(spec: StudySpec) -> None:
     named, nameless = (
         spec.model_copy(update={"tracking": spec.tracking.model_copy(update={"registered_model": name})})
@@ -103,7 +105,8 @@ def test_ctrl_c_while_the_report_is_written_leaves_the_study_finished(
     assert run_study(spec).report.exists()
 
 
-def test_trials_after_an_accepted_change_are_marked(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_trials_after_an_accepted_change_are_marked(tmp_path: Path, tracking_uri: str) -> None:
     for name in ("train.jsonl", "heldout.jsonl", "reward.py"):
         (tmp_path / name).write_text(name)
 
@@ -117,7 +120,7 @@ def test_trials_after_an_accepted_change_are_marked(tmp_path: Path) -> None:
                 budget={"trial_seconds": seconds, "max_parallel": 1},
                 baselines=[],
                 seeds={"training": [0]},
-                tracking={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "workspace": str(tmp_path)},
+                tracking={"uri": tracking_uri, "workspace": str(tmp_path)},
             )
         )  # fmt: skip
 

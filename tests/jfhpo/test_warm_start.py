@@ -38,6 +38,7 @@ def spec(tmp_path: Path, **changes: Any) -> StudySpec:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tracking_uri")
 def test_an_earlier_study_is_learned_from(tmp_path: Path) -> None:
     first = run_study(spec(tmp_path))
     second = spec(tmp_path, study="second", warm_start=["test"])
@@ -63,6 +64,7 @@ def recorded(tmp_path: Path, name: str, **changes: Any) -> StudySpec:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tracking_uri")
 def test_auto_finds_the_studies_that_fit_and_says_why(tmp_path: Path) -> None:
     said: list[str] = []
     wanted = spec(tmp_path, study="second", warm_start="auto", baselines=[])
@@ -93,6 +95,7 @@ def test_auto_is_no_name_of_a_study(tmp_path: Path) -> None:
         spec(tmp_path, warm_start="another")
 
 
+@pytest.mark.usefixtures("tracking_uri")
 def test_an_unknown_earlier_study_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="holds no study 'never'"):
         run_study(spec(tmp_path, warm_start=["never"]))

@@ -3,7 +3,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,23 +15,6 @@ from benchmarks import tracking_server
 from benchmarks.tracking_server import TrackingServer
 
 PASSWORD = "correct horse battery staple"
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without content; creating one takes seconds, copying it takes none."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def tracking_uri(empty_database: Path, tmp_path: Path) -> str:
-    path = tmp_path / "mlflow.db"
-    shutil.copyfile(empty_database, path)
-    return f"sqlite:///{path}"
 
 
 @pytest.fixture
@@ -62,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> It
         server.start()
         yield server.url
     finally:
-        server.kill(signal.SIGTERM)
+        server.kill()
 
 
 @pytest.fixture

@@ -14,13 +14,16 @@ from jfhpo_core.run.search import run_search
 from mlflow_plugin.ledger import MlflowLedger
 from tests.studies import simulated_study
 
+SMALL = {"trial_seconds": 100, "max_parallel": 2}
+
 
 def checkpoints(folder: Path) -> set[Path]:
     return set(folder.rglob("step-*"))
 
 
 def test_gc_shows_first_and_deletes_when_told(tracking_uri: str, tmp_path: Path) -> None:
-    study = simulated_study(tmp_path / "work", tracking={"workspace": str(tmp_path / "work"), "uri": tracking_uri})
+    tracking = {"workspace": str(tmp_path / "work"), "uri": tracking_uri}
+    study = simulated_study(tmp_path / "work", tracking=tracking, budget=SMALL)
     client = MlflowClient(tracking_uri=tracking_uri)
     ledger = MlflowLedger(client)
     outcome = run_search(study, ledger, InlineDispatcher(2))
@@ -48,7 +51,8 @@ def test_gc_shows_first_and_deletes_when_told(tracking_uri: str, tmp_path: Path)
 
 
 def test_gc_deletes_nothing_while_trials_wait_for_the_ledger(tracking_uri: str, tmp_path: Path) -> None:
-    study = simulated_study(tmp_path / "work", tracking={"workspace": str(tmp_path / "work"), "uri": tracking_uri})
+    tracking = {"workspace": str(tmp_path / "work"), "uri": tracking_uri}
+    study = simulated_study(tmp_path / "work", tracking=tracking, budget=SMALL)
     run_search(study, MlflowLedger(MlflowClient(tracking_uri=tracking_uri)), InlineDispatcher(2))
     before = checkpoints(study.store)
     (study.folder / "outbox.jsonl").write_text("")

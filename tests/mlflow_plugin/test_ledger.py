@@ -66,6 +66,10 @@ class TestMlflowLedger(LedgerConformance):
     def reopen(self, tracking_uri: str) -> Callable[[], Ledger]:
         return lambda: MlflowLedger(MlflowClient(tracking_uri=tracking_uri))
 
+    @pytest.mark.slow
+    def test_whatever_is_valid_comes_back_exactly(self, ledger: Ledger, reopen: Callable[[], Ledger]) -> None:
+        super().test_whatever_is_valid_comes_back_exactly(ledger=ledger, reopen=reopen)
+
 
 def run_of(ledger: MlflowLedger, trial: Trial) -> Run:
     return ledger.client.get_run(ledger.run_id(trial.key))

@@ -59,6 +59,7 @@ def test_datasets_have_digest_columns_and_rows(tmp_path: Path) -> None:
     assert task_data(TaskSpec(embedded="own-loop")).inputs() == []
 
 
+@pytest.mark.slow
 def test_how_a_call_ends_is_shown(tracking_uri: str, tmp_path: Path) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt

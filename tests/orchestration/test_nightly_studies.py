@@ -66,12 +66,12 @@ def test_a_name_that_becomes_too_long_is_refused(base: StudySpec) -> None:
 
 
 @pytest.mark.slow
-def test_nights_are_found_in_the_ledger_and_learned_from(tmp_path: Path) -> None:
+def test_nights_are_found_in_the_ledger_and_learned_from(tmp_path: Path, tracking_uri: str) -> None:
     base = StudySpec.model_validate(
         study_data(
             tmp_path, cluster={"address": "inline"}, budget={"trial_seconds": 40}, seeds={"training": [0]},
             strategy={"name": "jfhpo", "settings": {"initial_trials": 2}}, baselines=[],
-            tracking={"workspace": str(tmp_path), "uri": f"sqlite:///{tmp_path}/mlflow.db"},
+            tracking={"workspace": str(tmp_path), "uri": tracking_uri},
         )
     )  # fmt: skip
     for name, warm_start in (("test-2026-11-23", []), ("test-2026-11-23-2", ["test-2026-11-23"])):

@@ -23,7 +23,7 @@ from mlflow_plugin.ledger import MlflowLedger
 from tests.run.support import PATIENCE_SECONDS, all_gone, descendants
 from tests.studies import study_data
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tracking_uri")]
 
 PROGRAM = Path(__file__).parent / "search_program.py"
 
@@ -35,7 +35,7 @@ def study_of(folder: Path, seconds_per_step: float, parallel: int = 2) -> StudyS
             trainer={"name": "simulated", "settings": {"real_seconds_per_step": seconds_per_step}},
             budget={"trial_seconds": 200, "max_parallel": parallel},
             seeds={"training": [0]},
-            tracking={"workspace": str(folder / "workspace"), "uri": f"sqlite:///{folder / 'ledger.db'}"},
+            tracking={"workspace": str(folder / "workspace"), "uri": f"sqlite:///{folder / 'mlflow.db'}"},
             cluster={"address": "local"},
         )
     )
