@@ -185,16 +185,23 @@ def inject_faults(
     faults: Annotated[int, typer.Option(help="Seeds are run until so many faults are on record.")] = 200,
     seeds: Annotated[str, typer.Option(help="1000:1050 or 3,5,8.")] = "1000:1100",
     place: Annotated[
-        Literal["inline", "ray", "server"],
-        typer.Option(help="ray: workers and raylets are killed, too; server: the MLflow server that holds the ledger."),
+        Literal["inline", "ray", "server", "command"],
+        typer.Option(
+            help="ray: workers and raylets are killed, too; server: the MLflow server that holds the ledger; command: "
+            "what a person does or meets at the command line."
+        ),
     ] = "inline",
+    only: Annotated[str, typer.Option(help="Kinds of faults, with commas; all of the place by default.")] = "",
     folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
 ) -> None:
     """Disturb searches at random moments, as far as it is missing, and write the page of the docs."""
-    from benchmarks import faults as injection
+    from benchmarks.faults.page import write
+    from benchmarks.faults.records import KINDS, load
+    from benchmarks.faults.run import run
 
-    violations = injection.run(faults, _seeds(seeds), place)
-    injection.write(injection.load(), folder)
+    kinds = [kind for kind in KINDS if kind in only.split(",")]
+    violations = run(faults, _seeds(seeds), place, kinds)
+    write(load(), folder)
     if violations:
         raise typer.Exit(1)
 

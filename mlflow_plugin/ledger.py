@@ -68,6 +68,7 @@ from mlflow_plugin.study_run import (
     find_study_anywhere,
     find_study_run,
     refuse_deleted_study,
+    refuse_lost_study,
     refuse_other_meaning,
 )
 from mlflow_plugin.tags import (
@@ -154,6 +155,7 @@ class MlflowLedger:
         parent = find_study_run(client, experiment.experiment_id, study)
         if parent is None and not self._forget:
             refuse_deleted_study(client, experiment.experiment_id, study)
+            refuse_lost_study(client, study)
         if parent is not None:
             refuse_other_meaning(client, parent, study)
         known = contents(study)

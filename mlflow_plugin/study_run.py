@@ -14,8 +14,11 @@ from mlflow.entities import Experiment, Run, ViewType
 from mlflow.exceptions import MlflowException
 
 from jfhpo_core.errors import LedgerError, SpecError
+from jfhpo_core.report.text import without_credentials
+from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.ledger import mismatch_message
 from jfhpo_core.study.contents import changed
+from jfhpo_core.study.resolved import checkpoint_store
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import Trial
@@ -113,6 +116,23 @@ def refuse_deleted_study(client: MlflowClient, experiment_id: str, study: StudyS
         raise LedgerError(
             f"the MLflow run of study {study.study!r} was deleted; restore it (mlflow runs restore --run-id {run_id}), "
             "or begin the study anew by `jfhpo search --forget`, which trains and pays for everything again"
+        )
+
+
+def refuse_lost_study(client: MlflowClient, study: StudySpec) -> None:
+    """Refuse to begin a study anew whose checkpoints are there while the tracking store knows nothing of it.
+
+    Raises:
+        LedgerError: It is so: the store was emptied or replaced, or is another one than before.
+    """
+    store = checkpoint_store(study)
+    count = len({folder.parent for folder in CheckpointStore(store).folders()})
+    if count:
+        raise LedgerError(
+            f"{without_credentials(client.tracking_uri)} knows nothing of study {study.study!r}, but {store} holds "
+            f"checkpoints of {count} of its trials: the database was emptied or moved, or is another one than before; "
+            "restore it, or correct tracking.uri (or MLFLOW_TRACKING_URI, or the folder you are in), or begin anew by "
+            "`jfhpo search --forget`, which trains and pays for everything again"
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import sqlite3
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -51,12 +53,34 @@ def connect(study: StudySpec) -> MlflowClient:
             ) from None
     from sqlalchemy.exc import SQLAlchemyError
 
+    _refuse_damaged_file(study)
     try:
         return MlflowClient(tracking_uri=uri)
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         raise LedgerError(
             f"MLflow cannot use the tracking URI {without_credentials(uri)!r}: {short(error)}; start the database (or "
             "install its driver), or correct tracking.uri in the study file or MLFLOW_TRACKING_URI"
+        ) from None
+
+
+def _refuse_damaged_file(study: StudySpec) -> None:
+    """Look into an SQLite file: MLflow's own words for one whose end is lost name no remedy.
+
+    Raises:
+        LedgerError: It is damaged.
+    """
+    store = local_store(study)
+    if store is None or not store.is_file() or not store.stat().st_size:
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(store)) as database:
+            database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        pass  # locked or away: MLflow waits for it
+    except sqlite3.DatabaseError as error:
+        raise LedgerError(
+            f"the database {store} is damaged ({error}); restore it from a copy. Without one, move it away and begin "
+            "the study anew by `jfhpo search --forget`, which trains and pays for everything again"
         ) from None
 
 

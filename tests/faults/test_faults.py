@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import faults
-from benchmarks.faults import Campaign, Disturbance, Place, Unreliable, disturb_seed, pieces, study_of
+from benchmarks.faults.campaign import Campaign, Disturbance, Unreliable
+from benchmarks.faults.command import SCENARIOS, disturb_command
+from benchmarks.faults.records import Kind, Place
+from benchmarks.faults.run import disturb_seed
+from benchmarks.faults.studies import pieces, study_of, undisturbed
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
@@ -32,7 +35,7 @@ def test_what_does_not_hold_is_noticed(tmp_path: Path) -> None:
     campaign = Campaign(5, tmp_path / "disk", "inline", kinds=())
     campaign.folder.mkdir()
     spec = study_of(5, campaign.folder)
-    calm = faults.undisturbed(5)
+    calm = undisturbed(5)
     assert campaign.run(most=0) == []
     assert campaign._violations(spec, calm) == []
     assert campaign._violations(spec, calm[1:]) != []
@@ -50,3 +53,10 @@ def test_a_disturbed_search_loses_nothing_repeats_nothing_and_leaves_nothing(
     records = disturb_seed(seed, place, most)
     assert len(records) >= most
     assert [record.violations for record in records if record.violations] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in SCENARIOS if kind not in ("store-locked", "many-trials")])
+def test_what_a_person_does_at_the_command_line_loses_nothing_and_is_answered(tmp_path: Path, kind: Kind) -> None:
+    (record,) = disturb_command(3, kind, tmp_path)
+    assert record.violations == ()

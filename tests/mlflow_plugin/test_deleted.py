@@ -84,10 +84,12 @@ def test_what_is_deleted_while_it_is_searched_ends_the_call_with_a_way_on(
     search: Callable[..., tuple[SearchResult, MlflowLedger]], tracking_uri: str, what: str, study: Study
 ) -> None:
     client = MlflowClient(tracking_uri=tracking_uri)
+    deleted: list[str] = []
 
     def delete(progress: Progress) -> None:
-        if len(progress.trials) != 2 or progress.trials[1].segments:
+        if len(progress.trials) != 2 or progress.trials[1].segments or deleted:
             return
+        deleted.append(what)
         experiment = client.get_experiment_by_name(f"jfhpo/{study.spec.study}")
         runs = client.search_runs([experiment.experiment_id])
         parent = next(run for run in runs if "jfhpo.study" in run.data.tags)
@@ -114,3 +116,42 @@ def test_a_store_that_lost_its_newest_segment_trains_it_again(
     again, _ = search()
     assert [trial.key for trial in again.trials] == [trial.key for trial in whole.trials]
     assert all(part.outcome is not Outcome.LOST for trial in again.trials for part in trial.segments)
+
+
+@pytest.fixture
+def own_study(tmp_path: Path) -> Callable[[str], Study]:
+    """A study with its tracking store in a file of its own, by the file's name."""
+
+    def own_study(name: str) -> Study:
+        tracking = {"uri": f"sqlite:///{tmp_path / name}", "workspace": str(tmp_path / "work")}
+        budget = {"trial_seconds": 60, "max_parallel": 1}
+        return simulated_study(tmp_path, budget=budget, seeds={"training": [0]}, tracking=tracking)
+
+    return own_study
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+def test_a_database_that_lost_its_end_is_refused_until_it_is_restored(
+    own_study: Callable[[str], Study], tmp_path: Path, kept: float
+) -> None:
+    study, file = own_study("mlflow.db"), tmp_path / "mlflow.db"
+    whole = run_search(study, MlflowLedger(), InlineDispatcher())
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(LedgerError, match=rf"{file} is damaged \(.*\); restore it from a copy.*--forget"):
+        run_search(study, MlflowLedger(), InlineDispatcher())
+    file.write_bytes(content)
+    assert run_search(study, MlflowLedger(), InlineDispatcher()).trials == whole.trials
+
+
+def test_a_store_that_knows_nothing_of_checkpoints_that_are_there_is_refused(
+    own_study: Callable[[str], Study], tmp_path: Path
+) -> None:
+    whole = run_search(own_study("mlflow.db"), MlflowLedger(), InlineDispatcher())
+    other = own_study("other.db")
+    for _ in range(2):
+        with pytest.raises(LedgerError, match=rf"{tmp_path / 'other.db'} knows nothing of study.*--forget"):
+            run_search(other, MlflowLedger(), InlineDispatcher())
+    again = run_search(other, MlflowLedger(forget=True), InlineDispatcher())
+    assert [trial.key for trial in again.trials] == [trial.key for trial in whole.trials]
+    assert run_search(other, MlflowLedger(), InlineDispatcher()).trials == again.trials
