@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,9 @@ from benchmarks.faults.studies import Piece, calm_pieces, look, pieces, study_da
 from benchmarks.runner import commit
 from benchmarks.tracking_server import TrackingServer
 from jfhpo.cli import INFRASTRUCTURE, REFUSED
+from jfhpo.testing.samples import trained
 from jfhpo_core.errors import JfhpoError
-from jfhpo_core.run.dispatch import InlineDispatcher
-from jfhpo_core.run.search import run_search
-from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.optimizer.strategy import fresh_configurations
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import load_study
@@ -52,8 +50,8 @@ COMMITTED = re.compile(r" spent, about .* \| #\d+ ")
 
 LOCKED_SECONDS = (55.0, 65.0)
 MANY_TRIALS = 1000
-MANY_SECONDS = 3
-"""Of such a trial."""
+MANY_SECONDS = 3.0
+"""What such a trial has cost."""
 MORE_SECONDS = 30
 UPGRADED = Path(__file__).parents[2] / "tests" / "upgrade" / "c5cb37e.tar.xz"
 ORIGIN = "/tmp/upgrade"
@@ -449,17 +447,16 @@ def _many() -> tempfile.TemporaryDirectory[str]:
 
 
 def _record_many(folder: Path) -> None:
-    spec = StudySpec.model_validate(_many_data(folder, more=False))
-    searched = MemoryLedger()
-    run_search(resolve(spec), searched, InlineDispatcher(1))
+    study = resolve(StudySpec.model_validate(_many_data(folder, more=False)))
     ledger = MlflowLedger()
-    ledger.open(spec)
-    done = [(result.committed, trial, result) for trial in searched.trials() for result in trial.segments]
-    for _, trial, result in sorted(done, key=itemgetter(0)):
+    ledger.open(study.spec)
+    scores = random.Random(0)
+    for number, configuration in enumerate(fresh_configurations(study, (), 0, MANY_TRIALS)):
+        trial = trained(study, configuration, "large", [0.1, scores.uniform(0.1, 0.8)], number, seconds=MANY_SECONDS)
+        (result,) = trial.segments
         ledger.begin(trial, result.segment)
-        records = [one for one in searched.step_records(trial.key) if one.step > result.segment.start_step]
-        ledger.commit(trial.key, result, [one for one in records if one.step <= result.end_step])
-    ledger.end(StudyState.FINISHED)
+        ledger.commit(trial.key, result, [])
+    ledger.end(StudyState.INTERRUPTED)
 
 
 def _copy_many(folder: Path) -> None:

@@ -169,4 +169,5 @@ class Quiet:
         step, since = self._heard[longest]
         trial = running[longest]
         at = f"#{trial.number} {trial.model} at step {step} of {trial.total_steps}"
-        return [f"still at work: {at}, nothing heard for {duration(now - since)}: sampling or scoring takes long"]
+        what = "sampling or scoring" if longest in progress.live else "starting, loading or the first evaluation"
+        return [f"still at work: {at}, nothing heard for {duration(now - since)}: {what} takes long"]

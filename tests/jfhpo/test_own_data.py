@@ -19,12 +19,16 @@ import pytest
 
 from jfhpo_core.embedded import family_folder, task_folder
 from jfhpo_core.errors import SpecError
+from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.preflight import measured, refuse_unusable
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.contents import changed, contents
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import EXAMPLES
 from jfhpo_core.trainers.base import Finding, Level
+from tests.studies import simulated_study
 
 ROWS = {
     name: [json.loads(line) for line in (task_folder("instruct") / f"{name}.jsonl").read_text().splitlines()[:count]]
@@ -362,6 +366,15 @@ def test_case_22_a_choice_has_no_null(own: Own) -> None:
     ) as caught:
         own.found(space=space)
     assert "valid boolean" not in str(caught.value)
+
+
+def test_case_23_a_budget_that_pays_for_the_recipe_only_recommends_the_recipe(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, budget={"trial_seconds": 1, "max_parallel": 1})
+    result = run_search(study, MemoryLedger(), InlineDispatcher())
+    (recipe,) = study.spec.baselines
+    assert result.complete
+    assert result.recommended is not None
+    assert recipe.configuration.items() <= result.recommended.configuration.items()
 
 
 def run_case(
