@@ -54,6 +54,7 @@ MANY_SECONDS = 3.0
 """What such a trial has cost."""
 MORE_SECONDS = 30
 UPGRADED = Path(__file__).parents[2] / "tests" / "upgrade" / "c5cb37e.tar.xz"
+UPGRADED_SEGMENTS = 4
 ORIGIN = "/tmp/upgrade"
 """Where the archive was made: MLflow keeps absolute paths of artifacts."""
 PLACES = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
@@ -139,7 +140,7 @@ class Scenario:
         self.pids |= session(run.process.pid)
         return run
 
-    def hit(self, run: Running) -> None:
+    def hit(self) -> None:
         """The fault comes now."""
         self.hit_after, self.acknowledged = time.monotonic() - self.began, sum(one.committed for one in self.runs)
 
@@ -228,7 +229,7 @@ def trial_deleted(scenario: Scenario) -> None:
     """A finished trial's run is deleted in MLflow's UI."""
     run = scenario.start_up_to()
     scenario.kill(run)
-    scenario.hit(run)
+    scenario.hit()
     trials, _ = scenario.ledger()
     paid = [trial for trial in trials if trial.segments]
     gone = scenario.draw.choice(paid)
@@ -250,10 +251,10 @@ def trial_deleted(scenario: Scenario) -> None:
 
 def study_deleted(scenario: Scenario) -> None:
     """The study's run is deleted in MLflow's UI while it is searched."""
-    run = scenario.start_up_to()
-    scenario.hit(run)
-    before = pieces(scenario.ledger()[0])
-    run_id = in_process(_delete_study, scenario.spec)
+    run = scenario.start_up_to(3)
+    scenario.hit()
+    run_id, trials = in_process(_delete_study, scenario.spec)
+    before = pieces(trials)
     scenario.expect(run, (REFUSED,), "deleted", "restore", "--forget")
     scenario.expect(scenario.start(), (REFUSED,), f"restore --run-id {run_id}", "--forget")
     again = scenario.draw.random() < 0.5
@@ -268,7 +269,7 @@ def study_deleted(scenario: Scenario) -> None:
 def store_locked(scenario: Scenario) -> None:
     """Another program locks the database for a minute."""
     run = scenario.start_up_to()
-    scenario.hit(run)
+    scenario.hit()
     with contextlib.closing(sqlite3.connect(scenario.folder / "mlflow.db", timeout=30)) as database:
         database.isolation_level = None
         database.execute("BEGIN EXCLUSIVE")
@@ -288,7 +289,7 @@ def two_drivers(scenario: Scenario) -> None:
         scenario.data["tracking"]["uri"] = server.url
         scenario.file.write_text(json.dumps(scenario.data), encoding="utf-8")
         first = scenario.start_up_to(3)
-        scenario.hit(first)
+        scenario.hit()
         elsewhere = scenario.folder / "elsewhere"
         away = f"tracking.workspace={elsewhere}"
         if scenario.draw.random() < 0.5:
@@ -314,7 +315,7 @@ def database_cut(scenario: Scenario) -> None:
     """The database file is cut off, down to nothing, and comes back from a copy later."""
     run = scenario.start_up_to()
     scenario.kill(run)
-    scenario.hit(run)
+    scenario.hit()
     before = pieces(scenario.ledger()[0])
     database = scenario.folder / "mlflow.db"
     shutil.copy(database, scenario.folder / "copy.db")
@@ -330,8 +331,10 @@ def upgrade(scenario: Scenario) -> None:
     """A study of commit c5cb37e is gone on with, and killed meanwhile."""
     unpack_upgrade(scenario.folder)
     before = pieces(scenario.ledger()[0])
+    if len(before) != UPGRADED_SEGMENTS:
+        scenario.found.append(f"{len(before)} segments are read of {UPGRADED_SEGMENTS}")
     run = scenario.start_up_to(3)
-    scenario.hit(run)
+    scenario.hit()
     scenario.kill(run)
     scenario.finish()
     scenario.compare(_calm_after("upgrade"), before)
@@ -344,7 +347,7 @@ def many_trials(scenario: Scenario) -> None:
     if len({piece.key for piece in before}) < MANY_TRIALS:
         scenario.found.append(f"only {len(before)} segments of {MANY_TRIALS} trials are read")
     run = scenario.start_up_to(3)
-    scenario.hit(run)
+    scenario.hit()
     scenario.kill(run)
     scenario.finish()
     scenario.compare(_calm_after("many-trials"), before)
@@ -374,8 +377,9 @@ def disturb_command(seed: int, kind: Kind, folder: Path) -> list[Record]:
         data = _upgraded_data(folder)
     elif kind == "many-trials":
         data = _many_data(folder, more=True)
-    elif kind == "two-drivers":
-        data["trainer"]["settings"]["real_seconds_per_step"] = 0.02
+    elif kind in ("two-drivers", "study-deleted"):
+        # The search has to last.
+        data["trainer"]["settings"]["real_seconds_per_step"] = 0.05
     scenario = Scenario(seed, folder, data)
     try:
         SCENARIOS[kind](scenario)
@@ -468,7 +472,7 @@ def _copy_many(folder: Path) -> None:
 def unpack_upgrade(folder: Path) -> None:
     """Lay out the study of commit c5cb37e."""
     with tarfile.open(UPGRADED) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, [part for part in archive if part.name != "./study.yaml"], filter="data")
     relocate(folder / "mlflow.db", ORIGIN, folder)
 
 
@@ -486,10 +490,10 @@ def _delete_trial(spec: StudySpec, key: str) -> str:
     return run_id
 
 
-def _delete_study(spec: StudySpec) -> str:
+def _delete_study(spec: StudySpec) -> tuple[str, list[Trial]]:
     ledger = _ledger(spec)
     ledger.client.delete_run(ledger.study_run_id)
-    return ledger.study_run_id
+    return ledger.study_run_id, ledger.trials()
 
 
 def _restore(spec: StudySpec, run_id: str) -> None:

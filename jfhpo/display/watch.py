@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ class Quiet:
         self._spoke = clock()
         self._begun = ("", self._spoke)
         self._heard: dict[str, tuple[int, float]] = {}
+        self._lock = threading.Lock()
 
     def begin(self, what: str) -> None:
         """Something that takes seconds begins, outside any trial."""
@@ -145,6 +147,10 @@ class Quiet:
             progress: The newest snapshot; None before the first one, and since something else has begun.
             spoken: Whether something has just been said.
         """
+        with self._lock:  # a display listens in a thread of its own
+            return self._due(progress, spoken=spoken)
+
+    def _due(self, progress: Progress | None, *, spoken: bool) -> list[str]:
         now = self._clock()
         if progress is None:
             what, since = self._begun
