@@ -126,6 +126,22 @@ class Row(Answer):
     low: float | None = Field(description="Lower end of its 95 % interval.")
     high: float | None = Field(description="Upper end.")
     seeds: int = Field(description="Runs that reached full length.")
+    measured: dict[str, float] = Field(
+        description="Means over the last rung of these runs: KL, entropy, length, truncation, device-seconds."
+    )
+    breaks: list[str] = Field(description="Constraints that these values do not respect.")
+    configuration: Configuration
+
+
+class TriedLine(Answer):
+    """A configuration that may be recommended, by the search's full runs of it on the target."""
+
+    trial: int = Field(description="Number of its first run.")
+    score: float = Field(description="Mean held-out score.")
+    standard_error: float = Field(description="Its standard error, by evaluation noise.")
+    measured: dict[str, float] = Field(description="Means over the last rung of training, by metric.")
+    breaks: list[str] = Field(description="Constraints that it does not respect.")
+    on_front: bool = Field(description="Whether it is on the Pareto front of score and second objective.")
     configuration: Configuration
 
 
@@ -137,6 +153,13 @@ class StatusAnswer(Answer):
     verdict: str = Field(description="The outcome so far, in a sentence or two.")
     recommended: Configuration | None = Field(description="The complete recommended configuration; null: none yet.")
     expected_score: Range | None = Field(description="What the model believes of it, 95 % interval.")
+    respected: float | None = Field(
+        description="Probability that it respects all constraints, by the model; null without constraints or model."
+    )
+    constraints: list[str] = Field(description="Of the study, as 'kl <= 0.2'.")
+    tried: list[TriedLine] = Field(
+        description="Configurations with full runs, best score first; empty without constraints and second objective."
+    )
     comparison: list[Row] = Field(description="The recommendation first, then recipes and random search.")
     caveats: list[str] = Field(description="What limits these results.")
     trials: int = Field(description="Number of trials.")
@@ -363,6 +386,20 @@ def _status(result: SearchResult, left: Prospect | None) -> dict[str, object]:
         "verdict": verdict(result),
         "recommended": None if recommended is None else result.study.complete(recommended.configuration),
         "expected_score": expected,
+        "respected": None if recommended is None else recommended.respected,
+        "constraints": [str(limit) for limit in result.study.spec.limits],
+        "tried": [
+            TriedLine(
+                trial=item.trial,
+                score=item.score,
+                standard_error=item.standard_error,
+                measured=item.measured,
+                breaks=[str(limit) for limit in item.broken],
+                on_front=item.on_front,
+                configuration=item.configuration,
+            )
+            for item in (result.tried if result.study.spec.watched else ())
+        ],
         "comparison": [_row(row) for row in result.rows],
         "caveats": caveats(result),
         "trials": len(result.trials),
@@ -376,7 +413,16 @@ def _status(result: SearchResult, left: Prospect | None) -> dict[str, object]:
 
 def _row(row: Comparison) -> Row:
     score, low, high = (_known(value) for value in (row.score, *interval(row.score, row.standard_error)))
-    return Row(label=row.label, score=score, low=low, high=high, seeds=row.seeds, configuration=row.configuration)
+    return Row(
+        label=row.label,
+        score=score,
+        low=low,
+        high=high,
+        seeds=row.seeds,
+        measured=dict(row.measured),
+        breaks=[str(limit) for limit in row.broken],
+        configuration=row.configuration,
+    )
 
 
 def _line(trial: Trial) -> TrialLine:

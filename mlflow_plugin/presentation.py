@@ -14,7 +14,7 @@ from typing import Any
 from mlflow.entities import Metric
 
 from jfhpo_core.report.completions import completions
-from jfhpo_core.report.findings import caveats, interval, interval_text, score_text, verdict
+from jfhpo_core.report.findings import caveats, interval, interval_text, metric_text, score_text, verdict
 from jfhpo_core.report.text import duration, number, setting
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.space import Space
@@ -212,11 +212,17 @@ def _signals(record: StepRecord) -> dict[str, float | None]:
 
 
 def result_metrics(
-    trial: Trial, result: SegmentResult, timestamp: int, model_id: str | None, data: TaskData
+    trial: Trial,
+    result: SegmentResult,
+    timestamp: int,
+    model_id: str | None,
+    data: TaskData,
+    watched: Sequence[str] = (),
 ) -> list[Metric]:
     """Metrics of a committed segment of `trial`: its evaluations, and the trial's charge and time so far.
 
-    The evaluation of the segment's checkpoint also goes to the logged model `model_id` that indexes it.
+    The evaluation of the segment's checkpoint also goes to the logged model `model_id` that indexes it. Metrics that
+    the study's constraints or second objective name (`watched`) are shown by their means over each rung.
     """
     saved = result.checkpoint.step if result.checkpoint is not None else None
     heldout = data.heldout
@@ -231,7 +237,11 @@ def result_metrics(
             dataset_digest=heldout.digest if heldout is not None else None,
         )
         for evaluation in result.evaluations
-        for name, value in (score_metrics(evaluation) | {"time/evaluation_seconds": evaluation.seconds}).items()
+        for name, value in (
+            score_metrics(evaluation)
+            | {"time/evaluation_seconds": evaluation.seconds}
+            | {f"rung/{metric}": evaluation.training[metric] for metric in watched if metric in evaluation.training}
+        ).items()
     ]
     if result.checkpoint is not None:
         # As metrics, because MLflow compares tags and parameters of logged models as texts only.
@@ -291,6 +301,12 @@ def outcome_metrics(result: SearchResult, timestamp: int) -> list[Metric]:
         "study/recommended_standard_error": mine.standard_error,
         "study/expected_score": result.recommended.mean,
     }
+    spec = result.study.spec
+    values |= {f"study/recommended_{name}": mine.measured[name] for name in spec.watched if name in mine.measured}
+    if spec.limits:
+        values["study/respects_constraints"] = float(not mine.broken)
+    if spec.second_objective is not None:
+        values["study/front_configurations"] = float(sum(item.on_front for item in result.tried))
     complete = result.study.complete(result.recommended.configuration)
     values |= {
         f"{RECOMMENDED}/{name}": float(complete[name])
@@ -434,10 +450,16 @@ def study_note(study: StudySpec, trials: Sequence[Trial], result: SearchResult |
 def _outcome(result: SearchResult) -> list[str]:
     lines = [f"**{verdict(result)}**", ""]
     if result.rows:
-        lines += ["| Configuration | Score | 95 % interval | Seeds |", "|---|---|---|---|"]
+        watched = result.study.spec.watched
+        lines += [
+            f"| Configuration | Score | 95 % interval | Seeds |{''.join(f' {name} |' for name in watched)}",
+            f"|---|---|---|---|{'---|' * len(watched)}",
+        ]
         for row in result.rows:
-            lines.append(f"| {row.label} | {score_text(row)} | {interval_text(row)} | {row.seeds} |")
+            more = "".join(f" {metric_text(name, row.measured) if row.seeds else ''} |" for name in watched)
+            lines.append(f"| {row.label} | {score_text(row)} | {interval_text(row)} | {row.seeds} |{more}")
         lines.append("")
+    lines += _front(result)
     if result.recommended is not None:
         lines += ["**Recommended:** " + configuration_text(result.recommended.configuration), ""]
         lines += [
@@ -446,6 +468,21 @@ def _outcome(result: SearchResult) -> list[str]:
             "",
         ]
     return lines
+
+
+def _front(result: SearchResult) -> list[str]:
+    """The Pareto front as a table; empty without a second objective."""
+    second, found = result.study.spec.second_objective, [item for item in result.tried if item.on_front]
+    if second is None or not found:
+        return []
+    lines = [f"**Front** of score and {second.metric} ({second.direction}):", ""]
+    lines += [f"| Trial | Score | {second.metric} |", "|---|---|---|"]
+    lines += [
+        f"| {item.trial} | {number(item.score)} ± {number(item.standard_error)} "
+        f"| {metric_text(second.metric, item.measured)} |"
+        for item in found
+    ]
+    return [*lines, ""]
 
 
 def configuration_text(configuration: Configuration) -> str:

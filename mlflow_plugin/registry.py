@@ -4,6 +4,8 @@ Of the runs of the recommended configuration at full length, the one that scored
 says which seed that was. Its own score flatters it, and so does any on the seed by which the configuration was chosen.
 So a version is judged by the mean over the seeds that had no part in the choice (`jfhpo.score`), where there are any.
 
+A version whose runs break a constraint of the study says so and never gets the alias by itself; `promote` gives it.
+
 A version gets the alias `champion` if there is none yet or if it beats the present one beyond noise, else
 `challenger`; so `models:/NAME@champion` never becomes worse by chance. Where the rewards of each held-out prompt are
 known, the two are compared prompt by prompt (`jfhpo_core.report.paired`). `promote` gives the alias by hand.
@@ -29,13 +31,14 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from jfhpo_core.errors import LedgerError, LedgerUnavailable
-from jfhpo_core.report.findings import interval, verdict
+from jfhpo_core.report.findings import broken_text, interval, verdict
 from jfhpo_core.report.paired import Paired, compare_paired
 from jfhpo_core.report.text import duration, number
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.store.checkpoints import CheckpointStore, file_digest
 from jfhpo_core.study.data import text_of
 from jfhpo_core.study.history import History
+from jfhpo_core.study.metrics import broken
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import TaskSpec
 from jfhpo_core.study.tasks import load_reward, load_task
@@ -70,6 +73,9 @@ BETWEEN = "jfhpo.standard_error_between_seeds"
 HELDOUT = "jfhpo.heldout_rewards"
 """Artifact of the version's run with the mean reward of each held-out prompt, for paired comparisons."""
 DIGEST = "jfhpo.checkpoint_digest"
+CONSTRAINTS = "jfhpo.constraints"
+BREAKS = "jfhpo.breaks"
+"""Constraints that the runs of the configuration, or the registered one, do not respect; absent if there are none."""
 DECIDED = "jfhpo.alias"
 REASON = "jfhpo.alias_reason"
 
@@ -268,6 +274,7 @@ def _description(study: Study, result: SearchResult, trial: Trial, final: Evalua
                 f"over {final.samples} completions."
             ),
             *([verdict(result)] if result.recommended is not None else []),
+            *_constraint_note(study, result, final),
             f"Configuration: {configuration_text(trial.configuration)}",
             *([CHAT_NOTE.strip()] if _is_chat(study) else []),
             (
@@ -278,12 +285,36 @@ def _description(study: Study, result: SearchResult, trial: Trial, final: Evalua
     )
 
 
+def _constraint_note(study: Study, result: SearchResult, final: Evaluation) -> list[str]:
+    """How the weights keep to the constraints; empty without any."""
+    limits = study.spec.limits
+    if not limits:
+        return []
+    lead = f"**It breaks {breaks}.**" if (breaks := _breaks(study, result, final)) else "It respects all constraints."
+    means = (
+        f"{broken_text(limits, final.training)} in this run, {broken_text(limits, result.rows[0].measured)} over all"
+    )
+    return [f"{lead} Means over the last rung of training: {means}."]
+
+
+def _breaks(study: Study, result: SearchResult, final: Evaluation) -> str:
+    """Constraints that the registered run, or all runs of its configuration together, do not respect; empty if none."""
+    row, lacking = result.rows[0], broken(study.spec.limits, final.training)
+    parts = [f"{broken_text(lacking, final.training)} in the registered run"] if lacking else []
+    parts += [f"{broken_text(row.broken, row.measured)} over all runs"] if row.broken else []
+    return ", ".join(parts)
+
+
 def _tags(study: Study, result: SearchResult, trial: Trial, final: Evaluation) -> dict[str, str]:
     assert trial.checkpoint is not None
     judged = headline(result, trial)
     more = {HELDOUT: f"heldout/{trial.checkpoint.digest[:16]}.json"} if judged.by_prompt else {}
     if judged.between_seeds is not None:
         more[BETWEEN] = repr(judged.between_seeds)
+    if study.spec.limits:
+        more[CONSTRAINTS] = broken_text(study.spec.limits, result.rows[0].measured)
+        if breaks := _breaks(study, result, final):
+            more[BREAKS] = breaks
     return more | {
         "jfhpo.study": study.spec.study,
         "jfhpo.trial_key": trial.key,
@@ -471,6 +502,11 @@ def _compare(version: ModelVersion, champion: ModelVersion | None, paired: Paire
     With the rewards of each prompt a challenger wins if the paired test finds it better and, where several seeds tell
     how much training runs differ, by more than that; else it has to be ahead by more than the noise of both scores.
     """
+    if BREAKS in version.tags:
+        return (
+            CHALLENGER,
+            f"it breaks {version.tags[BREAKS]}; `jfhpo promote STUDY.yaml` would serve it all the same",
+        )
     if champion is None:
         return CHAMPION, "it is the first one"
     if str(champion.version) == str(version.version):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -16,16 +17,19 @@ from jfhpo_core.report.findings import (
     contrasts,
     interval,
     interval_text,
+    metric_text,
     score_text,
     search_trial_ratio,
     verdict,
 )
 from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.study.metrics import Limit
 
 if TYPE_CHECKING:
     from jfhpo.session import StudyOutcome
 
 SHORTEST_WAIT_SECONDS = 1.0
+LISTED_TRIED = 12
 MLFLOW_UI = "http://127.0.0.1:5000/"
 """Where `mlflow ui` listens."""
 
@@ -40,6 +44,9 @@ def comparison_table(result: SearchResult) -> Table:
         ("recommended is ahead by", "right"),
     ):  # fmt: skip
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    watched = result.study.spec.watched
+    for name in watched:
+        table.add_column(name, justify="right")
     ahead = {contrast.label: contrast for contrast in contrasts(result)}
     for row in result.rows:
         contrast = ahead.get(row.label)
@@ -50,6 +57,42 @@ def comparison_table(result: SearchResult) -> Table:
             interval_text(row),
             str(row.seeds),
             f"{contrast.difference:+.3f} ({least:+.3f} to {most:+.3f})" if contrast else "",
+            *(_metric(name, row.measured, row.broken) if row.seeds else "" for name in watched),
+        )
+    return table
+
+
+def _metric(name: str, measured: Mapping[str, float], broken: Sequence[Limit]) -> str:
+    """A metric's value, marked where it breaks a constraint."""
+    return f"{metric_text(name, measured)}{' (breaks)' if any(limit.metric == name for limit in broken) else ''}"
+
+
+def tried_table(result: SearchResult) -> Table | None:
+    """What there was to choose from by score and watched metrics, the front marked; None without constraints and front.
+
+    Beyond `LISTED_TRIED` configurations those on the front and the best others are listed.
+    """
+    watched = result.study.spec.watched
+    if not watched or not result.tried:
+        return None
+    limits = ", ".join(map(str, result.study.spec.limits))
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"Configurations with full runs on {result.study.ladder.target.name}{f'; {limits}' if limits else ''}",
+        title_justify="left",
+    )
+    table.add_column("trial", justify="right")
+    table.add_column("score", justify="right")
+    for name in watched:
+        table.add_column(name, justify="right")
+    table.add_column("")
+    by_need = sorted(result.tried, key=lambda item: (not item.on_front, bool(item.broken)))[:LISTED_TRIED]
+    for item in (one for one in result.tried if one in by_need):
+        table.add_row(
+            str(item.trial),
+            f"{item.score:.3f} ± {item.standard_error:.3f}",
+            *(_metric(name, item.measured, item.broken) for name in watched),
+            "on the front" if item.on_front else "",
         )
     return table
 
@@ -67,12 +110,17 @@ def result_view(result: SearchResult) -> Group:
         parts += [Text("Recommended configuration (searched in bold, fixed or default below)"), grid]
     if result.rows:
         parts.append(comparison_table(result))
+    if (table := tried_table(result)) is not None:
+        parts.append(table)
     parts.append(Text(verdict(result)))
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     if result.recommended is not None:
         item = result.recommended
-        facts.add_row("model's belief", f"{item.mean:.3f} ± {item.standard_deviation:.3f} for the recommendation")
+        belief = f"{item.mean:.3f} ± {item.standard_deviation:.3f} for the recommendation"
+        if item.respected is not None:
+            belief += f", which respects the constraints with a probability of {item.respected:.0%}"
+        facts.add_row("model's belief", belief)
     ratio = search_trial_ratio(result)
     if ratio is not None:
         facts.add_row(

@@ -44,7 +44,7 @@ def target_knowledge_gradient(beliefs: Beliefs, inputs: Tensor, targets: Tensor)
         targets,
         beliefs.measurement_variance,
         beliefs.accepted(targets),
-        beliefs.failed_value,
+        beliefs.useless_value,
         running_points(beliefs.history),
     )
     gains: Tensor = acquisition(inputs.unsqueeze(-2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -138,10 +139,24 @@ class Beliefs:
         means, deviations = self.values(inputs)
         return self.failed_value + self.probability(inputs) * (means - self.failed_value), deviations
 
+    @cached_property
+    def useless_value(self) -> float:
+        """What a run counts as that fails or, with constraints, breaks one: then that of the untrained target.
+
+        The lowest value seen may be that of a collapse far below: whatever is safe would seem good beside it.
+        """
+        base = self.history.bases.get(self.history.study.ladder.target.name)
+        if not self.limits or base is None or not math.isfinite(base):
+            return self.failed_value
+        return self.scale.value(TARGET, base)[0]
+
     def worth(self, inputs: Tensor) -> Tensor:
-        """Expected value where what breaks a constraint counts as what fails, shape (m,): by it is chosen."""
-        means, _ = self.values(inputs)
-        return self.failed_value + self.accepted(inputs) * (means - self.failed_value)
+        """Expected value, failures and broken constraints included, shape (m,): by it is chosen."""
+        means, _ = self.expected(inputs)
+        if not self.limits:
+            return means
+        useful = self.useless_value + self.respected(inputs) * (means - self.useless_value)
+        return torch.minimum(means, useful)
 
     def score(self, mean: float, deviation: float) -> tuple[float, float]:
         """Median and deviation of the score at the target whose value is normal with this mean and deviation."""

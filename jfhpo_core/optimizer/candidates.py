@@ -159,7 +159,7 @@ class Expectation:
     Attributes:
         mean: Of its value on the scale, failures counted in.
         deviation: Of its value if it can be trained.
-        worth: The mean where what breaks a constraint counts as a failure, too; the mean itself without constraints.
+        worth: The mean where what breaks a constraint counts as untrained; the mean itself without constraints.
         respected: Probability that it respects all constraints; None without any.
     """
 
@@ -213,7 +213,7 @@ def _promising(beliefs: Beliefs, points: Vector, count: int, random: np.random.G
     fidelity = np.tile([0.0, 1.0, -1.0, 0.0], (len(points), 1))
     inputs = torch.from_numpy(np.concatenate([points, fidelity], axis=1))
     means, deviations = (values.numpy() for values in beliefs.values(inputs))
-    feasible, failed = beliefs.accepted(inputs).numpy(), beliefs.failed_value
+    feasible, failed = beliefs.accepted(inputs).numpy(), beliefs.useless_value
     chosen: list[int] = []
     for weight in (np.zeros(len(points)), np.ones(len(points)), random.normal(size=len(points))):
         order = np.argsort(-feasible * (means + weight * deviations - failed), kind="stable")

@@ -6,8 +6,7 @@ progress, of the metric's logarithm (of a share: its logit). The metric w of a r
     P(w <= limit | x) = Phi((limit - mean(x)) / deviation(x)),
 
 the deviation widened as the score's is. Limits are taken as independent of each other and of the score given x. The
-probability weighs the gain over the worst score, as that of a failure does: a configuration that breaks a limit counts
-as a run that failed, when the search asks what is best.
+probability weighs the gain over the untrained model: a configuration that breaks a limit is of no more use than that.
 
 References:
     Gardner et al. (2014), Bayesian optimization with inequality constraints; Gelbart et al. (2014), Bayesian

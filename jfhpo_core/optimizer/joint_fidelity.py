@@ -206,7 +206,7 @@ class JointFidelity:
         gains = gains * beliefs.accepted(inputs) * self._expectation(history, inputs)
         worth = gains / full_seconds if offer.due else NetCostUtility(lambda _: seconds)(inputs, gains)
         best = int(worth.argmax())
-        if offer.due and not any(trial.purpose == "search" for trial in history.on_target):
+        if offer.due and not any(_sets_a_mark(history, trial) for trial in history.on_target):
             # The first full run is the best guess: where little is known, improvement is expected at the edges.
             source, best = "best-expectation", int(beliefs.worth(_at_target(beliefs, candidates)).argmax())
         unit = beliefs.scale.unit()
@@ -252,6 +252,11 @@ class JointFidelity:
             return 0.0
         nearest = ladder.size_coordinate(ladder.proxies[-1].name)
         return max(self.target_share, 1 - beliefs.surrogate.shared_share(nearest))
+
+
+def _sets_a_mark(history: History, trial: Trial) -> bool:
+    """Whether a run on the target is one of the search that others can improve on; not if it breaks a constraint."""
+    return trial.purpose == "search" and not history.breaks(trial.configuration)
 
 
 def _at_target(beliefs: Beliefs, candidates: Sequence[Candidate]) -> Tensor:

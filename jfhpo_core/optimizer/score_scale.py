@@ -106,7 +106,7 @@ class ScoreScale:
     def value(self, group: Group, score: float) -> tuple[float, float]:
         """A score on the scale, and the scale's slope there (value per score)."""
         unit = self.unit(group[0])
-        distance = (score - self.references[group]) / unit
+        distance = (score - self.reference(group)) / unit
         if distance >= 0:
             return distance, 1 / unit
         return -math.log1p(-distance), 1 / (unit * (1 - distance))

@@ -23,7 +23,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from jfhpo_core.optimizer.rank_agreement import FidelityAgreement
-from jfhpo_core.report.findings import PURPOSES, cost_by_purpose, incumbents, interval, same_configuration
+from jfhpo_core.report.findings import (
+    PURPOSES,
+    cost_by_purpose,
+    incumbents,
+    interval,
+    metric_text,
+    same_configuration,
+)
 from jfhpo_core.report.text import duration, duration_unit, parameters, share
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.resolved import base_scores
@@ -76,6 +83,9 @@ SMOOTHING = 3
 
 LABEL_POINTS = 12.0
 """Distance between two labels at the end of lines."""
+
+WIDE_RATIO = 10.0
+"""A metric whose values differ by more than this factor has a logarithmic axis."""
 
 SMALLEST_KL = 1e-4
 """Lower end of the logarithmic KL axis, nats per token."""
@@ -309,6 +319,55 @@ def _end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], panel_inch
             short_label(text), (1, position), (5, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
             va="center", color=color, annotation_clip=False,
         )  # fmt: skip
+
+
+def front_figure(result: SearchResult) -> Figure:
+    """Score against each metric of the second objective and the constraints, one panel each, with limit and front.
+
+    Points: configurations with full runs on the target; hollow: they break a constraint.
+    """
+    spec = result.study.spec
+    second, best = spec.second_objective, result.recommended.configuration if result.recommended is not None else None
+    by_number = {trial.number: trial for trial in result.trials}
+    columns = min(3, len(spec.watched))
+    blocks = math.ceil(len(spec.watched) / columns)
+    with canvas(min(10.0, 3.6 * columns + 1.2), 3.4 * blocks) as figure:
+        panels = list(figure.subplots(blocks, columns, squeeze=False, sharey=True).flat)
+        for axes, name in zip(panels, spec.watched, strict=False):
+            known = [item for item in result.tried if name in item.measured]
+            for item in known:
+                chosen = item.configuration == best
+                color = LIGHT["accent"] if chosen else LIGHT["rival"]
+                axes.errorbar(
+                    item.measured[name], item.score, yerr=item.standard_error, color=color, elinewidth=0.8, alpha=0.5
+                )
+                point = axes.plot(
+                    item.measured[name], item.score, "D" if chosen else "o", color=color, markersize=7, zorder=3,
+                    markerfacecolor=LIGHT["surface"] if item.broken else color,
+                )[0]  # fmt: skip
+                words = f"{name} {metric_text(name, item.measured)}, score {item.score:.3f}"
+                broken = f", breaks {', '.join(map(str, item.broken))}" if item.broken else ""
+                point.set_gid(f"{TITLE_PREFIX}{tooltip(by_number[item.trial], None)}; {words}{broken}")
+            if second is not None and second.metric == name:
+                front = sorted((item.measured[name], item.score) for item in known if item.on_front)
+                if front:
+                    style = "steps-post" if second.direction == "minimize" else "steps-pre"
+                    line = axes.plot(*zip(*front, strict=True), color=LIGHT["accent"], linewidth=1.4, zorder=2)[0]
+                    line.set_drawstyle(style)
+            for limit in spec.limits:
+                if limit.metric == name:
+                    axes.axvline(limit.bound, color=LIGHT["muted"], linewidth=1.2, linestyle="--")
+                    axes.set_title(str(limit), fontsize=9, color=LIGHT["muted"])
+            values = [item.measured[name] for item in known]
+            if values and min(values) > 0 and max(values) > WIDE_RATIO * min(values):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter(POWER_OF_TEN)
+            axes.set_xlabel(name)
+            axes.margins(0.12)
+        for axes in panels[len(spec.watched) :]:
+            axes.set_visible(False)
+        panels[0].set_ylabel(f"held-out score on {result.study.ladder.target.name}")
+    return figure
 
 
 def bill_figure(result: SearchResult) -> Figure:

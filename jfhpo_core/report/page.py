@@ -92,6 +92,8 @@ def write_plots(result: SearchResult, folder: Path, explained: Why | None = None
         drawn["outcome"] = figures.headline_figure
     if measured:
         drawn["learning-curves"] = figures.learning_figure
+    if result.study.spec.watched and result.tried:
+        drawn["front"] = figures.front_figure
     if explained is not None and explained.importance:
         drawn["importance"] = lambda _: response.importance_figure(explained)
     if result.trials:
@@ -188,6 +190,14 @@ def _context(
             f"Dot and whisker plot. {summary.verdict(result)}",
             lambda: figures.comparison_figure(result),
             wanted=any(math.isfinite(row.score) for row in result.rows),
+        ),
+        "metric_text": summary.metric_text,
+        "breaks": lambda name, limits: any(limit.metric == name for limit in limits),
+        "front": figure(
+            "front",
+            f"Scatter of score against {', '.join(study.spec.watched)}; the table below has the numbers.",
+            lambda: figures.front_figure(result),
+            wanted=bool(study.spec.watched and result.tried),
         ),
         "bill": figure(
             "bill",

@@ -21,7 +21,7 @@ from jfhpo_core.optimizer.importance import Estimate, Importance, expected_draws
 from jfhpo_core.optimizer.observations import went_wrong
 from jfhpo_core.optimizer.rank_agreement import most_telling, size_agreements
 from jfhpo_core.optimizer.strategy import load_strategy
-from jfhpo_core.report.why_records import Boundary, Change, Choice, More, Proxy, Why
+from jfhpo_core.report.why_records import Boundary, Change, Choice, Constraint, Front, More, Proxy, Why
 from jfhpo_core.report.why_sentences import NOTABLE, SIGNIFICANCE, sections
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.run.standing import rank
@@ -36,6 +36,9 @@ FEWEST_CONFIGURATIONS = 8
 the prior speaks."""
 
 MOST_BOUNDARIES = 3
+
+FEWEST_ON_FRONT = 2
+"""Configurations without which a front has no two ends."""
 
 MOST_PAIRED = 3
 """Of so many hyperparameters, the most important ones, pairs are looked at."""
@@ -65,6 +68,8 @@ def why(result: SearchResult) -> Why:
     page = Why(
         study=study.spec.study,
         configurations=len(evaluated),
+        constraints=tuple(_constraints(result)),
+        front=_front(result),
         standard_error=None if beliefs is None else beliefs.measurement_variance**0.5 * beliefs.scale.unit(),
         importance=() if beliefs is None else found,
         interactions=() if beliefs is None else together,
@@ -81,6 +86,41 @@ def why(result: SearchResult) -> Why:
     topics["matters"] = (*lead, *topics["matters"])
     sentences = tuple(sentence for said in topics.values() for sentence in said)
     return page.model_copy(update={"topics": topics, "sentences": sentences})
+
+
+def _constraints(result: SearchResult) -> list[Constraint]:
+    """What every constraint costs; none before a full run on the target."""
+    best = max((item.score for item in result.tried if not item.broken), default=None)
+    found = []
+    for limit in result.study.spec.limits if result.tried else ():
+        alone = [item for item in result.tried if item.broken == (limit,) and (best is None or item.score > best)]
+        leading = max(alone, key=lambda item: item.score, default=None)
+        found.append(
+            Constraint(
+                limit=str(limit),
+                configurations=len(result.tried),
+                broken_by=sum(limit in item.broken for item in result.tried),
+                best=best,
+                without=None if leading is None else leading.score,
+                without_trial=None if leading is None else leading.trial,
+                without_value=None if leading is None else leading.measured.get(limit.metric),
+            )
+        )
+    return found
+
+
+def _front(result: SearchResult) -> Front | None:
+    second, found = result.study.spec.second_objective, [item for item in result.tried if item.on_front]
+    if second is None or len(found) < FEWEST_ON_FRONT:
+        return None
+    first, last = found[0], found[-1]
+    return Front(
+        metric=second.metric,
+        direction=second.direction,
+        configurations=len(found),
+        best_score=(first.score, first.measured[second.metric]),
+        best_metric=(last.score, last.measured[second.metric]),
+    )
 
 
 def _importance(result: SearchResult, beliefs: Beliefs) -> tuple[Importance, ...]:
@@ -195,7 +235,8 @@ def _proxies(study: Study, trials: Sequence[Trial], beliefs: Beliefs | None) -> 
 def _choice(result: SearchResult, beliefs: Beliefs, importance: Sequence[Importance]) -> Choice | None:
     """The recommendation against the best of the other configurations that were tried; None without either."""
     first = _recommended(result)
-    others = [item.configuration for item in ranked_configurations(beliefs) if item.configuration != first]
+    ranked = [item.configuration for item in ranked_configurations(beliefs)]
+    others = [other for other in ranked if other != first and not beliefs.history.breaks(other)]
     if first is None or not others:
         return None
     second = others[0]

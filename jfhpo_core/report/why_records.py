@@ -9,8 +9,9 @@ from pydantic import Field
 from jfhpo_core.optimizer.importance import Estimate, Importance, Interaction
 from jfhpo_core.study.trial import Configuration, Record, Value
 
-Topic = Literal["matters", "collapse", "proxies", "choice", "next"]
-"""What a sentence is about: hyperparameters, collapsed runs, proxies, why this choice, what to do next."""
+Topic = Literal["tradeoffs", "matters", "collapse", "proxies", "choice", "next"]
+"""What a sentence is about: constraints and the second objective, hyperparameters, collapsed runs, proxies, why this
+choice, what to do next."""
 
 
 class Boundary(Record):
@@ -46,6 +47,30 @@ class Change(Record):
     first_probability: float = Field(description="That it scores so little, in [0, 1].")
 
 
+class Constraint(Record):
+    """A constraint of the study, and what it costs."""
+
+    limit: str = Field(description="As 'kl <= 0.2'.")
+    configurations: int = Field(description="Configurations with a full run on the target.")
+    broken_by: int = Field(description="Those of them that do not respect it, as measured.")
+    best: float | None = Field(description="Score of the best configuration that respects all constraints.")
+    without: float | None = Field(
+        description="Score of the best one that breaks this constraint alone, if it is better; null otherwise."
+    )
+    without_trial: int | None = Field(description="First trial of that one.")
+    without_value: float | None = Field(description="Its value of the metric; null: not recorded.")
+
+
+class Front(Record):
+    """The ends of the Pareto front of score and second objective."""
+
+    metric: str
+    direction: Literal["minimize", "maximize"]
+    configurations: int = Field(description="Configurations on it; `jfhpo show` lists them.")
+    best_score: tuple[float, float] = Field(description="Score and metric of the one with the best score.")
+    best_metric: tuple[float, float] = Field(description="Score and metric of the one with the best metric.")
+
+
 class Choice(Record):
     """The recommended configuration against the second best."""
 
@@ -75,6 +100,8 @@ class Why(Record):
     study: str
     configurations: int = Field(description="Configurations that have been evaluated.")
     standard_error: float | None = Field(description="Of one evaluation's score; null without a model.")
+    constraints: tuple[Constraint, ...] = Field(default=(), description="Of the study; empty before any full run.")
+    front: Front | None = Field(default=None, description="With a second objective, once it has two configurations.")
     importance: tuple[Importance, ...] = Field(default=(), description="Most important first; empty if unknown.")
     interactions: tuple[Interaction, ...] = Field(
         default=(), description="Of the most important ones, strongest first."

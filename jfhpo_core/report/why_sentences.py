@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jfhpo_core.optimizer.importance import Estimate, Importance, Interaction
 from jfhpo_core.optimizer.rank_agreement import FEW_PAIRS
 from jfhpo_core.report.text import duration, number, setting, share, signed
-from jfhpo_core.report.why_records import Choice, More, Proxy, Topic, Why
+from jfhpo_core.report.why_records import Choice, Constraint, Front, More, Proxy, Topic, Why
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import ChoiceParameter
 
@@ -29,6 +29,9 @@ MOST_DIFFERENCES = 3
 
 def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
     """The sentences by topic, in the order of a reader's questions."""
+    tradeoffs = [_constraint_sentence(item, study.ladder.target.name) for item in page.constraints]
+    if page.front is not None:
+        tradeoffs.append(_front_sentence(page.front))
     matters: list[str] = []
     collapse: list[str] = []
     proxies: list[str] = []
@@ -90,7 +93,35 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
             f"Recommended at the edge of the range: {', '.join(edges)}. A better value may lie beyond; widen the "
             "range before spending more."
         )
-    return {"matters": matters, "collapse": collapse, "proxies": proxies, "choice": choice, "next": following}
+    return {
+        "tradeoffs": tradeoffs,
+        "matters": matters,
+        "collapse": collapse,
+        "proxies": proxies,
+        "choice": choice,
+        "next": following,
+    }
+
+
+def _constraint_sentence(item: Constraint, target: str) -> str:
+    """How many configurations break a constraint, and what would lead without it."""
+    count = f"{item.broken_by} of {item.configurations} configurations with a full run on {target}"
+    text = f"{count} {'breaks' if item.broken_by == 1 else 'break'} {item.limit}."
+    if item.without is None:
+        return text
+    metric = item.limit.split()[0]
+    value = "not recorded" if item.without_value is None else setting(float(f"{item.without_value:.3g}"))
+    text += f" Without this constraint trial {item.without_trial} would lead: {number(item.without)} ({metric} {value})"
+    return f"{text}." if item.best is None else f"{text}, against {number(item.best)} of the best that respects it."
+
+
+def _front_sentence(front: Front) -> str:
+    (score, at), (least, end) = front.best_score, front.best_metric
+    return (
+        f"The Pareto front of score and {front.metric} ({front.direction}) has {front.configurations} configurations: "
+        f"from a score of {number(score)} with {front.metric} {setting(float(f'{at:.3g}'))} to {number(least)} with "
+        f"{setting(float(f'{end:.3g}'))}."
+    )
 
 
 def stands_out(importance: Sequence[Importance]) -> bool:

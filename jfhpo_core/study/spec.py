@@ -590,6 +590,12 @@ class StudySpec(_Section):
                 raise _fault(f"constraints.{name}", str(error)) from None
         return tuple(found)
 
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Metrics that the constraints and the second objective name, the latter first."""
+        second = [] if self.second_objective is None else [self.second_objective.metric]
+        return tuple(dict.fromkeys([*second, *self.constraints]))
+
     def _check_attainable(self, limit: Limit) -> None:
         """Refuse a length that no completion can miss, or none can reach."""
         own_task = self.task.embedded == self.trainer.name
