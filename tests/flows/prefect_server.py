@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,13 @@ from typing import Any
 import httpx
 
 from benchmarks.tracking_server import Tethered, free_port
-from tests.run.support import descendants
+from tests.run.support import descendants, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 PATIENCE_SECONDS = 240
 ENDS = ("Completed", "Suspended", "Failed", "Crashed", "Cancelled")
 """States that a run does not leave by itself."""
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen"
-        time.sleep(0.3)
 
 
 class Webhook:
@@ -63,9 +55,10 @@ class Prefect:
 
     Args:
         folder: Takes home and clone.
+        database: An MLflow database without content; the clone gets a copy.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: Path) -> None:
         port = free_port()
         self.api = f"http://127.0.0.1:{port}/api"
         self.clone = folder / "clone with a space"
@@ -80,6 +73,7 @@ class Prefect:
         }
         # What the deployment needs of the clone; the packages themselves are installed.
         self.clone.mkdir()
+        shutil.copyfile(database, self.clone / "mlflow.db")
         shutil.copy(ROOT / "prefect.yaml", self.clone)
         shutil.copytree(ROOT / "examples", self.clone / "examples")
         shutil.copytree(ROOT / "flows", self.clone / "flows", ignore=shutil.ignore_patterns("__pycache__"))
@@ -113,7 +107,7 @@ class Prefect:
             except httpx.TransportError:
                 return False
 
-        wait_for(up, "the start of the Prefect server")
+        wait_until(up, "the start of the Prefect server")
 
     def ask(self, path: str, **body: Any) -> Any:
         return self._answer("POST", path, body)
@@ -156,7 +150,7 @@ class Prefect:
             assert state == expected or state not in ENDS, self.log(run)
             return state == expected
 
-        wait_for(reached, f"state {expected} of the flow run")
+        wait_until(reached, f"state {expected} of the flow run")
 
     def log(self, run: str) -> str:
         return "\n".join(line["message"] for line in self.ask("logs/filter", logs={"flow_run_id": {"any_": [run]}}))

@@ -19,16 +19,16 @@ from jfhpo.orchestration.notify import set_up
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.trial import Outcome
 from tests.flows.ledgers import committed, count, kept
-from tests.flows.prefect_server import Prefect, wait_for
-from tests.run.support import all_gone
+from tests.flows.prefect_server import Prefect
+from tests.run.support import all_gone, wait_until
 from tests.studies import study_data
 
 pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
-def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
-    server = Prefect(tmp_path_factory.mktemp("prefect"))
+def prefect(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Prefect]:
+    server = Prefect(tmp_path_factory.mktemp("prefect"), empty_database)
     try:
         server.wait_until_up()
         server.ask("work_pools/", name="jfhpo", type="process")
@@ -55,15 +55,15 @@ def test_a_cancelled_search_frees_its_workers_and_the_run_that_queued_behind_it_
         trainer={"name": "simulated", "settings": {"real_seconds_per_step": 0.25}},
     )  # fmt: skip
     first = prefect.submit(study=study)
-    wait_for(lambda: "starting workers" in prefect.log(first), "the start of the first run")
+    wait_until(lambda: "starting workers" in prefect.log(first), "the start of the first run")
     # Another machine would start the flow like this; the deployment's own queue would hide ours.
     call = f"from flows.search import search; search(study={study!r})"
     second = subprocess.Popen([sys.executable, "-c", call], cwd=prefect.clone, env=prefect.environment)
     try:
-        wait_for(lambda: len(prefect.named("search cancelled")) == 2, "a second run")
+        wait_until(lambda: len(prefect.named("search cancelled")) == 2, "a second run")
         (other,) = prefect.named("search cancelled") - {first}
-        wait_for(lambda: "waiting until no other flow run" in prefect.log(other), "the queueing of the second run")
-        wait_for(lambda: " left | #" in prefect.log(first), "the end of a first segment")
+        wait_until(lambda: "waiting until no other flow run" in prefect.log(other), "the queueing of the second run")
+        wait_until(lambda: " left | #" in prefect.log(first), "the end of a first segment")
         training = set(prefect.processes())
         assert any("_WorkerProcess" in command for command in prefect.processes().values())
         prefect.cancel(first)
@@ -84,7 +84,7 @@ def test_a_cancelled_search_frees_its_workers_and_the_run_that_queued_behind_it_
     assert sum(state in ("Completed", "Stopped") for state in tasks.values()) == count(before)
     segments = {name for name in prefect.task_runs(other) if name.startswith("#")}
     assert len(segments) == count(after) - count(before)
-    wait_for(lambda: prefect.told("Cancelled") and prefect.told("Completed"), "the notifications of both ends")
+    wait_until(lambda: prefect.told("Cancelled") and prefect.told("Completed"), "the notifications of both ends")
     told = next(item for item in prefect.webhook.heard if item["state"] == "Completed")
     assert told["flow_run"] == "search cancelled"
     assert told["message"].startswith("The recommended configuration scores 0.")
@@ -103,11 +103,11 @@ def test_a_person_approves_the_target_run_and_the_page_shows_the_result(prefect:
     asking = prefect.artifacts(run)["summary"]
     assert "# gated: search" in asking
     assert "**large** is trained to full length" in asking
-    wait_for(lambda: prefect.told("Suspended"), "the notification")
-    wait_for(lambda: not any("flow_run" in name for name in prefect.processes().values()), "the end of the process")
+    wait_until(lambda: prefect.told("Suspended"), "the notification")
+    wait_until(lambda: not any("flow_run" in name for name in prefect.processes().values()), "the end of the process")
 
     prefect.ask(f"flow_runs/{run}/resume", run_input={"approve": True})
-    wait_for(lambda: prefect.state(run) != "Suspended", "the end of the suspension")
+    wait_until(lambda: prefect.state(run) != "Suspended", "the end of the suspension")
     prefect.until(run, "Completed")
     after = committed(prefect.clone, prefect.clone / study)
     assert kept(before, after)
@@ -123,13 +123,13 @@ def test_a_person_approves_the_target_run_and_the_page_shows_the_result(prefect:
     assert (prefect.clone / ".jfhpo" / "gated" / "report.html").exists()
 
     stopped = sum(parts[-1].outcome is Outcome.STOPPED for parts in after.values())
-    wait_for(lambda: prefect.events("jfhpo.study.completed", "gated") != [], "the event of the end")
+    wait_until(lambda: prefect.events("jfhpo.study.completed", "gated") != [], "the event of the end")
     assert len(prefect.events("jfhpo.trial.stopped", "gated")) == stopped
     (end,) = prefect.events("jfhpo.study.completed", "gated")
     assert end["payload"]["verdict"].startswith("The recommended configuration scores 0.")
     assert run in {related["prefect.resource.id"].rpartition(".")[2] for related in end["related"]}
     made = "prefect.asset.materialization.succeeded"
-    wait_for(lambda: prefect.events(made, "jfhpo://gated/report") != [], "the asset of the report")
+    wait_until(lambda: prefect.events(made, "jfhpo://gated/report") != [], "the asset of the report")
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ def unlimited(tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
     return search(limited(tmp_path_factory.mktemp("unlimited"), constraints={}, budget={"trial_seconds": 400}))
 
 
+@pytest.mark.slow
 def test_every_evaluation_knows_the_steps_since_the_rung_before(unlimited: SearchResult) -> None:
     study = unlimited.study
     finished = [trial for trial in unlimited.trials if trial.final is not None and trial.model == "large"]
@@ -92,6 +93,7 @@ def test_every_evaluation_knows_the_steps_since_the_rung_before(unlimited: Searc
         assert not trial.evaluations[0].training or trial.evaluations[0].step > 0
 
 
+@pytest.mark.slow
 def test_the_model_tells_the_kl_of_configurations_it_has_not_seen(unlimited: SearchResult, tmp_path: Path) -> None:
     study = unlimited.study
     model = LimitModel.fit(History.of(study, unlimited.trials), Limit("kl", True, LIMIT))
@@ -124,6 +126,7 @@ def test_the_scale_keeps_order_and_bears_what_is_constant(metric: str) -> None:
     assert constant.bound > constant.value((0.0, 0.0, 1.0), 0.1)[0] + 3
 
 
+@pytest.mark.slow
 def test_without_constraints_nothing_is_decided_by_metrics(unlimited: SearchResult) -> None:
     """The metrics that runs record change no suggestion and no ranking, bit for bit."""
     study, strategy = unlimited.study, JointFidelity()
@@ -141,6 +144,7 @@ def test_without_constraints_nothing_is_decided_by_metrics(unlimited: SearchResu
     assert beliefs.worth(inputs).equal(beliefs.expected(inputs)[0])
 
 
+@pytest.mark.slow
 def test_a_limit_that_all_respect_hardly_changes_the_ranking(unlimited: SearchResult, tmp_path: Path) -> None:
     study = limited(tmp_path, constraints={"completion_tokens": "<= 7.9"})
     loose = limited(tmp_path, constraints={"device_seconds": "<= 1e6"})

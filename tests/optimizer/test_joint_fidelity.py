@@ -178,6 +178,7 @@ def test_a_study_in_which_everything_fails_ends_without_a_recommendation(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["jfhpo", "paper"])
+@pytest.mark.slow
 def test_a_space_of_four_points_is_searched_and_ends(tmp_path: Path, name: str) -> None:
     space = {
         "learning_rate": {"type": "choice", "values": [1e-4, 5e-4]},
@@ -286,7 +287,7 @@ def test_a_lost_further_seed_is_tried_again_as_what_it_is(completed: SearchResul
 def test_a_surrogate_that_cannot_be_fitted_ends_no_search(
     completed: SearchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise LinAlgError("not positive definite")
 
     monkeypatch.setattr(Beliefs, "form", broken)
@@ -310,6 +311,7 @@ def test_expectations_fade_with_the_number_of_trials(tmp_path: Path, completed: 
     assert few < many < 1
 
 
+@pytest.mark.slow
 def test_trainings_that_cannot_matter_any_more_are_stopped(tmp_path: Path) -> None:
     rule = {"override": {"unpromising": {"probability": 0.45}}}
     result, _ = search(simulated(tmp_path, stopping=rule, budget={"trial_seconds": 400, "max_parallel": 1}))
@@ -331,6 +333,7 @@ def test_trainings_that_cannot_matter_any_more_are_stopped(tmp_path: Path) -> No
     assert any(floors for _, floors in on_target)
 
 
+@pytest.mark.slow
 def test_a_search_ends_when_nothing_more_is_to_be_gained(tmp_path: Path) -> None:
     study = simulated(tmp_path, strategy={"name": "jfhpo", "settings": {"stop_gain": 0.5}})
     result, _ = search(study)
@@ -385,6 +388,7 @@ def with_recipe(tmp_path: Path, configuration: Configuration, **changes: Any) ->
     return simulated(tmp_path, baselines=[{"name": "recipe", "configuration": configuration}], **changes)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_a_candidate_for_everything(tmp_path: Path) -> None:
     """A space of two points, and the recipe is the better one: nothing trains it twice."""
     space = {"learning_rate": {"type": "choice", "values": [1e-5, 5e-4]}}

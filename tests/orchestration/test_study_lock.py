@@ -14,7 +14,8 @@ from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from tests.flows.ledgers import committed, count
-from tests.flows.prefect_server import Prefect, wait_for
+from tests.flows.prefect_server import Prefect
+from tests.run.support import wait_until
 from tests.studies import simulated_study, study_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -28,8 +29,8 @@ IMPATIENT = {
 
 
 @pytest.fixture
-def prefect(tmp_path: Path) -> Iterator[Prefect]:
-    server = Prefect(tmp_path)
+def prefect(tmp_path: Path, empty_database: Path) -> Iterator[Prefect]:
+    server = Prefect(tmp_path, empty_database)
     try:
         server.wait_until_up()
         yield server
@@ -58,7 +59,7 @@ def test_a_prefect_server_that_is_killed_costs_no_result_and_keeps_no_study(pref
             assert run.poll() is None, log.read_text()
             return log.read_text().count(" left | #") >= number
 
-        wait_for(there, f"result {number}")
+        wait_until(there, f"result {number}")
 
     run = start()
     try:
@@ -67,7 +68,7 @@ def test_a_prefect_server_that_is_killed_costs_no_result_and_keeps_no_study(pref
             prefect.revive()
         assert run.wait(timeout=240) == 0, log.read_text()
         (first,) = prefect.named("search test")
-        wait_for(lambda: prefect.state(first) == "Completed", "the end of the flow run")
+        wait_until(lambda: prefect.state(first) == "Completed", "the end of the flow run")
         found = committed(prefect.clone, prefect.clone / "test.yaml")
 
         # The server has forgotten who holds the study, but not that it is held.

@@ -215,6 +215,7 @@ def test_the_page_is_self_contained_and_accessible(report: Path) -> None:
     assert variables <= {*figures.LIGHT, "panel", "warn", "good"}
 
 
+@pytest.mark.slow
 def test_the_same_study_gives_the_same_bytes(finished: Finished, report: Path, tmp_path: Path) -> None:
     again = write_report(*finished, tmp_path, {"url": "http://127.0.0.1:5000/"}, WRITTEN)
     assert again.read_bytes() == report.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Callable
 
 from jfhpo_core.run.dispatch import Dispatcher, Finished, Streamed
 from jfhpo_core.study.resolved import Study
@@ -55,6 +56,14 @@ def descendants(pid: int) -> dict[int, str]:
         found |= children
         frontier = set(children)
     return found
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Wait for something to happen."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        time.sleep(0.1)
 
 
 def all_gone(pids: set[int]) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
@@ -109,6 +109,7 @@ SCALARS = st.one_of(
 )
 
 
+@settings(max_examples=40)
 @given(
     st.dictionaries(LINES, SCALARS, max_size=5),
     LINES,
