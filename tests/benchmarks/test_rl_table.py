@@ -262,6 +262,7 @@ def test_regret_is_what_a_choice_on_the_proxy_loses_on_the_target() -> None:
     assert transfer.chance_regret(dear, test) == pytest.approx(9.5)
 
 
+@pytest.mark.slow
 def test_transfer_counts_a_configuration_once_and_only_where_all_sizes_have_it(tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     parts.mkdir()
@@ -286,7 +287,6 @@ def test_transfer_counts_a_configuration_once_and_only_where_all_sizes_have_it(t
 @pytest.mark.parametrize(
     "training",
     [
-        Training(task="instruct", size="s", configuration=0, seed=0),
         Training(task="arithmetic", size="s", configuration=4, seed=0),
         Training(task="instruct", size="sm", configuration=7, seed=0),
     ],
@@ -315,7 +315,7 @@ def test_a_generation_makes_what_is_missing_and_an_interrupt_loses_nothing(tmp_p
     folders = ["--parts", str(tmp_path), "--data", str(tmp_path / "no table")]
     command = [sys.executable, "-m", "benchmarks.rl_table", "generate", "--workers", "1", *folders]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 500
         while len(list(tmp_path.glob("*.json"))) < 2:
             assert time.monotonic() < deadline
             assert process.poll() is None

@@ -43,21 +43,26 @@ def prefect(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> I
 
 def write_study(prefect: Prefect, name: str, **changes: Any) -> str:
     """A small simulated study as a file of the clone; returns its path there."""
-    data = study_data(Path(".jfhpo"), study=name, seeds={"training": [0]}, **changes)
+    data = study_data(Path(".jfhpo"), **{"study": name, "seeds": {"training": [0]}, **changes})
     (prefect.clone / f"{name}.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
     return f"{name}.yaml"
 
 
 @pytest.mark.slow
 def test_a_cancelled_search_frees_its_workers_and_the_run_that_queued_behind_it_continues_it(prefect: Prefect) -> None:
-    study = write_study(
-        prefect, "cancelled", cluster={"address": "local"}, budget={"trial_seconds": 100, "max_parallel": 1},
-        trainer={"name": "simulated", "settings": {"real_seconds_per_step": 0.25}},
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "seeds": {"training": [0]},
+        "cluster": {"address": "local"},
+        "budget": {"trial_seconds": 200, "max_parallel": 1},
+    }
+    # The first run takes minutes, far longer than the second one needs to come, so that only the cancellation ends it.
+    slow = {"name": "simulated", "settings": {"real_seconds_per_step": 1.0}}
+    study = write_study(prefect, "cancelled", **settings, trainer=slow)
+    same = study_data(Path(".jfhpo"), study="cancelled", **settings)
     first = prefect.submit(study=study)
     wait_until(lambda: "starting workers" in prefect.log(first), "the start of the first run")
     # Another machine would start the flow like this; the deployment's own queue would hide ours.
-    call = f"from flows.search import search; search(study={study!r})"
+    call = f"from flows.search import search; search(study={same!r})"
     second = subprocess.Popen([sys.executable, "-c", call], cwd=prefect.clone, env=prefect.environment)
     try:
         wait_until(lambda: len(prefect.named("search cancelled")) == 2, "a second run")

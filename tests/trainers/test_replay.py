@@ -252,7 +252,7 @@ def _with_final(recording: Recording, score: float) -> Recording:
     return replace(recording, evaluations=(*recording.evaluations[:-1], last))
 
 
-@pytest.mark.parametrize("mode", ["nearest", "surrogate"])
+@pytest.mark.parametrize("mode", ["nearest", pytest.param("surrogate", marks=pytest.mark.slow)])
 def test_a_search_on_the_committed_table_finds_a_good_configuration(tmp_path: Path, mode: str) -> None:
     spec = StudySpec.model_validate(
         {

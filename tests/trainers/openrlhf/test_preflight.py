@@ -21,6 +21,7 @@ def findings(python: str, **settings: Any) -> list[Finding]:
     return list(resolved.trainer.preflight(resolved))  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_an_environment_without_openrlhf_fails() -> None:
     found = [finding for finding in findings(sys.executable) if finding.subject == "trainer"]
     assert found[0].level is Level.FAILURE
