@@ -20,7 +20,8 @@ from jfhpo_core.optimizer.rank_agreement import (
 )
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.study_file import parse_study
-from jfhpo_core.study.trial import Evaluation, Outcome, Segment, SegmentResult, Suggestion, Trial
+from jfhpo_core.study.trial import Outcome, Trial
+from tests.studies import evaluation, result, segment
 
 STUDY = """
 study: agreement
@@ -46,17 +47,11 @@ def trained(
 ) -> Trial:
     """A trial with scores by step (60 steps are the horizon)."""
     trial = study.new_trial(number, {"learning_rate": rate}, model, seed)
-    last = max(scores)
-    segment = Segment(index=0, start_step=0, stop_step=60, suggestion=Suggestion(source="test", explanation=""))
-    evaluations = tuple(
-        Evaluation(step=step, prompts=16 * step, score=score, standard_error=0.02, samples=512, seconds=1)
-        for step, score in scores.items()
-    )
-    result = SegmentResult(
-        segment=segment, outcome=Outcome.STOPPED if stopped else Outcome.REACHED, end_step=last, end_prompts=16 * last,
-        evaluations=evaluations, seconds=10,
+    part = result(
+        0, 0, max(scores), segment=segment(0, 0, 60), outcome=Outcome.STOPPED if stopped else Outcome.REACHED,
+        evaluations=tuple(evaluation(step, score) for step, score in scores.items()),
     )  # fmt: skip
-    return trial.model_copy(update={"segments": (result,)})
+    return trial.model_copy(update={"segments": (part,)})
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 40])

@@ -33,14 +33,13 @@ from jfhpo_core.study.trial import (
     FailureKind,
     Outcome,
     PassAtN,
-    Segment,
-    SegmentResult,
     StepRecord,
     Suggestion,
     Trial,
     TrialState,
 )
 from jfhpo_core.trainers.simulated import SimulatedTrainer
+from tests import studies
 
 STUDY = """
 study: report
@@ -116,22 +115,13 @@ def trained(
     trial: Trial, scores: Sequence[float], outcome: Outcome = Outcome.REACHED, **changes: object
 ) -> Trial:  # fmt: skip
     """The trial after one segment with a score at each of the first rungs."""
-    steps = trial.total_steps * len(scores) // 5
-    evaluations = tuple(
-        Evaluation(
-            step=trial.total_steps * (rung + 1) // 5, prompts=192 * (rung + 1), score=score, standard_error=0.02,
-            samples=512, seconds=1,
-        )
-        for rung, score in enumerate(scores)
+    rung = trial.total_steps // 5
+    evaluations = tuple(studies.evaluation(rung * number, score) for number, score in enumerate(scores, 1))
+    part = studies.result(
+        0, 0, rung * len(scores), segment=studies.segment(0, 0, trial.total_steps), outcome=outcome, seconds=30.0,
+        evaluations=evaluations, **changes,
     )  # fmt: skip
-    segment = Segment(
-        index=0, start_step=0, stop_step=trial.total_steps, suggestion=Suggestion(source="test", explanation="why")
-    )
-    result = SegmentResult(
-        segment=segment, outcome=outcome, end_step=steps, end_prompts=16 * steps, evaluations=evaluations, seconds=30,
-        **changes,
-    )  # fmt: skip
-    return trial.model_copy(update={"segments": (result,)})
+    return trial.model_copy(update={"segments": (part,)})
 
 
 class Page(HTMLParser):
