@@ -94,7 +94,7 @@ class StrategyConformance:
         """Empty the strategy's caches, if it has any: answers must not depend on them."""
 
     @pytest.mark.parametrize("slots", [1, 3])
-    def test_a_search_ends_with_a_recommendation(
+    def test_a_search_ends_with_a_recommendation_and_depends_on_its_trials_alone(
         self, tmp_path: Path, strategy: str | dict[str, Any], slots: int
     ) -> None:
         study = small_study(tmp_path, strategy, slots)
@@ -106,22 +106,15 @@ class StrategyConformance:
         longest = max(done.charge_seconds for trial in outcome.trials for done in trial.segments)
         assert outcome.spent_seconds <= SECONDS + slots * longest
         assert len(recorded.proposals) >= 5
-        for proposal in recorded.proposals:
-            assert proposal.model in {model.name for model in study.ladder.models}
-            assert proposal.stop_prompts in study.spec.fidelity.levels
-            assert study.space.decode(study.space.encode(proposal.configuration)) == proposal.configuration
-            assert proposal.suggestion.source.startswith(recorded.strategy.name)
-            assert proposal.suggestion.explanation
+        for made in recorded.proposals:
+            assert made.model in {model.name for model in study.ladder.models}
+            assert made.stop_prompts in study.spec.fidelity.levels
+            assert study.space.decode(study.space.encode(made.configuration)) == made.configuration
+            assert made.suggestion.source.startswith(recorded.strategy.name)
+            assert made.suggestion.explanation
         for trial in outcome.trials:
             assert all(before.end_step < after.end_step for before, after in pairwise(trial.segments))
-
-    @pytest.mark.parametrize("slots", [1, 3])
-    def test_a_proposal_depends_on_the_trials_alone(
-        self, tmp_path: Path, strategy: str | dict[str, Any], slots: int
-    ) -> None:
-        """Asked again in any order, with trials read from their records, it answers as it did in the search."""
-        study = small_study(tmp_path, strategy, slots)
-        _, recorded = search(study, slots)
+        # Asked again in any order, with trials read from their records, it answers as it did in the search.
         for trials, remaining, seed, proposal in reversed(recorded.calls[::4]):
             read = [Trial.model_validate_json(trial.model_dump_json()) for trial in trials]
             self.forget()

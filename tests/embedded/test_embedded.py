@@ -283,6 +283,7 @@ class TestMake:
         with pytest.raises(GateError, match=r"s has accuracy 0\.050"):
             gate({"s": replace(small, sampled=0.05), "m": small})
 
+    @pytest.mark.slow
     def test_a_family_is_made_small(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The whole script in miniature, twice: the weights are the same, and a failing gate leaves no manifest."""
         from jfhpo_core.embedded import make

@@ -20,7 +20,7 @@ from tests.run.support import descendants, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 600
 ENDS = ("Completed", "Suspended", "Failed", "Crashed", "Cancelled")
 """States that a run does not leave by itself."""
 

@@ -19,7 +19,7 @@ from jfhpo.orchestration.notify import set_up
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.trial import Outcome
 from tests.flows.ledgers import committed, count, kept
-from tests.flows.prefect_server import Prefect
+from tests.flows.prefect_server import PATIENCE_SECONDS, Prefect
 from tests.run.support import all_gone, wait_until
 from tests.studies import study_data
 
@@ -50,15 +50,11 @@ def write_study(prefect: Prefect, name: str, **changes: Any) -> str:
 
 @pytest.mark.slow
 def test_a_cancelled_search_frees_its_workers_and_the_run_that_queued_behind_it_continues_it(prefect: Prefect) -> None:
-    settings: dict[str, Any] = {
-        "seeds": {"training": [0]},
-        "cluster": {"address": "local"},
-        "budget": {"trial_seconds": 200, "max_parallel": 1},
-    }
+    settings: dict[str, Any] = {"seeds": {"training": [0]}, "budget": {"trial_seconds": 200, "max_parallel": 1}}
     # The first run takes minutes, far longer than the second one needs to come, so that only the cancellation ends it.
     slow = {"name": "simulated", "settings": {"real_seconds_per_step": 1.0}}
-    study = write_study(prefect, "cancelled", **settings, trainer=slow)
-    same = study_data(Path(".jfhpo"), study="cancelled", **settings)
+    study = write_study(prefect, "cancelled", **settings, cluster={"address": "local"}, trainer=slow)
+    same = study_data(Path(".jfhpo"), study="cancelled", **settings, cluster={"address": "inline"})
     first = prefect.submit(study=study)
     wait_until(lambda: "starting workers" in prefect.log(first), "the start of the first run")
     # Another machine would start the flow like this; the deployment's own queue would hide ours.
@@ -75,7 +71,7 @@ def test_a_cancelled_search_frees_its_workers_and_the_run_that_queued_behind_it_
         assert all_gone(training), "the flow run was cancelled and its workers train on"
         prefect.until(first, "Cancelled")
         before = committed(prefect.clone, prefect.clone / study)
-        assert second.wait(timeout=240) == 0
+        assert second.wait(timeout=PATIENCE_SECONDS) == 0
     finally:
         second.kill()
     assert prefect.state(other) == "Completed"

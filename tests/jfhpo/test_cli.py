@@ -29,7 +29,7 @@ from tests.flows.ledgers import Committed, committed, count, kept
 
 JFHPO = str(Path(sys.executable).with_name("jfhpo"))
 SIMULATED = Path("examples/simulated.yaml").resolve()
-START_SECONDS = 120
+START_SECONDS = 400
 """How long a loaded machine may take to import MLflow, make its database and train the first trials."""
 
 

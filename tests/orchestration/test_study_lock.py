@@ -14,7 +14,7 @@ from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from tests.flows.ledgers import committed, count
-from tests.flows.prefect_server import Prefect
+from tests.flows.prefect_server import PATIENCE_SECONDS, Prefect
 from tests.run.support import wait_until
 from tests.studies import simulated_study, study_data
 
@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KILLS = 1
 IMPATIENT = {
-    "JFHPO_LOCK_EXPIRY_SECONDS": "3",
-    "JFHPO_LOCK_HEARTBEAT_SECONDS": "1",
+    "JFHPO_LOCK_EXPIRY_SECONDS": "15",
+    "JFHPO_LOCK_HEARTBEAT_SECONDS": "2",
     "JFHPO_LOCK_RETRY_SECONDS": "0.5",
 }
 
@@ -66,14 +66,14 @@ def test_a_prefect_server_that_is_killed_costs_no_result_and_keeps_no_study(pref
         for number in range(1, KILLS + 1):
             until_results(number)
             prefect.revive()
-        assert run.wait(timeout=240) == 0, log.read_text()
+        assert run.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()
         (first,) = prefect.named("search test")
         wait_until(lambda: prefect.state(first) == "Completed", "the end of the flow run")
         found = committed(prefect.clone, prefect.clone / "test.yaml")
 
         # The server has forgotten who holds the study, but not that it is held.
         run = start()
-        assert run.wait(timeout=240) == 0, log.read_text()
+        assert run.wait(timeout=PATIENCE_SECONDS) == 0, log.read_text()
         assert "its lock is released" in log.read_text()
         assert committed(prefect.clone, prefect.clone / "test.yaml") == found
     finally:

@@ -20,10 +20,17 @@ from tests.studies import evaluation, result
 FULL_LENGTH = ["tpe", "gp"]
 MULTI_FIDELITY = ["asha", "bohb", "successive-halving", "hyperband", "smac3", "dehb", "fastbo"]
 PEERS = [*FULL_LENGTH, *MULTI_FIDELITY]
+SLOW = {"bohb", "fastbo", "smac3"}
+"""Their searches take seconds."""
+
+
+def each(*names: str) -> list[Any]:
+    """Parameters."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
 
 
 class TestPeers(StrategyConformance):
-    @pytest.fixture(params=PEERS)
+    @pytest.fixture(params=each(*PEERS))
     def strategy(self, request: pytest.FixtureRequest) -> str:
         return str(request.param)
 
@@ -41,13 +48,13 @@ def searched(outcome: SearchResult) -> list[Trial]:
     return [trial for trial in outcome.trials if trial.segments[0].segment.suggestion.source != VALIDATION]
 
 
-@pytest.mark.parametrize("name", FULL_LENGTH)
+@pytest.mark.parametrize("name", each(*FULL_LENGTH))
 def test_single_fidelity_peers_train_at_full_length(tmp_path: Path, name: str) -> None:
     _, recorded = search(peer_study(tmp_path, name))
     assert {proposal.stop_prompts for _, _, _, proposal in recorded.calls if proposal} == {480}
 
 
-@pytest.mark.parametrize("name", MULTI_FIDELITY)
+@pytest.mark.parametrize("name", each(*MULTI_FIDELITY))
 def test_promoted_trials_continue_from_their_checkpoints(tmp_path: Path, name: str) -> None:
     outcome, _ = search(peer_study(tmp_path, name, seconds=400))
     trials = searched(outcome)
@@ -60,7 +67,7 @@ def test_promoted_trials_continue_from_their_checkpoints(tmp_path: Path, name: s
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", each(*PEERS))
 def test_a_proposal_that_does_not_fit_into_the_budget_is_withheld(tmp_path: Path, name: str) -> None:
     study = peer_study(tmp_path, name)
     _, recorded = search(study)
@@ -74,7 +81,7 @@ def test_a_proposal_that_does_not_fit_into_the_budget_is_withheld(tmp_path: Path
         assert load_strategy(study).suggest(study, trials, 0.9 * cost, seed) is None
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", each(*PEERS))
 def test_a_search_with_infeasible_regions_goes_on(tmp_path: Path, name: str) -> None:
     trainer = {"name": "simulated", "settings": {"memory_limit": 200.0}}  # 16 samples of 16 prompts do not fit
     outcome, _ = search(peer_study(tmp_path, name, trainer=trainer))
@@ -84,13 +91,13 @@ def test_a_search_with_infeasible_regions_goes_on(tmp_path: Path, name: str) -> 
     assert outcome.recommended.configuration["n_samples"] in (4, 8)
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "dehb"])
+@pytest.mark.parametrize("name", each(*(name for name in PEERS if name != "dehb")))
 def test_a_study_with_one_rung(tmp_path: Path, name: str) -> None:
     outcome, _ = search(peer_study(tmp_path, name, fidelity={"horizon_prompts": 480, "rungs": 1}))
     assert outcome.recommended is not None
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", each(*PEERS))
 def test_a_peer_can_search_on_a_proxy(tmp_path: Path, name: str) -> None:
     strategy = {"name": name, "settings": {"model": "small"}}
     outcome, recorded = search(peer_study(tmp_path, name, seconds=100, strategy=strategy))
@@ -99,14 +106,14 @@ def test_a_peer_can_search_on_a_proxy(tmp_path: Path, name: str) -> None:
     assert "large" in {trial.model for trial in outcome.trials}, "the best is validated on the target"
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", each(*PEERS))
 def test_a_model_that_is_not_in_the_study_is_refused(tmp_path: Path, name: str) -> None:
     study = peer_study(tmp_path, name, strategy={"name": name, "settings": {"model": "huge"}})
     with pytest.raises(SpecError, match=r"strategy\.settings\.model: 'huge' .*small, medium, large"):
         load_strategy(study)
 
 
-@pytest.mark.parametrize("name", [name for name in PEERS if name != "fastbo"])
+@pytest.mark.parametrize("name", each(*(name for name in PEERS if name != "fastbo")))
 def test_the_highest_rung_ranks_first_then_the_score(tmp_path: Path, name: str) -> None:
     study = peer_study(tmp_path, name)
 

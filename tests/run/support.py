@@ -12,7 +12,7 @@ from jfhpo_core.trainers import Job
 from tests.studies import BECAUSE
 
 PATIENCE_SECONDS = 400.0
-ENDING_SECONDS = 60.0
+ENDING_SECONDS = 180.0
 
 
 def first_job(study: Study, learning_rate: float = 3e-4, stop_prompts: int = 480) -> Job:

@@ -97,7 +97,7 @@ def test_a_search_whose_driver_dies_goes_on(tmp_path: Path, blow: signal.Signals
         started = set(descendants(search.process.pid))
         assert any("_WorkerProcess" in command for command in descendants(search.process.pid).values())
         (os.killpg if blow == signal.SIGINT else os.kill)(search.process.pid, blow)
-        search.process.wait(timeout=60)
+        search.process.wait(timeout=PATIENCE_SECONDS)
     assert all_gone(started), "the driver is gone and its workers train on"
     before = committed(recorded(spec))
     first = search.submitted()
@@ -106,7 +106,7 @@ def test_a_search_whose_driver_dies_goes_on(tmp_path: Path, blow: signal.Signals
 
     with search:
         search.until(lambda: search.submitted()[-1] == "complete")
-        search.process.wait(timeout=60)
+        search.process.wait(timeout=PATIENCE_SECONDS)
     trials = recorded(spec)
     after = committed(trials)
     again = search.submitted()[len(first) : -1]
@@ -157,6 +157,6 @@ def test_close_leaves_no_process(tmp_path: Path) -> None:
             return search.process.poll() is not None or search.submitted()[-1:] == ["complete"]
 
         search.until(finished)
-        search.process.wait(timeout=60)
+        search.process.wait(timeout=PATIENCE_SECONDS)
     assert seen
     assert all_gone(seen)

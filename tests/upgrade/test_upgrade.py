@@ -33,6 +33,7 @@ def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_study_of_an_earlier_version_goes_on(earlier: Path) -> None:
     spec = load_study(earlier / "study.yaml")
     before = MlflowLedger()
