@@ -379,7 +379,7 @@ def disturb_command(seed: int, kind: Kind, folder: Path) -> list[Record]:
         data = _many_data(folder, more=True)
     elif kind in ("two-drivers", "study-deleted"):
         # The search has to last.
-        data["trainer"]["settings"]["real_seconds_per_step"] = 0.05
+        data["trainer"]["settings"]["real_seconds_per_step"] = 0.2 if kind == "two-drivers" else 0.05
     scenario = Scenario(seed, folder, data)
     try:
         SCENARIOS[kind](scenario)

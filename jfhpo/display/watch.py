@@ -168,12 +168,12 @@ class Quiet:
         self._heard = {key: heard for key, heard in self._heard.items() if key in running}
         if spoken:
             self._spoke = now
-        longest = max(self._heard, key=lambda key: now - self._heard[key][1], default=None)
-        if longest is None or min(now - self._spoke, now - self._heard[longest][1]) < QUIET_SECONDS:
+        latest = max(self._heard, key=lambda key: self._heard[key][1], default=None)
+        if latest is None or min(now - self._spoke, now - self._heard[latest][1]) < QUIET_SECONDS:
             return []
         self._spoke = now
-        step, since = self._heard[longest]
-        trial = running[longest]
+        step, since = self._heard[latest]
+        trial = running[latest]
         at = f"#{trial.number} {trial.model} at step {step} of {trial.total_steps}"
-        what = "sampling or scoring" if longest in progress.live else "starting, loading or the first evaluation"
+        what = "sampling or scoring" if latest in progress.live else "starting, loading or the first evaluation"
         return [f"still at work: {at}, nothing heard for {duration(now - since)}: {what} takes long"]

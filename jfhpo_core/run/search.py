@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.optimizer.cost import CostModel
@@ -128,8 +128,8 @@ class _Run:
         history = self.ledger.step_records(trial.key)
         environment = self.ledger.environment(trial.key)
         job = self.study.job(trial, segment, history, bases.get(trial.model), environment)
-        self.dispatcher.submit(job.model_copy(update={"deadline": self.clock.deadline}))
         self.in_flight[trial.key] = time.monotonic()
+        self.dispatcher.submit(job.model_copy(update={"deadline": self.clock.deadline}))
         self.submitted += 1
 
     def fits(self, trial: Trial) -> bool:
@@ -196,7 +196,12 @@ def run_search(
         if on_progress is not None:
             trials = ledger.trials()
             spent, elapsed = spent_seconds(trials), dispatcher.now() - run.began
-            on_progress(Progress(study, phase, trials, dict(run.live), dispatcher.load(), spent, elapsed))
+            load = dispatcher.load()
+            opened = {trial.key for trial in trials if trial.open_segment is not None}
+            # What was open when this call began, and has not been submitted yet.
+            waiting = {**dict.fromkeys(opened - run.in_flight.keys(), math.inf), **load.waiting}
+            load = replace(load, waiting=waiting)
+            on_progress(Progress(study, phase, trials, dict(run.live), load, spent, elapsed))
 
     def hear(event: Streamed) -> None:
         _absorb(run, event)

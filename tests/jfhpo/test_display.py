@@ -229,6 +229,20 @@ def test_while_nothing_is_heard_a_line_now_and_then_says_that_work_goes_on(study
     assert quiet.heard(waiting, spoken=False) == []
 
 
+def test_as_long_as_one_trial_is_heard_of_the_silence_of_another_is_no_news(study: Study) -> None:
+    _, snapshots = follow(study)
+    busy = next(one for one in snapshots if sum(trial.open_segment is not None for trial in one.trials) == 2)
+    first, second = (trial for trial in busy.trials if trial.open_segment is not None)
+    now = [0.0]
+    quiet = Quiet(lambda: now[0])
+    said = []
+    for second_step in range(0, 100, 10):
+        now[0] = second_step
+        live = {first.key: step_record(1), second.key: step_record(1 + min(second_step, 60) // 10)}
+        said += [(second_step, line) for line in quiet.heard(replace(busy, live=live), spoken=False)]
+    assert [(at, f"#{second.number} {second.model} at step 7 " in line) for at, line in said] == [(90, True)]
+
+
 @pytest.mark.parametrize("kind", ["plain", "live"])
 def test_a_trial_that_trains_in_this_very_process_is_seen_at_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
