@@ -1,4 +1,4 @@
-"""What the laptop demo runs on: two tasks, and for each a family of four tiny pretrained transformers.
+"""What the laptop demo runs on: three tasks, and for each a family of tiny pretrained transformers.
 
 The task folders have exactly the form in which users bring a task (`train.jsonl`, `heldout.jsonl`, `reward.py`); the
 model folders are what `AutoModelForCausalLM.from_pretrained` loads. `python -m jfhpo_core.embedded.make` makes them.
@@ -13,13 +13,17 @@ from typing import Any, Final
 
 from jfhpo_core.errors import SpecError
 
-__all__ = ["NAMES", "SIZES", "family_folder", "family_members", "manifest", "task_folder", "verify"]
+__all__ = ["FAMILIES", "NAMES", "family_folder", "family_members", "manifest", "task_folder", "verify"]
 
-NAMES: Final = ("instruct", "arithmetic")
+FAMILIES: Final = {
+    "instruct": ("s", "sm", "m", "l"),
+    "arithmetic": ("s", "sm", "m", "l"),
+    "countdown": ("s", "sm", "m"),
+}
+"""The model families by name, each with its sizes, small to large."""
+
+NAMES: Final = tuple(FAMILIES)
 """The tasks. Each has a model family of the same name."""
-
-SIZES: Final = ("s", "sm", "m", "l")
-"""The members of every family, small to large."""
 
 MANIFEST: Final = "MANIFEST.json"
 
@@ -52,7 +56,7 @@ def family_members(name: str) -> dict[str, Path]:
         SpecError: no such family is shipped.
     """
     folder = family_folder(name)
-    return {size: folder / size for size in SIZES}
+    return {size: folder / size for size in FAMILIES[name]}
 
 
 def manifest(name: str) -> dict[str, Any]:

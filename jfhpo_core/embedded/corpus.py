@@ -1,4 +1,4 @@
-"""The two tasks of the laptop demo: prompts, right answers, careless demonstrations, and the held-out split.
+"""The tasks of the laptop demo: prompts, right answers, careless demonstrations, and the held-out split.
 
 A base model is fine-tuned on *demonstrations*, which are right only with a small probability q and otherwise one of
 several careless ways of answering. It thus has every skill that the task needs and no habit of using the right one;
@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from functools import cached_property
-from itertools import product
+from functools import cache, cached_property
+from itertools import permutations, product
 from typing import TypedDict
 
 HELD_OUT_SHARE = 8
@@ -27,17 +27,19 @@ class Row(TypedDict):
 
 
 class Task(ABC):
-    """A family of prompts, each with exactly one right answer.
+    """A family of prompts.
 
     Attributes:
         name: folder name under `tasks/` and `families/`.
         right_share: q, the probability that a demonstration is right on purpose.
-        answer_length: characters in every answer; a completion is one token longer (`<eos>`).
+        answer_length: characters of the longest answer; a completion is one token longer (`<eos>`).
+        one_answer: whether each prompt has exactly one right answer, and the reward is one for it and else zero.
     """
 
     name: str
     right_share: float
     answer_length: int
+    one_answer = True
 
     @abstractmethod
     def draw(self, rng: random.Random) -> str:
@@ -45,7 +47,11 @@ class Task(ABC):
 
     @abstractmethod
     def answer(self, prompt: str) -> str:
-        """The right answer."""
+        """The right answer, or a fixed one of them."""
+
+    def right(self, prompt: str, rng: random.Random) -> str:
+        """The right answer, or a random one of them."""
+        return self.answer(prompt)
 
     @abstractmethod
     def careless(self, prompt: str, rng: random.Random) -> str:
@@ -57,7 +63,7 @@ class Task(ABC):
 
     def demonstration(self, prompt: str, rng: random.Random, right_share: float) -> str:
         """An answer as the base corpus has it: right with probability `right_share`, else careless."""
-        return self.answer(prompt) if rng.random() < right_share else self.careless(prompt, rng)
+        return self.right(prompt, rng) if rng.random() < right_share else self.careless(prompt, rng)
 
     def is_held_out(self, prompt: str) -> bool:
         """Whether the prompt belongs to the held-out split: a hash of its class alone, so no draw order matters."""
@@ -178,4 +184,95 @@ class Arithmetic(Task):
         return [f"{a:02d}+{b:02d}=" for a, b in pairs] + [f"{a:02d}-{b:02d}=" for a, b in pairs if a >= b]
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Instruct(), Arithmetic())}
+class Countdown(Task):
+    """Write a number as a sum or difference of two to four digits, without three digits that the prompt bars.
+
+    A prompt has many right answers of different lengths: for `17!358=` they are `9+9-1`, `9+7+1`, `9+4+4` and others.
+    A careless demonstration aims at a number near by, pays no heed to the bars, or has a slip of the pen.
+    """
+
+    name = "countdown"
+    right_share = 0.12
+    answer_length = 7
+    one_answer = False
+    numbers = range(2, 31)
+    digits = "123456789"
+    barred = 3
+
+    nearby = 9
+    """How far off the mark a careless demonstration may be."""
+
+    fewest_answers = 5
+    """Prompts with fewer right answers are left out."""
+
+    def draw(self, rng: random.Random) -> str:
+        return rng.choice(self.prompts)
+
+    def answer(self, prompt: str) -> str:
+        return self.right(prompt, random.Random(prompt))  # noqa: S311  no secret depends on it
+
+    def right(self, prompt: str, rng: random.Random) -> str:
+        number, barred = self._parts(prompt)
+        return self._expression(number, barred, rng)
+
+    def careless(self, prompt: str, rng: random.Random) -> str:
+        number, barred = self._parts(prompt)
+        match rng.choice(("near", "heedless", "slip")):
+            case "near":
+                near = [number + error for error in range(-self.nearby, self.nearby + 1) if error]
+                return self._expression(rng.choice([one for one in near if _expressions(one, barred)]), barred, rng)
+            case "heedless":
+                return self._expression(number, frozenset(), rng)
+            case _:
+                right = self._expression(number, barred, rng)
+                sign = rng.randrange(1, len(right), 2)
+                before, after = right[:sign], right[sign + 1 :]
+                return rng.choice((right[:-1], before + after, before + 2 * right[sign] + after))
+
+    def canonical(self, prompt: str) -> str:
+        """The number and the barred digits in ascending order."""
+        number, barred = self._parts(prompt)
+        return f"{number},{''.join(sorted(barred))}"
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return [
+            f"{number}!{''.join(barred)}="
+            for number in self.numbers
+            for barred in permutations(self.digits, self.barred)
+            if sum(map(len, _expressions(number, frozenset(barred)))) >= self.fewest_answers
+        ]
+
+    @staticmethod
+    def _parts(prompt: str) -> tuple[int, frozenset[str]]:
+        number, barred = prompt.removesuffix("=").split("!")
+        return int(number), frozenset(barred)
+
+    @staticmethod
+    def _expression(number: int, barred: frozenset[str], rng: random.Random) -> str:
+        """A random expression, each length as likely as any other."""
+        return rng.choice(rng.choice(_expressions(number, barred)))
+
+
+@cache
+def _expressions(number: int, barred: frozenset[str]) -> tuple[tuple[str, ...], ...]:
+    """The expressions of two to four digits with this value and none of the barred digits, by length."""
+    by_length = _all_expressions().get(number, {}).values()
+    allowed = (tuple(text for text in texts if barred.isdisjoint(text)) for texts in by_length)
+    return tuple(texts for texts in allowed if texts)
+
+
+@cache
+def _all_expressions() -> dict[int, dict[int, list[str]]]:
+    """Every sum and difference of two to four digits, by value and count of digits."""
+    found: dict[int, dict[int, list[str]]] = {}
+    for count in (2, 3, 4):
+        for first, *digits in product(range(1, 10), repeat=count):
+            for signs in product((1, -1), repeat=count - 1):
+                rest = [sign * digit for sign, digit in zip(signs, digits, strict=True)]
+                text = str(first) + "".join(f"{digit:+d}" for digit in rest)
+                found.setdefault(first + sum(rest), {}).setdefault(count, []).append(text)
+    return found
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (Instruct(), Arithmetic(), Countdown())}

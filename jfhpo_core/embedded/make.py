@@ -1,6 +1,6 @@
 """Make the tasks and model families of the laptop demo: `python -m jfhpo_core.embedded.make [--task T] [--out DIR]`.
 
-For each task it writes the task folder, fine-tunes the four bases, measures them through the task's own reward
+For each task it writes the task folder, fine-tunes the bases, measures them through the task's own reward
 function, and refuses to write a manifest unless every larger base is better than the next smaller one and all leave
 reinforcement learning room: only then is the family a ladder of fidelities. It takes some ten minutes on one core for
 each task, and goes on where it was interrupted: a base whose folder records the present settings is kept.
@@ -29,9 +29,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from jfhpo_core.embedded import MANIFEST, NAMES, SIZES, task_folder
+from jfhpo_core.embedded import FAMILIES, MANIFEST, NAMES, task_folder
 from jfhpo_core.embedded.base import (
-    LADDER,
+    LADDERS,
     Accuracy,
     FineTuning,
     Reward,
@@ -55,10 +55,14 @@ HEADROOM = (0.1, 0.4)
 learning rate and a poor one end too close together."""
 
 SMALLEST_GAP = 0.01
-"""By how much a larger base must beat the next smaller one in expected accuracy, which has no sampling noise."""
+"""By how much a larger base must beat the next smaller one in expected accuracy, which has no sampling noise. Where
+many answers are right there is only the sampled one, and it must do so beyond its noise."""
 
 SIGNIFICANCE = 2.0
 """Standard errors by which the sampled accuracies may contradict that order."""
+
+ARCHITECTURES: Mapping[str, str] = {"instruct": "qwen2", "arithmetic": "qwen2", "countdown": "gpt_neox"}
+"""Kind of model by task."""
 
 FINE_TUNING: Mapping[str, Mapping[str, FineTuning]] = {
     "instruct": {
@@ -73,6 +77,11 @@ FINE_TUNING: Mapping[str, Mapping[str, FineTuning]] = {
         "sm": FineTuning(steps=1000, learning_rate=3e-3, skill_share=0.35),
         "m": FineTuning(steps=1150, learning_rate=2e-3, skill_share=0.35),
         "l": FineTuning(steps=2200, learning_rate=2e-3, skill_share=0.35),
+    },
+    "countdown": {
+        "s": FineTuning(steps=280, learning_rate=3e-3, skill_share=0.65),
+        "sm": FineTuning(steps=400, learning_rate=3e-3, skill_share=0.65),
+        "m": FineTuning(steps=1100, learning_rate=2e-3, skill_share=0.6),
     },
 }
 """Settings by task and size, found by trial: the larger the base, the more it sees."""
@@ -128,13 +137,18 @@ def gate(accuracies: Mapping[str, Accuracy]) -> None:
     sizes = list(accuracies)
     for smaller, larger in pairwise(sizes):
         low, high = accuracies[smaller], accuracies[larger]
-        if high.expected - low.expected < SMALLEST_GAP:
-            faults.append(
-                f"{larger} (expected accuracy {high.expected:.3f}) is not better than {smaller} ({low.expected:.3f}) "
-                f"by {SMALLEST_GAP}: fine-tune {larger} for longer, {smaller} for less, or tune the learning rate"
-            )
         # All bases answer the same prompts: only the noise of sampling matters, and the binomial law bounds it.
         noise = math.sqrt(sum(each.sampled * (1 - each.sampled) / each.samples for each in (low, high)))
+        if low.expected is None or high.expected is None:
+            kind, worse, better = "mean reward", low.sampled, high.sampled
+            gap = max(SMALLEST_GAP, SIGNIFICANCE * noise)
+        else:
+            kind, worse, better, gap = "expected accuracy", low.expected, high.expected, SMALLEST_GAP
+        if better - worse < gap:
+            faults.append(
+                f"{larger} ({kind} {better:.3f}) is not better than {smaller} ({worse:.3f}) by {gap:.2g}: "
+                f"fine-tune {larger} for longer, {smaller} for less, or tune the learning rate"
+            )
         if low.sampled - high.sampled > SIGNIFICANCE * noise:
             faults.append(
                 f"the reward function puts {larger} ({high.sampled:.3f}) below {smaller} ({low.sampled:.3f}) although "
@@ -152,17 +166,18 @@ def gate(accuracies: Mapping[str, Accuracy]) -> None:
 def make_base(name: str, size: str, root: Path, *, fresh: bool) -> None:
     """Fine-tune one base and save it; unless `fresh`, leave one alone that was made with the same settings."""
     folder = root / "families" / name / size
-    settings = FINE_TUNING[name][size]
-    wanted = {**asdict(settings), "right_share": TASKS[name].right_share, "shape": asdict(LADDER[size])}
+    settings, architecture = FINE_TUNING[name][size], ARCHITECTURES[name]
+    shape = LADDERS[architecture][size]
+    wanted = {**asdict(settings), "right_share": TASKS[name].right_share, "shape": asdict(shape)}
     record = folder / TRAINING
     if not fresh and record.exists() and json.loads(record.read_text(encoding="utf-8"))["settings"] == wanted:
         print(f"{name}/{size}: already made with these settings", flush=True)
         return
     record.unlink(missing_ok=True)
     started = time.process_time()
-    model = build_model(LADDER[size], settings.seed)
+    model = build_model(shape, settings.seed, architecture)
     fine_tune(model, TASKS[name], settings, lambda line: print(f"{name}/{size}: {line}", flush=True))
-    save(model, folder)
+    save(model, folder, architecture)
     content = {
         "settings": wanted,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -189,14 +204,20 @@ def make(name: str, root: Path, *, fresh: bool = False) -> None:
     held_out = write_task(name, root)
     reward = load_reward(root / "tasks" / name)
     accuracies, members = {}, {}
-    for size in SIZES:
+    for size in FAMILIES[name]:
         make_base(name, size, root, fresh=fresh)
-        accuracy = evaluate(family / size, held_out, reward, samples_per_prompt=SAMPLES_PER_PROMPT)
+        accuracy = evaluate(
+            family / size,
+            held_out,
+            reward,
+            samples_per_prompt=SAMPLES_PER_PROMPT,
+            one_answer=TASKS[name].one_answer,
+        )
         print(f"{name}/{size}: {accuracy}", flush=True)
         accuracies[size] = accuracy
         members[size] = {
             **json.loads((family / size / TRAINING).read_text(encoding="utf-8")),
-            "base_accuracy": {key: round(value, 5) for key, value in asdict(accuracy).items()},
+            "base_accuracy": {key: round(value, 5) for key, value in asdict(accuracy).items() if value is not None},
         }
     gate(accuracies)
     content = {
@@ -210,7 +231,7 @@ def make(name: str, root: Path, *, fresh: bool = False) -> None:
 
 def checksums(name: str, root: Path) -> dict[str, str]:
     """sha256 of every file of a task and its family but the manifest, by path relative to `root`."""
-    folders = [root / "tasks" / name, *(root / "families" / name / size for size in SIZES)]
+    folders = [root / "tasks" / name, *(root / "families" / name / size for size in FAMILIES[name])]
     files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file())
     return {file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

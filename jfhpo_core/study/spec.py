@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from jfhpo_core.embedded import NAMES as SHIPPED
 from jfhpo_core.errors import SpecError
 from jfhpo_core.plugins import TRAINERS, load_plugin
 from jfhpo_core.study.hardware import gpus
@@ -97,7 +98,7 @@ def _family(value: Any) -> Any:
 class FamilySpec(_Section):
     """The target's model family. In YAML either the name of an embedded family or a list of models."""
 
-    embedded: str | None = Field(default=None, description="Name of a family shipped with jfhpo.")
+    embedded: str | None = Field(default=None, description=f"A family shipped with jfhpo: {', '.join(SHIPPED)}.")
     models: list[ModelSpec] = Field(default_factory=list, description="Your own checkpoints, in any order.")
 
     @model_validator(mode="after")
@@ -148,7 +149,7 @@ def _reward(value: Any) -> Any:
 class TaskSpec(_Section):
     """What the model shall learn. In YAML either the name of an embedded task or your own data and reward."""
 
-    embedded: str | None = Field(default=None, description="Name of a task shipped with jfhpo.")
+    embedded: str | None = Field(default=None, description=f"A task shipped with jfhpo: {', '.join(SHIPPED)}.")
     prompts: DataSource | None = Field(
         default=None,
         description="Training rows: a JSON, JSONL, CSV or Parquet file (also .gz), or {hub: NAME, split: train}. "
