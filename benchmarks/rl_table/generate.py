@@ -1,7 +1,8 @@
 """Making the table: the same configurations trained on every task and size, each training a file of its own.
 
-A training is what the `trl` trainer does with a study's defaults, without stopping rules: those are judged on the
-table later. Only a training that has plainly collapsed is cut short, and marked so.
+Some tasks have only the first of the configurations. A training is what the `trl` trainer does with a study's defaults,
+without stopping rules: those are judged on the table later. Only a training that has plainly collapsed is cut short,
+and marked so.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ from jfhpo_core.study.tasks import load_task
 from jfhpo_core.study.trial import Configuration, Evaluation, Record, Segment, StepRecord, Suggestion
 from jfhpo_core.trainers import load_trainer
 
-TASKS = ("instruct", "arithmetic")
+CONFIGURATIONS = {"instruct": 129, "arithmetic": 129, "countdown": 65}
+"""How many of the configurations a task is trained with: the first ones."""
+
+TASKS = tuple(CONFIGURATIONS)
 SIZES = ("s", "sm", "m")
 
 PROMPTS_PER_STEP = 16
@@ -164,6 +168,7 @@ def plan() -> list[Training]:
         for number, seed in order
         for size in SIZES
         for task in TASKS
+        if number < CONFIGURATIONS[task]
     ]
 
 

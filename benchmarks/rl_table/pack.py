@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from benchmarks.markdown import joined
 from benchmarks.rl_table import generate as made
 from benchmarks.rl_table.generate import Part, Training, configurations, plan, read_parts, study_of
 from jfhpo_core.errors import JfhpoError
@@ -188,26 +189,31 @@ def _card(parts: Sequence[Part]) -> str:
         name: json.dumps(parameter.model_dump(exclude_defaults=True, exclude={"shifts_with_size"}))
         for name, parameter in study_of(made.TASKS[0]).space.root.items()
     }
+    counts = joined(f"{count} on `{task}`" for task, count in made.CONFIGURATIONS.items())
     return f"""# Recorded RL trainings
 
-Learning curves of GRPO trainings of tiny language models: {len(configurations())} configurations of
-{len(hyperparameters)} hyperparameters on {len(made.TASKS)} tasks and {len(made.SIZES)} model sizes, every third of them
-with two seeds. Everything is real: transformers, sampling, TRL's trainer. `python -m benchmarks.rl_table` made this
-folder, this page included.
+Learning curves of GRPO trainings of tiny language models: up to {len(configurations())} configurations of
+{len(hyperparameters)} hyperparameters ({counts}) on {len(made.SIZES)} model sizes,
+every third of them with two seeds. Everything is real: transformers, sampling, TRL's trainer.
+`python -m benchmarks.rl_table` made this folder, this page included.
 
 ## How much of it is here
 
 {len(parts)} of {sum(planned.values())} planned trainings, with {sum(len(part.steps) for part in parts)} steps and
 {seconds / 3600:.1f} CPU hours. They are made in an order in which the first configurations are complete, on all tasks
-and sizes, before the next ones begin; second seeds come last. Trainings present / planned (of these, cut short as
-collapsed):
+and sizes, before the next ones begin; second seeds come last. A task with fewer configurations has the first ones,
+which fill the same space more thinly. Trainings present / planned (of these, cut short as collapsed):
 
 {_counts(planned, done, collapsed)}
 
 ## How it was made
 
-- Tasks and base models: the embedded tasks {" and ".join(f"`{task}`" for task in made.TASKS)}, with the models
-  {", ".join(f"`{size}`" for size in made.SIZES)} of the family of the same name.
+- Tasks: the embedded tasks {joined(f"`{task}`" for task in made.TASKS)}. On the first two an answer is
+  right or wrong, and only one is right. On `countdown` a number is to be written as a sum or difference of two to four
+  digits, and three digits are barred (`17!358=` may be answered by `9+9-1`): many answers of different lengths are
+  right, and others earn something for being well-formed and near.
+- Base models: {joined(f"`{size}`" for size in made.SIZES)} of the family with the task's name, which are Qwen2 models,
+  for `countdown` GPT-NeoX models.
 - Trainer: `trl` with its defaults on a CPU, one thread, float32; {made.STEPS} steps of {made.PROMPTS_PER_STEP} prompts;
   no stopping rules.
 - Configurations: number 0 is a fixed recipe (`reference`). Odd numbers (`spread`) are a Sobol sequence over the default
@@ -218,7 +224,7 @@ collapsed):
   below {made.COLLAPSED_SHARE:g} of the base model's and the mean training reward of each of the last
   {made.COLLAPSED_STEPS} steps is below {made.COLLAPSED_REWARD:g}.
 - Made on virtual machines with two cores, at first of an AMD EPYC, later of an Intel Xeon (which of them made which
-  training was not recorded), with:
+  training was not recorded; all of `countdown` was made on MACHINE, beside much other work), with:
 
 {_bullets(versions)}
 
@@ -230,6 +236,7 @@ collapsed):
 - Many curves still rise at the end of the horizon.
 - All scores carry evaluation noise (columns `standard_error`), and with common random numbers the noise of two
   trainings is not independent. Choose by `score`, judge by `test_score`.
+- Scores of different tasks are not comparable: on `countdown` much of what a base model earns is partial credit.
 - Two seeds tell the size of the noise between seeds, not its distribution.
 - With one update per step (`mini_batches` 1) the clip range has no effect.
 - A collapsed training might have recovered after the cut; its further curve is unknown.

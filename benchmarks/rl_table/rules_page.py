@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.markdown import markdown_table
-from benchmarks.rl_table.generate import SIZES, TASKS
+from benchmarks.rl_table.generate import SIZES
 from benchmarks.rl_table.rules import ORDERS, WARM_UP, Fate, Verdict, fates, fates_in_sequence, judge, would_have_led
 from benchmarks.rl_table.thresholds import (
     GRIDS,
@@ -24,7 +24,7 @@ from benchmarks.rl_table.thresholds import (
     watch,
 )
 from jfhpo_core.stopping.rules import RULE_SETS, RULES, KlGrowth, StoppingRule, Unpromising
-from jfhpo_core.trainers.replay_table import Table, read_table
+from jfhpo_core.trainers.replay_table import Table, read_table, recorded_tasks
 
 DEFAULT = Unpromising().probability
 
@@ -61,7 +61,7 @@ def write(data: Path, folder: Path) -> None:
         data: Folder of the table.
         folder: Where it is written.
     """
-    tables = {task: read_table(str(data), task) for task in TASKS}
+    tables = {task: read_table(str(data), task) for task in recorded_tasks(str(data))}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rules.md").write_text(_page(tables), encoding="utf-8")
 

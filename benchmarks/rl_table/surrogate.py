@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.markdown import markdown_table
-from benchmarks.rl_table.generate import SIZES, TASKS
+from benchmarks.markdown import joined, markdown_table
+from benchmarks.rl_table.generate import SIZES
 from jfhpo_core.optimizer.rank_agreement import rank_agreement
 from jfhpo_core.trainers.replay_surrogate import FOLDS, cross_validate, fit
-from jfhpo_core.trainers.replay_table import read_table
+from jfhpo_core.trainers.replay_table import read_table, recorded_tasks
 
 
 def write(data: Path, folder: Path) -> None:
@@ -21,7 +21,7 @@ def write(data: Path, folder: Path) -> None:
         folder: Where it is written.
     """
     rows, noises = [], []
-    for task in TASKS:
+    for task in recorded_tasks(str(data)):
         table = read_table(str(data), task)
         noises.append(f"{fit(table.recordings).seed_noise:.3f} on `{task}`")
         found = cross_validate(table)
@@ -48,7 +48,7 @@ noise; the spread is the standard deviation of the recorded scores. Made by `pyt
 {markdown_table(head, rows)}
 
 It adds the noise of an evaluation to a trial, and the noise between seeds, which has a standard deviation of
-{" and ".join(noises)} (0 as long as the table has no second seeds).
+{joined(noises)} (0 as long as the table has no second seeds).
 """,
         encoding="utf-8",
     )

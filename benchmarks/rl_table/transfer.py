@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.markdown import markdown_table
+from benchmarks.markdown import joined, markdown_table
 from benchmarks.rl_table import figures
-from benchmarks.rl_table.generate import RUNGS, SIZES, TASKS
+from benchmarks.rl_table.generate import RUNGS, SIZES
 from jfhpo_core.optimizer.rank_agreement import RankAgreement, rank_agreement
-from jfhpo_core.trainers.replay_table import Recording, Table, read_table
+from jfhpo_core.trainers.replay_table import Recording, Table, read_table, recorded_tasks
 
 Scores = dict[int, float]
 """By number of the configuration."""
@@ -160,7 +161,7 @@ def write(data: Path, folder: Path) -> None:
         data: Folder of the table.
         folder: Where they are written.
     """
-    tables = {task: _complete(read_table(str(data), task)) for task in TASKS}
+    tables = {task: _complete(read_table(str(data), task)) for task in recorded_tasks(str(data))}
     proxies = {task: _pairs(table) for task, table in tables.items()}
     folder.mkdir(parents=True, exist_ok=True)
     figures.draw_sizes(proxies, SIZES[-1], folder / "transfer-sizes.svg")
@@ -214,8 +215,8 @@ def _page(tables: Mapping[str, Table]) -> str:
 Measured on the recorded table of real trainings (`benchmarks/rl_table/data`) by
 `python -m benchmarks.rl_table transfer`. Compared are
 {_counts(tables)}, each on all sizes; the target is `{target}` at full
-length. A score is a held-out accuracy; a training that collapsed keeps its last one. Intervals: 95 %, bootstrap over
-configurations.
+length. A score is a mean held-out reward: an accuracy, but on `countdown`, which is graded. A training that collapsed
+keeps its last one. Intervals: 95 %, bootstrap over configurations.
 
 Each pair is compared over all configurations, over those that end above the base model on the dearer side, and over
 the top quarter of the dearer side. The first is flattered by trainings that collapse or stand still on either side; the
@@ -229,6 +230,13 @@ perfect agreement.
 {_sizes_table(tables)}
 
 ![Final scores of each configuration on a smaller model and on the target](transfer-sizes.svg)
+
+## Between tasks, on the target at full length
+
+The same configurations on two tasks, of which the second is the one to be tuned. The regret is what the first task's
+best configuration, or the best of its best three, lacks on the second.
+
+{_tasks_table(tables)}
 
 ## Between lengths, on the same size
 
@@ -247,7 +255,7 @@ Geometric mean over the top quarter of configurations, and the rate of the singl
 ## What it costs to choose on a proxy
 
 The best one, or the best three, of a proxy's ranking are trained on the target, and the best there is taken. The regret
-is accuracy on the target, judged on prompts that no choice has used, against the configuration that is best on the
+is score on the target, judged on prompts that no choice has used, against the configuration that is best on the
 target; by luck it can be negative. A configuration drawn at random is given for comparison.
 
 {_regret_table(tables)}
@@ -256,7 +264,7 @@ target; by luck it can be negative. A configuration drawn at random is given for
 
 def _counts(tables: Mapping[str, Table]) -> str:
     counts = [f"{len(scores(table, SIZES[-1]))} configurations on `{task}`" for task, table in tables.items()]
-    return " and ".join(counts)
+    return joined(counts)
 
 
 def _sizes_table(tables: Mapping[str, Table]) -> str:
@@ -271,6 +279,18 @@ def _sizes_table(tables: Mapping[str, Table]) -> str:
             for first, second, cheap, dear in pairs
         ]
     return markdown_table(["task", "cheap", "dear", *AGREEMENT_COLUMNS], rows)
+
+
+def _tasks_table(tables: Mapping[str, Table]) -> str:
+    target = SIZES[-1]
+    rows = []
+    for first, second in permutations(tables, 2):
+        cheap, dear = (scores(tables[task], target) for task in (first, second))
+        shared = {number: dear[number] for number in dear if number in cheap}
+        test = test_scores(tables[second], target)
+        costs = [_bounded(regret(cheap, shared, test, choices)) for choices in CHOICES]
+        rows.append([first, second, *_cells(cheap, shared, base(tables[second], target)), *costs])
+    return markdown_table(["first task", "second task", *AGREEMENT_COLUMNS, *REGRET_COLUMNS], rows)
 
 
 def _steps_table(tables: Mapping[str, Table]) -> str:
@@ -291,6 +311,8 @@ def _steps_table(tables: Mapping[str, Table]) -> str:
 AGREEMENT_COLUMNS = (
     "n", "Spearman", "Kendall", "n above base", "Spearman", "Kendall", "n in top quarter", "Spearman", "Kendall",
 )  # fmt: skip
+
+REGRET_COLUMNS = tuple(f"regret, top {choices}" for choices in CHOICES)
 
 
 def _cells(cheap: Scores, dear: Scores, base_score: float) -> list[str]:
@@ -330,10 +352,11 @@ def _regret_table(tables: Mapping[str, Table]) -> str:
                 if (size, share) == (SIZES[-1], 1.0):
                     continue
                 cheap = scores(table, size, share)
-                cells = [
-                    f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-                    for found in (regret(cheap, dear, test, choices) for choices in CHOICES)
-                ]
+                cells = [_bounded(regret(cheap, dear, test, choices)) for choices in CHOICES]
                 rows.append([task, f"`{size}`, {share:.0%} of the horizon", *cells])
         rows.append([task, "at random", f"{chance_regret(dear, test):.3f}", ""])
-    return markdown_table(["task", "chosen on", *(f"regret, top {choices}" for choices in CHOICES)], rows)
+    return markdown_table(["task", "chosen on", *REGRET_COLUMNS], rows)
+
+
+def _bounded(found: Regret) -> str:
+    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"

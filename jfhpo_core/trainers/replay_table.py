@@ -130,6 +130,15 @@ class Table:
         return seeds[seed % len(seeds)]
 
 
+def recorded_tasks(folder: str) -> list[str]:
+    """The tasks of which a table has runs, in its order.
+
+    Raises:
+        SpecError: Its file of runs is missing or cannot be read.
+    """
+    return list(dict.fromkeys(_read(Path(folder) / f"{FILES[0]}.parquet")["task"].to_pylist()))
+
+
 @cache
 def read_table(folder: str, task: str) -> Table:
     """Read the runs of a task.
@@ -142,7 +151,7 @@ def read_table(folder: str, task: str) -> Table:
         SpecError: A file is missing or not a table of this kind, or it has no run of the task.
     """
     trainings, steps, evaluations = (_read(Path(folder) / f"{name}.parquet") for name in FILES)
-    tasks = sorted(set(trainings["task"].to_pylist()))
+    tasks = sorted(recorded_tasks(folder))
     if task not in tasks:
         raise SpecError(f"{folder}: no run of task {task!r}; the table has {', '.join(tasks)}")
     recordings = []
