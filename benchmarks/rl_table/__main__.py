@@ -69,5 +69,13 @@ def surrogate(data: Data = DATA, out: Out = EVIDENCE) -> None:
     write(data, out)
 
 
+@app.command()
+def optima(data: Data = DATA) -> None:
+    """Write the best recorded runs into what the optimizer knows before a study begins."""
+    from benchmarks.rl_table.optima import write
+
+    write(data)
+
+
 if __name__ == "__main__":
     app()

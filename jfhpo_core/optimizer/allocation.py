@@ -45,25 +45,27 @@ class Allocation:
     Attributes:
         history: What was trained.
         full_seconds: Price of a full run of the target.
+        lead: Device-seconds for cheaper segments before the first full run is due.
     """
 
     history: History
     full_seconds: float
+    lead: float
 
     @classmethod
-    def of(cls, history: History, costs: CostModel) -> Allocation:
-        """At the prices of today."""
-        study = history.study
-        target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
-        return cls(history, costs.estimate(study.space.middle(), target, 0, horizon).seconds)
+    def of(cls, history: History, costs: CostModel, *, compared: bool) -> Allocation:
+        """At the prices of today.
 
-    @property
-    def lead(self) -> float:
-        """Device-seconds for cheaper segments before the first full run is due; none with earlier studies."""
-        budget = self.history.study.spec.budget
-        if self.history.study.earlier:
-            return 0.0
-        return min(LEAD_RUNS * self.full_seconds, budget.initial_share * budget.device_seconds)
+        Args:
+            history: What was trained.
+            costs: The prices.
+            compared: See `known_optima.Expectations`: then there is no lead.
+        """
+        study, budget = history.study, history.study.spec.budget
+        target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
+        full = costs.estimate(study.space.middle(), target, 0, horizon).seconds
+        lead = 0.0 if compared else min(LEAD_RUNS * full, budget.initial_share * budget.device_seconds)
+        return cls(history, full, lead)
 
     def is_due(self, share: float) -> bool:
         """Whether the next segment should be a full run of the target.

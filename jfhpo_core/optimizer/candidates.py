@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import qmc
+from scipy.stats import norm, qmc
 from torch import Tensor
 
 from jfhpo_core.optimizer.beliefs import Beliefs
@@ -16,7 +16,7 @@ from jfhpo_core.optimizer.surrogate import THIS_STUDY
 from jfhpo_core.study.history import History
 from jfhpo_core.study.models import progress
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.space import Vector
+from jfhpo_core.study.space import Space, Vector
 from jfhpo_core.study.trial import Configuration, TrialState, configuration_key
 
 CANDIDATE_LEVELS = 4
@@ -62,13 +62,18 @@ class CandidateSet:
     replicated: int
 
     def segments(
-        self, beliefs: Beliefs, ranked: Sequence[Configuration], random: np.random.Generator
+        self,
+        beliefs: Beliefs,
+        ranked: Sequence[Configuration],
+        expected: Sequence[Configuration],
+        random: np.random.Generator,
     ) -> list[Candidate]:
         """Continuations of paused runs, known configurations on further models, and new configurations.
 
         Args:
             beliefs: What is known.
             ranked: Known configurations, best first.
+            expected: Configurations that are expected to be good.
             random: Draws new ones.
         """
         history = beliefs.history
@@ -90,8 +95,8 @@ class CandidateSet:
                 ]
         seen = {(configuration_key(trial.configuration), trial.model) for trial in history.evidence}
         best = [*ranked[: self.known], *self._best_of_earlier(beliefs)]
-        for configuration in (*best, *self.new_configurations(beliefs, best, random)):
-            key = configuration_key(configuration)
+        new = {configuration_key(item): item for item in (*self.new_configurations(beliefs, best, random), *expected)}
+        for key, configuration in ({configuration_key(item): item for item in best} | new).items():
             found += [
                 Candidate(configuration, model.name, 0, level, number)
                 for model in study.ladder.models
@@ -199,6 +204,24 @@ def by_value(beliefs: Beliefs, configurations: Sequence[Configuration]) -> list[
         Expectation(configurations[i], float(means[i]), float(deviations[i]), float(worth[i]), respected[i])
         for i in order
     ]
+
+
+def drawn_from(expectations: Space, count: int, seed: int) -> list[Configuration]:
+    """The configuration that is expected to be best, and draws around it; none where nothing is expected.
+
+    Hyperparameters of which nothing is expected are drawn from their whole range.
+    """
+    if all(parameter.expected is None for parameter in expectations.root.values()):
+        return []
+    nodes = qmc.Sobol(expectations.dimension, rng=np.random.default_rng(seed)).random(count)
+    for name, columns in expectations.slices().items():
+        parameter = expectations[name]
+        if parameter.expected is not None:
+            centre = np.array(parameter.encode(parameter.expected))
+            deviations = norm.ppf(np.clip(nodes[:, columns], 0.01, 0.99)) * parameter.spread
+            deviations[0] = 0
+            nodes[:, columns] = np.clip(centre + deviations, 0, 1)
+    return [expectations.decode(row) for row in expectations.snap(nodes)]
 
 
 def _promising(beliefs: Beliefs, points: Vector, count: int, random: np.random.Generator) -> Vector:

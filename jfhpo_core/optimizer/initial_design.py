@@ -11,6 +11,7 @@ from jfhpo_core.optimizer.candidates import Candidate
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.strategy import fresh_configurations
 from jfhpo_core.study.history import History
+from jfhpo_core.study.space import Space
 from jfhpo_core.study.trial import Configuration, Trial, TrialState, committed_seconds, configuration_key
 
 
@@ -23,21 +24,21 @@ class InitialDesign:
 
     Attributes:
         trials: Sobol configurations; None: one more than the space has coordinates.
-        choice: Sobol points of which the one nearest to the user's expectations is taken, if there are any.
+        choice: Sobol points of which the one nearest to what is expected is taken, if there are any.
         anchors: Configurations that are trained on each larger model if there is no recipe.
         seconds: Device-seconds that it may take.
+        expectations: The search space, with what is expected of its hyperparameters.
     """
 
     trials: int | None
     choice: int
     anchors: int
     seconds: float
+    expectations: Space
 
     def following(self, history: History, costs: CostModel) -> tuple[Candidate, str] | None:
         """The next segment and why; None once the design is complete or its seconds are spent."""
         study = history.study
-        if study.earlier:
-            return None
         spec, models = study.spec, study.ladder.models
         searched = [trial for trial in history.trials if trial.purpose == "search"]
         left = self.seconds - committed_seconds(searched)
@@ -73,7 +74,7 @@ class InitialDesign:
         return None
 
     def _next(self, history: History, count: int) -> Configuration | None:
-        """The recipes first, then Sobol configurations, those before others that the user expects to be good."""
+        """The recipes first, then Sobol configurations, those before others that are expected to be good."""
         study = history.study
         recipes = list(history.recipes.values())
         if count < len(recipes) and len(study.ladder.models) > 1:
@@ -81,7 +82,7 @@ class InitialDesign:
         fresh = fresh_configurations(study, history.search, study.spec.seeds.search, self.choice)
         if not fresh:
             return None
-        near = study.space.log_expectation(np.array([study.space.encode(item) for item in fresh]))
+        near = self.expectations.log_expectation(np.array([study.space.encode(item) for item in fresh]))
         return fresh[int(np.argmax(near))]
 
     @staticmethod

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,12 +32,14 @@ from jfhpo_core.optimizer.candidates import (
     Expectation,
     by_value,
     candidate_inputs,
+    drawn_from,
     ranked_configurations,
 )
 from jfhpo_core.optimizer.constraints import drawn_limit
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.floors import value_floors
 from jfhpo_core.optimizer.initial_design import InitialDesign
+from jfhpo_core.optimizer.known_optima import Expectations, expectations
 from jfhpo_core.optimizer.observations import point
 from jfhpo_core.optimizer.strategy import (
     Admits,
@@ -55,6 +57,7 @@ from jfhpo_core.study.history import History
 from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.models import progress
 from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import Space
 from jfhpo_core.study.trial import Suggestion, Trial, configuration_key
 
 logger = logging.getLogger(__name__)
@@ -65,6 +68,13 @@ is then saved pays for another. On proxies the rule's own, smaller probability h
 
 FINISHED_FIRST = 2
 """Full runs of the target that are finished before any is ended for its prospects."""
+
+
+DOUBT = 0.1
+"""Weight of a candidate that contradicts all that is expected, where one that fulfils it has 1."""
+
+DRAWN_CONFIGURATIONS = 8
+"""Configurations that are candidates because they are expected to be good, whatever the model says of them."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,8 @@ class JointFidelity:
             one step ahead and is an underestimate: at 0.0005 half of the searches of a benchmark ended too early.
         target_share: Full runs of the target are due so often that they take this share of the spending: see
             `allocation`.
+        prior: Whether what the field knows of its hyperparameters counts as expected: see `known_optima`.
+        prior_without: Tasks whose recorded tables it leaves out.
     """
 
     name: ClassVar[str] = "jfhpo"
@@ -118,6 +130,8 @@ class JointFidelity:
     acquisition: str = "knowledge-gradient"
     stop_gain: float = 0.0
     target_share: Share = 0.5
+    prior: Literal["shipped", "none"] = "shipped"
+    prior_without: tuple[str, ...] = ()
 
     def check(self, study: Study) -> None:
         """See `Checked.check`."""
@@ -134,12 +148,15 @@ class JointFidelity:
     ) -> Proposal | None:
         """See `Selective.suggest_among`."""
         history, costs = History.of(study, trials), CostModel.fit(study, trials)
-        allocation, budget = Allocation.of(history, costs), study.spec.budget
-        design = InitialDesign(
-            self.initial_trials, self.choice, self.anchors, budget.initial_share * budget.device_seconds
-        ).following(history, costs)
-        if design is not None:
-            proposal = _propose(costs, *design, source="jfhpo/initial-design")
+        expected = self._expectations(study)
+        # There has to be something to form beliefs from.
+        compared = expected.compared and bool(study.earlier or history.recipes)
+        allocation, budget = Allocation.of(history, costs, compared=compared), study.spec.budget
+        seconds = budget.initial_share * budget.device_seconds
+        design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected.space)
+        first = None if compared else design.following(history, costs)
+        if first is not None:
+            proposal = _propose(costs, *first, source="jfhpo/initial-design")
             return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
         random = np.random.default_rng(seed)
         drawn = drawn_limit(history, random)
@@ -150,7 +167,12 @@ class JointFidelity:
         if beliefs is None:
             return _sobol(history, costs, remaining_seconds, "no trial has been evaluated yet")
         ranked = ranked_configurations(beliefs)
-        candidates = self._candidates.segments(beliefs, [item.configuration for item in ranked], random)
+        candidates = self._candidates.segments(
+            beliefs,
+            [item.configuration for item in ranked],
+            drawn_from(expected.space, DRAWN_CONFIGURATIONS, seed),
+            random,
+        )
         # What might not fit is not begun: it would be paid with what is held back to finish the best.
         estimates = [
             (item, costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts))
@@ -164,7 +186,7 @@ class JointFidelity:
         offer = allocation.offer(affordable, remaining_seconds, self._wanted_share(beliefs))
         if not offer.items:
             return None
-        choice = self._choose(beliefs, ranked, offer, allocation.full_seconds)
+        choice = self._choose(beliefs, ranked, offer, allocation.full_seconds, expected.space)
         if choice.worth * allocation.full_seconds < self.stop_gain:
             return None
         return _chosen(beliefs, ranked, offer, choice, drawn)
@@ -188,7 +210,14 @@ class JointFidelity:
             for item in ranked
         ]
 
-    def _choose(self, beliefs: Beliefs, ranked: Sequence[Expectation], offer: Offer, full_seconds: float) -> _Choice:
+    def _choose(
+        self,
+        beliefs: Beliefs,
+        ranked: Sequence[Expectation],
+        offer: Offer,
+        full_seconds: float,
+        expected: Space,
+    ) -> _Choice:
         """The candidate worth most per second; among full runs that are due, the one worth most.
 
         There the price does not count: more completions per prompt cost more and are better.
@@ -203,7 +232,8 @@ class JointFidelity:
             gains = self._gains(beliefs, inputs, beliefs.at_target(different.values()))
         if gains is None:
             source, gains = "expected-improvement", _expected_improvement(beliefs, candidates)
-        gains = gains * beliefs.accepted(inputs) * self._expectation(history, inputs)
+        weights = self._weights(history, inputs, expected)
+        gains = gains * beliefs.accepted(inputs) * weights
         worth = gains / full_seconds if offer.due else NetCostUtility(lambda _: seconds)(inputs, gains)
         best = int(worth.argmax())
         if offer.due and not any(_sets_a_mark(history, trial) for trial in history.on_target):
@@ -232,16 +262,23 @@ class JointFidelity:
         new = self._candidates.new_configurations(beliefs, best, np.random.default_rng(seed))
         return [item for item in by_value(beliefs, new)[: self.untried] if item.worth > ranked[0].worth]
 
-    def _expectation(self, history: History, inputs: Tensor) -> Tensor:
-        """Weights in (0, 1] of candidates by the user's expectations, which fade as trials accumulate; shape (n,).
+    def _expectations(self, study: Study) -> Expectations:
+        if self.prior == "none":
+            return Expectations(study.space, compared=bool(study.earlier))
+        return expectations(study, self.prior_without)
+
+    def _weights(self, history: History, inputs: Tensor, expected: Space) -> Tensor:
+        """Weights in (0, 1] of candidates by what is expected, which fades as trials accumulate; shape (n,).
+
+        They never fall below `DOUBT`, so that an expectation which is wrong is overruled.
 
         References:
             Hvarfner et al. (2022), piBO: Augmenting acquisition functions with user beliefs.
         """
         count = max(1, len(history.search))
-        space = history.study.space
-        far = space.log_expectation(inputs[:, : space.dimension].numpy())
-        return torch.from_numpy(np.exp(far * min(1.0, self.expectation_trials / count)))
+        far = expected.log_expectation(inputs[:, : expected.dimension].numpy())
+        near = np.exp(far * min(1.0, self.expectation_trials / count))
+        return torch.from_numpy(DOUBT + (1 - DOUBT) * near)
 
     def _wanted_share(self, beliefs: Beliefs) -> float:
         """Share of the spending that the target gets: more than `target_share` if no proxy tells much about it."""

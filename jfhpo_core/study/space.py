@@ -136,6 +136,10 @@ class Parameter(BaseModel, ABC):
     def at_edge(self, value: Value) -> bool:
         """Whether a better value may lie beyond a bound, this one being so near to it."""
 
+    @abstractmethod
+    def nearest(self, number: float) -> Value | None:
+        """The value nearest to a number within the range; None beyond it, and where values are no numbers."""
+
     @property
     @abstractmethod
     def domain(self) -> Domain:
@@ -222,6 +226,10 @@ class FloatParameter(Parameter):
         (coordinate,) = self.encode(value)
         return coordinate > 1 - EDGE or (coordinate < EDGE and not self.zero)
 
+    def nearest(self, number: float) -> Value | None:
+        """See `Parameter.nearest`."""
+        return number if self.low <= number <= self.high or (self.zero and number == 0) else None
+
     @property
     def domain(self) -> Domain:
         """The coordinate, which holds the logarithmic scale and an exact zero."""
@@ -303,6 +311,10 @@ class IntParameter(Parameter):
     def at_edge(self, value: Value) -> bool:
         """See `Parameter.at_edge`."""
         return value in (self.low, self.high)
+
+    def nearest(self, number: float) -> Value | None:
+        """See `Parameter.nearest`."""
+        return round(number) if self.low <= number <= self.high else None
 
     @property
     def domain(self) -> Domain:
@@ -401,6 +413,14 @@ class ChoiceParameter(Parameter):
     def at_edge(self, value: Value) -> bool:
         """See `Parameter.at_edge`; a list names all that there is."""
         return False
+
+    def nearest(self, number: float) -> Value | None:
+        """See `Parameter.nearest`; positive numbers are compared by their ratio."""
+        numbers = [value for value in self.values if isinstance(value, int | float) and not isinstance(value, bool)]
+        if len(numbers) < len(self.values) or not self.ordered or not min(numbers) <= number <= max(numbers):
+            return None
+        scale: Callable[[float], float] = math.log if min(numbers) > 0 else float
+        return min(numbers, key=lambda value: abs(scale(value) - scale(number)))
 
     @property
     def domain(self) -> Domain:

@@ -127,6 +127,9 @@ class Trainer(Protocol):
       that step, if one is, writes its resumable state into `stage` and returns. Others are never asked to.
     * A trainer whose runs shall have a price before any is timed says by a class attribute `engine` what generates its
       completions: "vllm" or "transformers" (`jfhpo_core.optimizer.price`).
+    * A trainer whose hyperparameters mean what published recipes of reinforcement learning mean by them says so by a
+      class attribute `reinforces = True`: good values are then expected near theirs
+      (`jfhpo_core.optimizer.known_optima`).
     * A trainer with settings names the model that validates them by a class attribute `settings`. A study may be
       continued with other values of the fields that the model marks as operational (`jfhpo_core.study.operational`);
       of a trainer without the attribute no setting may change.

@@ -62,6 +62,7 @@ class ReplayTrainer:
     name: ClassVar[str] = "replay"
     pauses: ClassVar[bool] = True
     hyperparameters: ClassVar[type[BaseModel]] = RecordedHyperparameters
+    reinforces: ClassVar[bool] = True
     settings: ClassVar[type[BaseModel]] = ReplaySettings
 
     def check(self, study: StudySpec) -> None:

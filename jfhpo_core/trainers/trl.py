@@ -49,6 +49,7 @@ class TrlTrainer:
     engine: ClassVar[str] = "transformers"
     pauses: ClassVar[bool] = True
     hyperparameters: ClassVar[type[BaseModel]] = TrlHyperparameters
+    reinforces: ClassVar[bool] = True
     settings: ClassVar[type[BaseModel]] = TrlSettings
 
     def check(self, study: StudySpec) -> None:

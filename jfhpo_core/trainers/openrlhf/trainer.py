@@ -47,6 +47,7 @@ class OpenRlhfTrainer:
     name: ClassVar[str] = "openrlhf"
     engine: ClassVar[str] = "vllm"
     hyperparameters: ClassVar[type[BaseModel]] = OpenRlhfHyperparameters
+    reinforces: ClassVar[bool] = True
     settings: ClassVar[type[BaseModel]] = OpenRlhfSettings
 
     def check(self, study: StudySpec) -> None:

@@ -35,6 +35,7 @@ class VerlTrainer:
     name: ClassVar[str] = "verl"
     engine: ClassVar[str] = "vllm"
     hyperparameters: ClassVar[type[BaseModel]] = VerlHyperparameters
+    reinforces: ClassVar[bool] = True
     settings: ClassVar[type[BaseModel]] = VerlSettings
 
     def check(self, study: StudySpec) -> None:

@@ -1,0 +1,138 @@
+"""What is known of the field's hyperparameters before a study has trained anything: where good values lie.
+
+`known_optima.json` has published recipes and the best runs of recorded tables, each with its source and the size of its
+model. What is expected at a size is the mean of what is known at sizes near to it, on a line where good values shift
+with size; where nothing is known, nothing is expected. It becomes the `expected` value of every hyperparameter for which the user has not said one, and is used like
+it: a weight on candidates that fades as trials accumulate, so that a study overrules it.
+
+References:
+    Hvarfner et al. (2022), piBO: Augmenting acquisition functions with user beliefs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from pydantic import Field
+
+from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import Parameter, Space, Vector
+from jfhpo_core.study.trial import Record
+
+FILE = Path(__file__).with_name("known_optima.json")
+
+NEAR = 1.0
+"""Standard deviation, in factors of ten in parameters, of the weight of what is known at another size."""
+
+LEAST_WEIGHT = 1.0
+"""Of all that is known of a hyperparameter at a size; with less, nothing is expected there."""
+
+LEAST_SPREAD = 0.15
+"""Of an expectation, as a share of the range: recipes copy each other, so that their agreement says less than it
+seems."""
+
+MOST_SPREAD = 0.4
+"""An expectation that is wider says next to nothing, and is left out."""
+
+GAP = 0.15
+"""What is added to the spread, as a share of the range, for each factor of ten to the nearest size that is known."""
+
+SLOPE_PRECISION = 0.1
+"""Of the prior that good values do not move with size."""
+
+COMPARED_WITHIN = 0.5
+"""Factors of ten in parameters within which a table tells what the first full run should be."""
+
+ParameterType = TypeVar("ParameterType", bound=Parameter)
+
+
+class Optimum(Record):
+    """Good values at one size."""
+
+    source: str
+    task: str | None = Field(default=None, description="Whose table was recorded; None: a published recipe.")
+    parameters: float = Field(gt=0, description="Of the model.")
+    weight: float = Field(default=1.0, gt=0, le=1, description="Each of several runs of one source has a part of it.")
+    values: dict[str, float]
+
+    def weight_at(self, parameters: float) -> float:
+        """How much it says about another size, in (0, 1]."""
+        return self.weight * math.exp(-((math.log10(self.parameters / parameters) / NEAR) ** 2) / 2)
+
+
+@cache
+def known_optima() -> tuple[Optimum, ...]:
+    """All that is known."""
+    table = json.loads(FILE.read_text(encoding="utf-8"))
+    return tuple(Optimum.model_validate(item) for item in (*table["recipes"], *table["recorded"]))
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """What is expected of a study before it has trained anything.
+
+    Attributes:
+        space: Its space, with an `expected` value and its `spread` where something is known.
+        compared: Whether configurations have been compared at its size, in earlier studies or recorded tables: then
+            the first full run of the target needs no runs of proxies before it.
+    """
+
+    space: Space
+    compared: bool
+
+
+def expectations(study: Study, without: Collection[str] = ()) -> Expectations:
+    """What the user expects, and what is known of other hyperparameters.
+
+    Nothing is added with earlier studies, and where hyperparameters do not mean what those of the recipes mean: full
+    fine-tuning by reinforcement learning, which the trainer says by `reinforces = True`.
+
+    Args:
+        study: The study.
+        without: Tasks whose tables are left out, to judge on them what the others have taught.
+    """
+    if study.earlier or not getattr(study.trainer, "reinforces", False) or study.spec.trainer.settings.get("lora"):
+        return Expectations(study.space, compared=bool(study.earlier))
+    known = [item for item in known_optima() if item.task is None or item.task not in without]
+    size = study.ladder.target.parameters
+    space = Space({name: _expecting(parameter, name, size, known) for name, parameter in study.space.root.items()})
+    sizes = [math.log10(item.parameters / size) for item in known if item.task is not None]
+    return Expectations(space, compared=any(abs(distance) <= COMPARED_WITHIN for distance in sizes))
+
+
+def _expecting(parameter: ParameterType, name: str, size: float, known: Iterable[Optimum]) -> ParameterType:
+    """The hyperparameter, with what is expected of it at a model size; as it is where that is too little."""
+    if parameter.expected is not None:
+        return parameter
+    inside: list[tuple[float, float, float]] = []
+    outside = 0.0
+    for item in known:
+        if name in item.values:
+            weight, value = item.weight_at(size), parameter.nearest(item.values[name])
+            if value is None:
+                outside += weight
+            else:
+                inside.append((math.log10(item.parameters / size), parameter.encode(value)[0], weight))
+    distances, places, weights = np.array(inside).reshape(-1, 3).T
+    if weights.sum() < max(LEAST_WEIGHT, outside):
+        return parameter
+    centre, spread = _at_origin(distances, places, weights, slopes=parameter.shifts_with_size)
+    spread = math.hypot(max(LEAST_SPREAD, spread), GAP * float(np.abs(distances).min()))
+    if spread > MOST_SPREAD:
+        return parameter
+    return parameter.model_copy(update={"expected": parameter.decode([centre]), "spread": spread})
+
+
+def _at_origin(x: Vector, y: Vector, weights: Vector, *, slopes: bool) -> tuple[float, float]:
+    """Weighted mean at x = 0, on a line if it slopes, and the weighted standard deviation around it."""
+    design = np.stack([np.ones_like(x), x if slopes else np.zeros_like(x)], axis=1)
+    precision = design.T @ (weights[:, None] * design) + np.diag([0.0, SLOPE_PRECISION])
+    line = np.linalg.solve(precision, design.T @ (weights * y))
+    return float(line[0]), float(np.sqrt(np.average((y - design @ line) ** 2, weights=weights)))
