@@ -2,8 +2,9 @@
 
 `known_optima.json` has published recipes and the best runs of recorded tables, each with its source and the size of its
 model. What is expected at a size is the mean of what is known at sizes near to it, on a line where good values shift
-with size; where nothing is known, nothing is expected. It becomes the `expected` value of every hyperparameter for which the user has not said one, and is used like
-it: a weight on candidates that fades as trials accumulate, so that a study overrules it.
+with size; where nothing is known, nothing is expected. It becomes the `expected` value of every hyperparameter for
+which the user has not said one, and is used like it: a weight on candidates that fades as trials accumulate, so that a
+study overrules it.
 
 References:
     Hvarfner et al. (2022), piBO: Augmenting acquisition functions with user beliefs.
@@ -34,7 +35,7 @@ NEAR = 1.0
 LEAST_WEIGHT = 1.0
 """Of all that is known of a hyperparameter at a size; with less, nothing is expected there."""
 
-LEAST_SPREAD = 0.15
+LEAST_SPREAD = 0.2
 """Of an expectation, as a share of the range: recipes copy each other, so that their agreement says less than it
 seems."""
 
