@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 
 import numpy as np
 import torch
-from scipy.stats import norm, qmc
+from scipy.stats import qmc
 from torch import Tensor
 
 from jfhpo_core.optimizer.beliefs import Beliefs
@@ -16,7 +17,7 @@ from jfhpo_core.optimizer.surrogate import THIS_STUDY
 from jfhpo_core.study.history import History
 from jfhpo_core.study.models import progress
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.space import Space, Vector
+from jfhpo_core.study.space import ChoiceParameter, Space, Vector
 from jfhpo_core.study.trial import Configuration, TrialState, configuration_key
 
 CANDIDATE_LEVELS = 4
@@ -206,22 +207,24 @@ def by_value(beliefs: Beliefs, configurations: Sequence[Configuration]) -> list[
     ]
 
 
-def drawn_from(expectations: Space, count: int, seed: int) -> list[Configuration]:
-    """The configuration that is expected to be best, and draws around it; none where nothing is expected.
+def expected_configurations(space: Space, most: int = 32) -> list[Configuration]:
+    """What is expected to be best, with every combination of its choices: some of them are cheaper.
 
-    Hyperparameters of which nothing is expected are drawn from their whole range.
+    Where nothing is expected of a number, it is in the middle of its range.
+
+    Args:
+        space: With `expected` values; if it has none, nothing is returned.
+        most: Combinations that are looked at, those with the first choices first.
     """
-    if all(parameter.expected is None for parameter in expectations.root.values()):
+    expected = {name: item.expected for name, item in space.root.items() if item.expected is not None}
+    if not expected:
         return []
-    nodes = qmc.Sobol(expectations.dimension, rng=np.random.default_rng(seed)).random(count)
-    for name, columns in expectations.slices().items():
-        parameter = expectations[name]
-        if parameter.expected is not None:
-            centre = np.array(parameter.encode(parameter.expected))
-            deviations = norm.ppf(np.clip(nodes[:, columns], 0.01, 0.99)) * parameter.spread
-            deviations[0] = 0
-            nodes[:, columns] = np.clip(centre + deviations, 0, 1)
-    return [expectations.decode(row) for row in expectations.snap(nodes)]
+    choices = {name: item.values for name, item in space.root.items() if isinstance(item, ChoiceParameter)}
+    found = {}
+    for values in islice(product(*choices.values()), most):
+        configuration = space.middle(**{**expected, **dict(zip(choices, values, strict=True))})
+        found[configuration_key(configuration)] = configuration
+    return list(found.values())
 
 
 def _promising(beliefs: Beliefs, points: Vector, count: int, random: np.random.Generator) -> Vector:

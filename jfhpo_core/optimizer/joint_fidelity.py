@@ -32,7 +32,7 @@ from jfhpo_core.optimizer.candidates import (
     Expectation,
     by_value,
     candidate_inputs,
-    drawn_from,
+    expected_configurations,
     ranked_configurations,
 )
 from jfhpo_core.optimizer.constraints import drawn_limit
@@ -72,9 +72,6 @@ FINISHED_FIRST = 2
 
 DOUBT = 0.1
 """Weight of a candidate that contradicts all that is expected, where one that fulfils it has 1."""
-
-DRAWN_CONFIGURATIONS = 8
-"""Configurations that are candidates because they are expected to be good, whatever the model says of them."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class JointFidelity:
     ) -> Proposal | None:
         """See `Selective.suggest_among`."""
         history, costs = History.of(study, trials), CostModel.fit(study, trials)
-        expected = self._expectations(study)
+        expected = self.expectations(study)
         # There has to be something to form beliefs from.
         compared = expected.compared and bool(study.earlier or history.recipes)
         allocation, budget = Allocation.of(history, costs, compared=compared), study.spec.budget
@@ -170,7 +167,7 @@ class JointFidelity:
         candidates = self._candidates.segments(
             beliefs,
             [item.configuration for item in ranked],
-            drawn_from(expected.space, DRAWN_CONFIGURATIONS, seed),
+            expected_configurations(expected.space),
             random,
         )
         # What might not fit is not begun: it would be paid with what is held back to finish the best.
@@ -186,7 +183,7 @@ class JointFidelity:
         offer = allocation.offer(affordable, remaining_seconds, self._wanted_share(beliefs))
         if not offer.items:
             return None
-        choice = self._choose(beliefs, ranked, offer, allocation.full_seconds, expected.space)
+        choice = self._choose(beliefs, ranked, offer, allocation.full_seconds, expected)
         if choice.worth * allocation.full_seconds < self.stop_gain:
             return None
         return _chosen(beliefs, ranked, offer, choice, drawn)
@@ -216,7 +213,7 @@ class JointFidelity:
         ranked: Sequence[Expectation],
         offer: Offer,
         full_seconds: float,
-        expected: Space,
+        expected: Expectations,
     ) -> _Choice:
         """The candidate worth most per second; among full runs that are due, the one worth most.
 
@@ -232,13 +229,16 @@ class JointFidelity:
             gains = self._gains(beliefs, inputs, beliefs.at_target(different.values()))
         if gains is None:
             source, gains = "expected-improvement", _expected_improvement(beliefs, candidates)
-        weights = self._weights(history, inputs, expected)
+        weights = self._weights(history, inputs, expected.space)
         gains = gains * beliefs.accepted(inputs) * weights
         worth = gains / full_seconds if offer.due else NetCostUtility(lambda _: seconds)(inputs, gains)
         best = int(worth.argmax())
         if offer.due and not any(_sets_a_mark(history, trial) for trial in history.on_target):
             # The first full run is the best guess: where little is known, improvement is expected at the edges.
-            source, best = "best-expectation", int(beliefs.worth(_at_target(beliefs, candidates)).argmax())
+            if expected.compared and not history.study.earlier:
+                source, best = "known-optimum", int(weights.argmax())
+            else:
+                source, best = "best-expectation", int(beliefs.worth(_at_target(beliefs, candidates)).argmax())
         unit = beliefs.scale.unit()
         return _Choice(offer.items[best], source, float(gains[best]) * unit, float(worth[best]) * unit)
 
@@ -262,7 +262,8 @@ class JointFidelity:
         new = self._candidates.new_configurations(beliefs, best, np.random.default_rng(seed))
         return [item for item in by_value(beliefs, new)[: self.untried] if item.worth > ranked[0].worth]
 
-    def _expectations(self, study: Study) -> Expectations:
+    def expectations(self, study: Study) -> Expectations:
+        """What the search begins with, before anything is trained."""
         if self.prior == "none":
             return Expectations(study.space, compared=bool(study.earlier))
         return expectations(study, self.prior_without)

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import Parameter, Space, Vector
-from jfhpo_core.study.trial import Record
+from jfhpo_core.study.trial import Record, Value
 
 FILE = Path(__file__).with_name("known_optima.json")
 
@@ -88,6 +88,16 @@ class Expectations:
     space: Space
     compared: bool
 
+    def describe(self, own: Space) -> str | None:
+        """What is expected beyond what the user has said, in words; None if that is nothing.
+
+        Args:
+            own: The space as the user has it.
+        """
+        added = [name for name, item in self.space.root.items() if item.expected != own[name].expected]
+        near = ", ".join(f"{name} near {_short(self.space[name].expected)}" for name in added)
+        return f"expecting {near}, from published recipes and recorded runs" if added else None
+
 
 def expectations(study: Study, without: Collection[str] = ()) -> Expectations:
     """What the user expects, and what is known of other hyperparameters.
@@ -106,6 +116,10 @@ def expectations(study: Study, without: Collection[str] = ()) -> Expectations:
     space = Space({name: _expecting(parameter, name, size, known) for name, parameter in study.space.root.items()})
     sizes = [math.log10(item.parameters / size) for item in known if item.task is not None]
     return Expectations(space, compared=any(abs(distance) <= COMPARED_WITHIN for distance in sizes))
+
+
+def _short(value: Value | None) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def _expecting(parameter: ParameterType, name: str, size: float, known: Iterable[Optimum]) -> ParameterType:

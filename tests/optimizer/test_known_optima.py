@@ -1,0 +1,169 @@
+"""What is expected of hyperparameters before a study has trained anything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.landscapes import TABLE, load_problem
+from benchmarks.rl_table.optima import recorded
+from jfhpo_core.optimizer.candidates import expected_configurations
+from jfhpo_core.optimizer.joint_fidelity import DOUBT, JointFidelity
+from jfhpo_core.optimizer.known_optima import MOST_SPREAD, expectations, known_optima
+from jfhpo_core.optimizer.observations import point
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.history import History
+from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.resolved import EarlierStudy, Study
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.trainers.openrlhf.trainer import OpenRlhfTrainer
+from jfhpo_core.trainers.simulated import SimulatedTrainer
+from jfhpo_core.trainers.trl import TrlTrainer
+
+
+def of_size(parameters: float, space: Any = "llm", trainer: Any = None, **settings: Any) -> Study:
+    """A study of one model of this size, which need not exist."""
+    spec = StudySpec.model_validate(
+        {
+            "study": "known",
+            "family": [{"name": "target", "path": "nowhere", "parameters": int(parameters)}],
+            "target": "target",
+            "task": "instruct",
+            "trainer": {"name": "openrlhf", "settings": settings},
+            "space": space,
+            "budget": {"trial_seconds": 1000},
+        }
+    )
+    return Study(spec, build_ladder(spec), trainer or OpenRlhfTrainer())
+
+
+def recorded_study(folder: Path, budget: float, **settings: Any) -> Study:
+    """A search on the recorded runs of one task, whose own table is left out."""
+    problem = replace(load_problem("table-instruct", 1), trainings=budget)
+    return problem.study(folder, "jfhpo", settings)
+
+
+def test_what_is_known_of_the_tables_is_what_they_say() -> None:
+    known = [item for item in known_optima() if item.task is not None]
+    assert known == recorded(TABLE), "run `python -m benchmarks.rl_table optima`"
+
+
+def test_every_recipe_names_where_it_is_published() -> None:
+    recipes = [item for item in known_optima() if item.task is None]
+    assert len({item.source for item in recipes}) == len(recipes) > 5
+    assert all(item.source.startswith("https://") and item.parameters > 1e8 for item in recipes)
+
+
+@pytest.mark.parametrize("parameters", [0.5e9, 7.6e9, 32e9])
+def test_large_models_are_expected_to_learn_at_the_rates_of_the_recipes(parameters: float) -> None:
+    expected = expectations(of_size(parameters))
+    rate = expected.space["learning_rate"]
+    assert 5e-7 <= float(rate.expected or 0) <= 2e-6
+    assert not expected.compared, "recipes were published, not compared: proxies come first"
+
+
+def test_small_models_are_expected_to_learn_faster_the_smaller_they_are() -> None:
+    rates = [
+        float(expectations(of_size(size, "tiny")).space["learning_rate"].expected or 0) for size in (1e5, 6e5, 4e6)
+    ]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 2 * rates[-1]
+
+
+def test_far_from_every_known_size_less_is_certain() -> None:
+    space = {"learning_rate": {"type": "float", "low": 1e-7, "high": 1e-2, "log": True, "shifts_with_size": True}}
+    near, far = (expectations(of_size(size, space)).space["learning_rate"].spread for size in (7e9, 3e7))
+    assert near < far <= MOST_SPREAD
+
+
+def test_what_the_user_says_stays() -> None:
+    space = {
+        "learning_rate": {"type": "float", "low": 1e-7, "high": 1e-5, "log": True, "expected": 5e-6, "spread": 0.05},
+        "n_samples": {"type": "choice", "values": [4, 8, 16]},
+    }
+    expected = expectations(of_size(7e9, space))
+    assert expected.space["learning_rate"] == of_size(7e9, space).space["learning_rate"]
+    assert expected.space["n_samples"].expected is not None
+    assert "learning_rate" not in (expected.describe(of_size(7e9, space).space) or "")
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"learning_rate": {"type": "float", "low": 1e-5, "high": 1e-3, "log": True}},
+        {"n_samples": {"type": "choice", "values": [64, 128]}},
+        {"scheduler": {"type": "choice", "values": ["constant", "cosine"]}},
+        {"weight_decay": {"type": "float", "low": 0.0, "high": 0.1}},
+    ],
+)
+def test_ranges_that_the_recipes_do_not_reach_get_no_expectation(space: dict[str, Any]) -> None:
+    study = of_size(7e9, space)
+    assert expectations(study).space == study.space
+    assert expectations(study).describe(study.space) is None
+
+
+def test_other_kinds_of_training_and_earlier_studies_get_none() -> None:
+    plain = of_size(7e9)
+    assert expectations(replace(plain, trainer=SimulatedTrainer())).space == plain.space
+    adapters = replace(of_size(7e9, lora={"rank": 16}), trainer=TrlTrainer())
+    assert expectations(adapters).space == plain.space
+    informed = expectations(replace(plain, earlier=(EarlierStudy(plain.spec, plain.ladder, ()),)))
+    assert (informed.space, informed.compared) == (plain.space, True)
+
+
+def test_the_table_that_is_judged_can_be_left_out(tmp_path: Path) -> None:
+    study = recorded_study(tmp_path, 3)
+    assert study.spec.strategy.settings == {"prior_without": ["instruct"]}
+    assert expectations(study).space != expectations(study, ["instruct"]).space
+    tasks = {item.task for item in known_optima() if item.task is not None}
+    assert not expectations(study, tasks).compared
+
+
+def test_an_expectation_that_is_wrong_is_doubted(tmp_path: Path) -> None:
+    """However far a candidate is from what is expected, its weight stays above `DOUBT`; the expected one has 1."""
+    study = recorded_study(tmp_path, 3)
+    strategy = JointFidelity(prior_without=("instruct",))
+    expected = strategy.expectations(study).space
+    near = expected_configurations(expected)
+    far = study.space.decode(1 - np.array(study.space.encode(near[-1])))
+    history = History.of(study, [])
+    inputs = torch.tensor([point(study, item, study.ladder.target.name, 1) for item in (*near, far)]).double()
+    weights = strategy._weights(history, inputs, expected)
+    assert float(weights.max()) == pytest.approx(1.0)
+    assert DOUBT <= float(weights[-1]) < DOUBT + 0.01
+    assert bool((strategy._weights(history, inputs, study.space) == 1).all())
+
+
+def test_what_is_expected_is_a_candidate_with_every_choice() -> None:
+    expected = expectations(of_size(6e5, "tiny")).space
+    found = expected_configurations(expected)
+    assert len(found) == 2 * 3 * 3
+    assert {item["n_samples"] for item in found} == {4, 8, 16}
+    assert len({item["learning_rate"] for item in found}) == 1
+    assert expected_configurations(of_size(6e5, "tiny").space) == []
+
+
+def test_where_runs_were_compared_the_search_begins_on_the_target(tmp_path: Path) -> None:
+    """On a budget of three full runs of which the recipe takes one: it is beaten without a proxy."""
+    problem = replace(load_problem("table-instruct", 1), trainings=3)
+    first = {}
+    for prior in ("shipped", "none"):
+        study = problem.study(tmp_path / prior, "jfhpo", {"prior": prior})
+        dispatcher = InlineDispatcher(1, trainer=problem.trainer)
+        outcome = run_search(study, MemoryLedger(), dispatcher, strategy=JointFidelity(**study.spec.strategy.settings))
+        first[prior] = next(trial for trial in outcome.trials if trial.purpose == "search")
+        if prior == "shipped":
+            assert outcome.recommended is not None
+            gained = problem.true_score(outcome.recommended.configuration) - problem.true_score(problem.default)
+            assert gained > 0.1
+    assert first["shipped"].model == study.ladder.target.name
+    assert first["none"].model == study.ladder.models[0].name
+    assert math.isclose(float(first["shipped"].configuration["learning_rate"]), 2e-4, rel_tol=0.9)
