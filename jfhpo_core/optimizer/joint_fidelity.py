@@ -109,7 +109,6 @@ class JointFidelity:
         target_share: Full runs of the target are due so often that they take this share of the spending: see
             `allocation`.
         prior: Whether what the field knows of its hyperparameters counts as expected: see `known_optima`.
-        prior_without: Tasks whose recorded tables it leaves out.
     """
 
     name: ClassVar[str] = "jfhpo"
@@ -128,7 +127,6 @@ class JointFidelity:
     stop_gain: float = 0.0
     target_share: Share = 0.5
     prior: Literal["shipped", "none"] = "shipped"
-    prior_without: tuple[str, ...] = ()
 
     def check(self, study: Study) -> None:
         """See `Checked.check`."""
@@ -266,7 +264,7 @@ class JointFidelity:
         """What the search begins with, before anything is trained."""
         if self.prior == "none":
             return Expectations(study.space, compared=bool(study.earlier))
-        return expectations(study, self.prior_without)
+        return expectations(study)
 
     def _weights(self, history: History, inputs: Tensor, expected: Space) -> Tensor:
         """Weights in (0, 1] of candidates by what is expected, which fades as trials accumulate; shape (n,).

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -99,19 +99,16 @@ class Expectations:
         return f"expecting {near}, from published recipes and recorded runs" if added else None
 
 
-def expectations(study: Study, without: Collection[str] = ()) -> Expectations:
+def expectations(study: Study) -> Expectations:
     """What the user expects, and what is known of other hyperparameters.
 
     Nothing is added with earlier studies, and where hyperparameters do not mean what those of the recipes mean: full
-    fine-tuning by reinforcement learning, which the trainer says by `reinforces = True`.
-
-    Args:
-        study: The study.
-        without: Tasks whose tables are left out, to judge on them what the others have taught.
+    fine-tuning by reinforcement learning, which the trainer says by `reinforces = True`. What was recorded on the
+    study's own task is left out: a demonstration or a benchmark would know its answer.
     """
     if study.earlier or not getattr(study.trainer, "reinforces", False) or study.spec.trainer.settings.get("lora"):
         return Expectations(study.space, compared=bool(study.earlier))
-    known = [item for item in known_optima() if item.task is None or item.task not in without]
+    known = [item for item in known_optima() if item.task is None or item.task != study.spec.task.embedded]
     size = study.ladder.target.parameters
     space = Space({name: _expecting(parameter, name, size, known) for name, parameter in study.space.root.items()})
     sizes = [math.log10(item.parameters / size) for item in known if item.task is not None]

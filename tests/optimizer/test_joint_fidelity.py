@@ -264,7 +264,7 @@ def test_a_lost_continuation_is_a_candidate_again(completed: SearchResult) -> No
     known = [changed if trial is paused else trial for trial in trials]
     beliefs = Beliefs.form(History.of(study, known))
     assert beliefs is not None
-    candidates = JointFidelity()._candidates.segments(beliefs, [paused.configuration], np.random.default_rng(0))
+    candidates = JointFidelity()._candidates.segments(beliefs, [paused.configuration], [], np.random.default_rng(0))
     mine = [item for item in candidates if item.trial == paused.number and item.model == paused.model]
     assert {item.start_prompts for item in mine} == {paused.step * paused.prompts_per_step}
     assert study.spec.fidelity.horizon_prompts in {item.stop_prompts for item in mine}
@@ -278,7 +278,7 @@ def test_a_lost_further_seed_is_tried_again_as_what_it_is(completed: SearchResul
     known = [*trials, lost]
     beliefs = Beliefs.form(History.of(study, known))
     assert beliefs is not None
-    candidates = JointFidelity()._candidates.segments(beliefs, [done.configuration], np.random.default_rng(0))
+    candidates = JointFidelity()._candidates.segments(beliefs, [done.configuration], [], np.random.default_rng(0))
     mine = [item for item in candidates if item.trial == lost.number]
     assert mine
     assert {(item.seed, item.start_prompts) for item in mine} == {(7, 0)}
@@ -307,7 +307,9 @@ def test_expectations_fade_with_the_number_of_trials(tmp_path: Path, completed: 
     space["learning_rate"] |= {"expected": 1e-5, "spread": 0.2}
     study, strategy = simulated(tmp_path, space=space), JointFidelity()
     points = torch.full((1, study.space.dimension + 4), 0.5, dtype=torch.double)
-    few, many = (float(strategy._expectation(History.of(study, completed.trials[:count]), points)) for count in (8, 30))
+    few, many = (
+        float(strategy._weights(History.of(study, completed.trials[:count]), points, study.space)) for count in (8, 30)
+    )
     assert few < many < 1
 
 

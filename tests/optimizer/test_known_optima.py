@@ -23,7 +23,7 @@ from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.history import History
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.resolved import EarlierStudy, Study
-from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.spec import StudySpec, TaskSpec
 from jfhpo_core.trainers.openrlhf.trainer import OpenRlhfTrainer
 from jfhpo_core.trainers.simulated import SimulatedTrainer
 from jfhpo_core.trainers.trl import TrlTrainer
@@ -119,18 +119,19 @@ def test_other_kinds_of_training_and_earlier_studies_get_none() -> None:
     assert (informed.space, informed.compared) == (plain.space, True)
 
 
-def test_the_table_that_is_judged_can_be_left_out(tmp_path: Path) -> None:
+def test_the_table_of_the_own_task_is_left_out(tmp_path: Path) -> None:
+    """A benchmark on a recorded task is not told its answer; a task of the user's own learns from all of them."""
     study = recorded_study(tmp_path, 3)
-    assert study.spec.strategy.settings == {"prior_without": ["instruct"]}
-    assert expectations(study).space != expectations(study, ["instruct"]).space
-    tasks = {item.task for item in known_optima() if item.task is not None}
-    assert not expectations(study, tasks).compared
+    assert study.spec.task.embedded == "instruct"
+    own = replace(study, spec=study.spec.model_copy(update={"task": TaskSpec(embedded=None)}))
+    assert expectations(study).compared
+    assert expectations(study).space != expectations(own).space
 
 
 def test_an_expectation_that_is_wrong_is_doubted(tmp_path: Path) -> None:
     """However far a candidate is from what is expected, its weight stays above `DOUBT`; the expected one has 1."""
     study = recorded_study(tmp_path, 3)
-    strategy = JointFidelity(prior_without=("instruct",))
+    strategy = JointFidelity()
     expected = strategy.expectations(study).space
     near = expected_configurations(expected)
     far = study.space.decode(1 - np.array(study.space.encode(near[-1])))
