@@ -7,8 +7,9 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
-from benchmarks import ablations, prices, report, reproduction, runner, store, warm_start
+from benchmarks import ablations, prices, prior, report, reproduction, runner, store, warm_start
 from benchmarks.foreign.commands import app as foreign
+from benchmarks.foreign.settings import RECORDED
 from benchmarks.landscapes import LANDSCAPES
 from benchmarks.timing import FILE, Timing, measure
 
@@ -114,6 +115,23 @@ def start_warm(
     failed = runner.run(warm_start.runs(_seeds(seeds)), results, workers, redo)
     if any(seed >= report.FIRST_SEED for known in store.load_all(results).values() for _, seed in known):
         warm_start.write(store.load_all(results), folder)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("prior")
+def begin_with_prior(
+    seeds: Annotated[str, typer.Option(help="1000:1020 or 3,5,8. Tuning: 0 to 99; publication: from 1000.")] = "0:3",
+    settings: Annotated[str, typer.Option(help="Recorded tables, with commas.")] = ",".join(RECORDED),
+    workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
+    redo: Annotated[bool, typer.Option(help="Replace results that older code has made.")] = False,
+    folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
+    results: Folder = prior.RESULTS,
+) -> None:
+    """Search recorded tables knowing nothing, what is shipped, or what misleads, and write the page of the docs."""
+    failed = runner.run(prior.runs(_seeds(seeds), _names(settings)), results, workers, redo)
+    if any(seed >= report.FIRST_SEED for known in store.load_all(results).values() for _, seed in known):
+        prior.write(store.load_all(results), folder)
     if failed:
         raise typer.Exit(1)
 

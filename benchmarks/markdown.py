@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
@@ -23,3 +26,9 @@ BEFORE_REWRITE = (
     "again since. What the present one does is measured on [foreign data](foreign.md)."
 )
 """Stands on pages whose results are older than the optimizer; to be removed with the next measurement."""
+
+
+def mean_text(values: NDArray[np.floating]) -> str:
+    """Mean and standard error of values, one for each seed."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return f"{values.mean():.4f} ± {error:.4f}"

@@ -62,6 +62,11 @@ class Result(BaseModel):
         scores = [score for seconds, score in self.trace if seconds <= self.budget_seconds]
         return max(0.0, self.best_score - scores[-1])
 
+    def regret_at(self, cost: float) -> float:
+        """True score that the incumbent lacks after so many full runs of the target."""
+        scores = [score for seconds, score in self.trace if seconds <= cost * self.training_seconds * (1 + 1e-9)]
+        return max(0.0, self.best_score - scores[-1])
+
     @property
     def recommended_regret(self) -> float:
         """True score that the final recommendation lacks."""

@@ -18,7 +18,7 @@ from benchmarks import report, runner, store
 from benchmarks.analysis import Results
 from benchmarks.foreign import settings
 from benchmarks.landscapes import Problem
-from benchmarks.markdown import markdown_table
+from benchmarks.markdown import markdown_table, mean_text
 from benchmarks.store import Result
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.run.dispatch import InlineDispatcher
@@ -158,7 +158,7 @@ def _rows(mine: dict[store.Key, Result]) -> Iterator[list[str]]:
             means = {start: np.array([found[seed] for seed in seeds]) for start, found in regrets.items()}
             cold = float(means["cold"].mean())
             yield [
-                second, first, str(budget), *(_text(values) for values in means.values()),
+                second, first, str(budget), *(mean_text(values) for values in means.values()),
                 *(f"{means[start].mean() / cold:.2f}" for start in ("warm", "misled")), str(len(seeds)),
             ]  # fmt: skip
 
@@ -171,27 +171,16 @@ def _one_run(mine: dict[store.Key, Result], peers: Results) -> Iterator[list[str
         best: tuple[float, str, int] | None = None
         for peer, known in peers.items():
             found = [
-                _regret_at(result, FIRST_BUDGET)
+                result.regret_at(FIRST_BUDGET)
                 for (landscape, seed), result in known.items()
                 if landscape.partition("@")[0] == second and seed in warm and result.base_strategy != STRATEGY
             ]
             if found and (best is None or float(np.mean(found)) < best[0]):
                 best = float(np.mean(found)), peer, len(found)
-        value = _text(np.array(list(warm.values())))
+        value = mean_text(np.array(list(warm.values())))
         told = [f"{best[0]:.4f}", f"{best[1]} ({best[2]} seeds)"] if best else ["-", "-"]
         yield [second, first, value, *told, str(len(warm))]
 
 
 def _regrets(mine: dict[store.Key, Result], landscape: str) -> dict[int, float]:
     return {seed: result.recommended_regret for (name, seed), result in mine.items() if name == landscape}
-
-
-def _regret_at(result: Result, cost: float) -> float:
-    """Regret of the incumbent after so many full runs."""
-    known = [score for seconds, score in result.trace if seconds <= cost * result.training_seconds * (1 + 1e-9)]
-    return max(0.0, result.best_score - known[-1])
-
-
-def _text(values: np.ndarray) -> str:
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return f"{values.mean():.4f} ± {error:.4f}"

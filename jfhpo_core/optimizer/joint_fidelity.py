@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from jfhpo_core.optimizer.constraints import drawn_limit
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.floors import value_floors
 from jfhpo_core.optimizer.initial_design import InitialDesign
-from jfhpo_core.optimizer.known_optima import Expectations, expectations
+from jfhpo_core.optimizer.known_optima import FILE, Expectations, expectations
 from jfhpo_core.optimizer.observations import point
 from jfhpo_core.optimizer.strategy import (
     Admits,
@@ -108,7 +109,8 @@ class JointFidelity:
             one step ahead and is an underestimate: at 0.0005 half of the searches of a benchmark ended too early.
         target_share: Full runs of the target are due so often that they take this share of the spending: see
             `allocation`.
-        prior: Whether what the field knows of its hyperparameters counts as expected: see `known_optima`.
+        prior: What is known of hyperparameters before the search, see `known_optima`: "shipped", "none", or a JSON
+            file like the shipped one.
     """
 
     name: ClassVar[str] = "jfhpo"
@@ -126,11 +128,12 @@ class JointFidelity:
     acquisition: str = "knowledge-gradient"
     stop_gain: float = 0.0
     target_share: Share = 0.5
-    prior: Literal["shipped", "none"] = "shipped"
+    prior: str = "shipped"
 
     def check(self, study: Study) -> None:
         """See `Checked.check`."""
         load_acquisition(self.acquisition)
+        self.expectations(study)
 
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
@@ -234,7 +237,7 @@ class JointFidelity:
         if offer.due and not any(_sets_a_mark(history, trial) for trial in history.on_target):
             # The first full run is the best guess: where little is known, improvement is expected at the edges.
             if expected.compared and not history.study.earlier:
-                source, best = "known-optimum", int(weights.argmax())
+                source, best = "known-optimum", int((beliefs.accepted(inputs) * weights).argmax())
             else:
                 source, best = "best-expectation", int(beliefs.worth(_at_target(beliefs, candidates)).argmax())
         unit = beliefs.scale.unit()
@@ -264,7 +267,7 @@ class JointFidelity:
         """What the search begins with, before anything is trained."""
         if self.prior == "none":
             return Expectations(study.space, compared=bool(study.earlier))
-        return expectations(study)
+        return expectations(study, FILE if self.prior == "shipped" else Path(self.prior))
 
     def _weights(self, history: History, inputs: Tensor, expected: Space) -> Tensor:
         """Weights in (0, 1] of candidates by what is expected, which fades as trials accumulate; shape (n,).

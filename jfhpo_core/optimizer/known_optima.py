@@ -12,7 +12,6 @@ References:
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import TypeVar
 import numpy as np
 from pydantic import Field
 
+from jfhpo_core.errors import SpecError
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import Parameter, Space, Vector
 from jfhpo_core.study.trial import Record, Value
@@ -68,11 +68,28 @@ class Optimum(Record):
         return self.weight * math.exp(-((math.log10(self.parameters / parameters) / NEAR) ** 2) / 2)
 
 
+class _Known(Record):
+    """The file's content."""
+
+    recipes: tuple[Optimum, ...] = ()
+    recorded: tuple[Optimum, ...] = ()
+
+
 @cache
-def known_optima() -> tuple[Optimum, ...]:
-    """All that is known."""
-    table = json.loads(FILE.read_text(encoding="utf-8"))
-    return tuple(Optimum.model_validate(item) for item in (*table["recipes"], *table["recorded"]))
+def known_optima(file: Path = FILE) -> tuple[Optimum, ...]:
+    """All that is known.
+
+    Raises:
+        SpecError: There is no such file, or it does not hold what it should.
+    """
+    try:
+        known = _Known.model_validate_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"strategy.settings.prior: {file} is no file of known optima ({str(error).splitlines()[0]}); write "
+            "`shipped`, `none`, or a JSON file like jfhpo_core/optimizer/known_optima.json"
+        ) from error
+    return (*known.recipes, *known.recorded)
 
 
 @dataclass(frozen=True)
@@ -99,16 +116,23 @@ class Expectations:
         return f"expecting {near}, from published recipes and recorded runs" if added else None
 
 
-def expectations(study: Study) -> Expectations:
+def expectations(study: Study, file: Path = FILE) -> Expectations:
     """What the user expects, and what is known of other hyperparameters.
 
     Nothing is added with earlier studies, and where hyperparameters do not mean what those of the recipes mean: full
     fine-tuning by reinforcement learning, which the trainer says by `reinforces = True`. What was recorded on the
     study's own task is left out: a demonstration or a benchmark would know its answer.
+
+    Args:
+        study: The study.
+        file: What is known.
+
+    Raises:
+        SpecError: The file is none of this kind.
     """
     if study.earlier or not getattr(study.trainer, "reinforces", False) or study.spec.trainer.settings.get("lora"):
         return Expectations(study.space, compared=bool(study.earlier))
-    known = [item for item in known_optima() if item.task is None or item.task != study.spec.task.embedded]
+    known = [item for item in known_optima(file) if item.task is None or item.task != study.spec.task.embedded]
     size = study.ladder.target.parameters
     space = Space({name: _expecting(parameter, name, size, known) for name, parameter in study.space.root.items()})
     sizes = [math.log10(item.parameters / size) for item in known if item.task is not None]
