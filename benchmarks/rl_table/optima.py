@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.rl_table.generate import TASKS
 from jfhpo_core.optimizer.known_optima import FILE, Optimum
-from jfhpo_core.trainers.replay_table import Recording, read_table
+from jfhpo_core.trainers.replay_table import Recording, read_table, recorded_tasks
 
 BEST = 5
 """Runs of each task and size that count as good."""
@@ -25,7 +24,7 @@ def write(data: Path, file: Path = FILE) -> None:
 def recorded(data: Path, *, worst: bool = False) -> list[Optimum]:
     """The best first-seed runs by their final score, of every task and size; or the worst, to mislead."""
     found = []
-    for task in TASKS:
+    for task in sorted(recorded_tasks(str(data))):
         table = read_table(str(data), task)
         for size in table.sizes:
             complete = [item for item in table.of_size(size) if item.completed and item.seed == 0]
