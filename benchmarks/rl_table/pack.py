@@ -224,7 +224,7 @@ which fill the same space more thinly. Trainings present / planned (of these, cu
   below {made.COLLAPSED_SHARE:g} of the base model's and the mean training reward of each of the last
   {made.COLLAPSED_STEPS} steps is below {made.COLLAPSED_REWARD:g}.
 - Made on virtual machines with two cores, at first of an AMD EPYC, later of an Intel Xeon (which of them made which
-  training was not recorded; all of `countdown` was made on MACHINE, beside much other work), with:
+  training was not recorded, but that `countdown` was made on the latter, beside much other work), with:
 
 {_bullets(versions)}
 
