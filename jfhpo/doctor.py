@@ -53,7 +53,7 @@ def _ray(study: Study) -> Finding:
         return Finding(Level.OK, "ray", "not used: trials run in the driver's own process")
     if address == "local":
         return Finding(Level.OK, "ray", "a private instance on this machine will be started")
-    from jfhpo_core.run.ray_dispatch import cluster_resources
+    from jfhpo_core.run.ray_instance import cluster_resources
 
     try:
         resources = cluster_resources(address)

@@ -50,7 +50,7 @@ def _gpus(cluster: ClusterSpec) -> float | None:
         import torch
 
         return float(torch.cuda.device_count())
-    from jfhpo_core.run.ray_dispatch import cluster_resources
+    from jfhpo_core.run.ray_instance import cluster_resources
 
     try:
         return cluster_resources(address).get("GPU", 0.0)

@@ -49,7 +49,7 @@ LONGEST_ABSENCE_SECONDS = 6.0
 DELIVERED_SHARE = 0.5
 """Share of the absences after which the search may deliver what it has kept; else the next process has to."""
 JUMP_SECONDS = 30 * 24 * 3600.0
-WORKER = "_WorkerProcess"
+WORKER = "WorkerProcess"
 """In the command of a Ray worker that trains."""
 HUNG_SECONDS = 15.0
 """Silence after which a worker counts as hung, instead of half an hour."""

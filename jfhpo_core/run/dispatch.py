@@ -1,6 +1,6 @@
 """Running jobs somewhere: the dispatcher protocol, and the one that runs them in this very process.
 
-The Ray dispatcher lives in `jfhpo_core.run.ray_dispatch`, the only module that imports ray.
+The Ray dispatcher lives in `jfhpo_core.run.ray_dispatch`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Running jobs on Ray: a private instance on this machine, or a cluster. The only module that imports ray.
+"""Running jobs on Ray: a private instance on this machine, or a cluster.
 
 Workers are Ray actors that stay warm from job to job, so that imports are paid once. When a job gets its devices, and
 on which node, is decided here (`jfhpo_core.run.scheduler`): Ray would let small jobs overtake a large one without end.
@@ -10,38 +10,30 @@ a driver that is gone.
 On a cluster every node needs jfhpo of the same version, and the study's workspace, prompts and reward file under the
 same paths (a shared file system). `ray://` addresses (Ray Client) cannot stream and are refused.
 
-Jobs train in a thread of the worker process. `signal.alarm` works in main threads only, so a reward function must not
-use it: with math-verify pass `parsing_timeout=None` and `timeout_seconds=None`, as TRL itself does in threads.
+`ray_instance` starts Ray or joins it, `ray_pool` holds the workers, `ray_worker` is what runs in them.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import logging
 import os
 import queue
-import secrets
-import signal
-import socket
-import textwrap
 import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from jfhpo_core.errors import InfrastructureError, SpecError
+from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.run.dispatch import Event, Finished, Streamed, Suspended, request, too_large
-from jfhpo_core.run.parts import Paused
+from jfhpo_core.run.ray_instance import check_address, import_ray, last_line, start
+from jfhpo_core.run.ray_pool import PLACEMENT_NOTICE_SECONDS, POLL_SECONDS, Worker, WorkerPool
 from jfhpo_core.run.ray_versions import version_mismatch
+from jfhpo_core.run.ray_worker import Loss
 from jfhpo_core.run.scheduler import POOL, Load, Opening, Request, Scheduler
-from jfhpo_core.run.worker import Cancelled, run_job
+from jfhpo_core.run.worker import Cancelled
 from jfhpo_core.study.spec import DEFAULT_PARALLEL, ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome, SegmentResult, StepRecord
-from jfhpo_core.trainers import Job, load_trainer
+from jfhpo_core.trainers import Job
 from jfhpo_core.watchdog import Silence
 
 HANG_SECONDS = 1800.0
@@ -55,95 +47,10 @@ if the whole segment is expected to be."""
 CANCEL_GRACE_SECONDS = 5.0
 """Time for a cancelled job to end at its next step before its worker is killed."""
 
-PLACEMENT_NOTICE_SECONDS = 60.0
-"""Say that a job waits for resources this often."""
-
-OBJECT_STORE_BYTES = 100 * 2**20
-"""Step records are all that a private instance has to hold."""
-
-START_ATTEMPTS = 3
-"""Tries to start Ray."""
-
-CONNECT_SECONDS = 10.0
-"""For a cluster to answer at all."""
-
-MESSAGE_CHARACTERS = 400
-"""Of an error are kept; Ray's can fill pages."""
-
-POLL_SECONDS = 0.2
-
 NODES_SECONDS = 10.0
 """How often Ray is asked whether nodes have come or gone."""
 
 logger = logging.getLogger(__name__)
-
-_trainer = functools.cache(load_trainer)
-
-
-@dataclass(frozen=True)
-class _Loss:
-    """An attempt that gave no result.
-
-    Attributes:
-        kind: Failure kind to record if every attempt fails this way; None if it is never the configuration's fault.
-        details: The worker's traceback, if there is one.
-    """
-
-    reason: str
-    kind: FailureKind | None = None
-    details: str | None = None
-
-
-class _WorkerProcess:
-    """What runs in a worker: one job at a time.
-
-    Args:
-        trainer: Imported at once, so that the first job finds it warm.
-    """
-
-    def __init__(self, trainer: str) -> None:
-        _hear_of_children()
-        _trainer(trainer).warm_up()
-        self._cancelled = threading.Event()
-
-    def ready(self) -> int:
-        """Process id; answers as soon as the worker can train."""
-        return os.getpid()
-
-    def cancel(self) -> None:
-        """End the running job at its next step."""
-        self._cancelled.set()
-
-    def train(self, job: Job) -> Iterator[StepRecord | SegmentResult | Suspended | _Loss]:
-        """Yield a job's step records as they come, then what came of it; nothing more if cancelled."""
-        self._cancelled.clear()
-        items: queue.SimpleQueue[StepRecord | SegmentResult | Suspended | _Loss | None] = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                items.put(run_job(job, _trainer(job.study.trainer.name), items.put, self._cancelled.is_set))
-            except Cancelled:
-                pass
-            except Paused as pause:
-                items.put(Suspended(job.trial_key, pause.step))
-            except Exception as error:  # noqa: BLE001  the driver tries again, and reports what it was
-                items.put(_Loss(_last_line(error), details=traceback.format_exc()))
-            finally:
-                items.put(None)
-
-        threading.Thread(target=work, name=f"trial-{job.trial_key}", daemon=True).start()
-        while (item := items.get()) is not None:
-            yield item
-
-
-@dataclass(eq=False)
-class _Worker:
-    """An actor on a node; `ready` once it has had its resources and its imports."""
-
-    actor: Any
-    devices: int
-    node: str
-    ready: bool = False
 
 
 @dataclass(eq=False)
@@ -201,8 +108,8 @@ class RayDispatcher:
     def __init__(self, cluster: ClusterSpec, slots: int | None, trainer: str | None = None) -> None:
         self._cluster = cluster
         self._address = (os.environ.get("RAY_ADDRESS") or "local") if cluster.address == "auto" else cluster.address
-        _check_address(self._address)
-        self._ray = _import_ray(private=self._address == "local")
+        check_address(self._address)
+        self._ray = import_ray(private=self._address == "local")
         self._events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self._fatal: BaseException | None = None
         self._told_nodes = cluster.devices is None and cluster.gpus_per_device > 0
@@ -214,8 +121,7 @@ class RayDispatcher:
         self._scheduler: Scheduler[_Ticket] = Scheduler(nodes, slots)
         self._tickets: dict[str, _Ticket] = {}
         self._lock = threading.Lock()
-        self._idle: list[_Worker] = []
-        self._placing: list[_Worker] = []
+        self._workers = WorkerPool(self._ray, cluster, self._address == "local", self._scheduler.free, self._lock)
         self._started = threading.Event()
         self._closing = threading.Event()
         warm = slots if nodes is None and trainer is not None else 0
@@ -297,19 +203,18 @@ class RayDispatcher:
         owned = not ray.is_initialized()
         try:
             if owned:
-                _start(ray, self._address)
+                start(ray, self._address)
             self._look_at_nodes()
-            self._idle += [self._start_worker(str(trainer), 1, POOL) for _ in range(warm)]
+            self._workers.warm_up(str(trainer), warm)
         except BaseException as error:  # noqa: BLE001  whatever it is, the driver must hear of it
             remedy = "try again, or run without Ray by `cluster: {address: inline}`"
-            why = version_mismatch(error) or f"{_last_line(error)}; {remedy}"
+            why = version_mismatch(error) or f"{last_line(error)}; {remedy}"
             self._events.put(InfrastructureError(f"Ray did not start (cluster.address {self._address!r}): {why}"))
         else:
             self._started.set()
             while not self._closing.wait(NODES_SECONDS):
                 self._look_at_nodes()
-            for worker in self._idle:
-                self._kill(worker)
+            self._workers.close()
         if owned:
             ray.shutdown()
 
@@ -320,7 +225,7 @@ class RayDispatcher:
         try:
             nodes = self._ray.nodes()
         except self._ray.exceptions.RayError as error:
-            logger.warning("Ray does not say which nodes it has: %s", _last_line(error))
+            logger.warning("Ray does not say which nodes it has: %s", last_line(error))
             return
         share = self._cluster.gpus_per_device
         devices = {node["NodeID"]: int(node["Resources"].get("GPU", 0) / share) for node in nodes if node["Alive"]}
@@ -365,11 +270,21 @@ class RayDispatcher:
             with self._lock:
                 largest, load = self._scheduler.largest, self._scheduler.busy
             if self._started.is_set() and job.devices > largest:
-                self._check_machine(job)
+                self._workers.check_machine(job)
                 raise too_large(job, largest)
             if time.monotonic() > notice:
                 notice += PLACEMENT_NOTICE_SECONDS
                 logger.info("trial %s waits for %d devices; %d are busy", job.trial_key, job.devices, load)
+
+    def _await_start(self, ticket: _Ticket) -> None:
+        """Wait until Ray has started.
+
+        Raises:
+            Cancelled: The driver withdrew the job.
+        """
+        while not self._started.wait(POLL_SECONDS):
+            if ticket.cancelled.is_set():
+                raise Cancelled(ticket.job.trial_key)
 
     def _forget(self, ticket: _Ticket) -> None:
         """Give a job's devices back, and strike it off the list unless its trial has been submitted again meanwhile."""
@@ -381,7 +296,7 @@ class RayDispatcher:
 
     def _finish(self, ticket: _Ticket) -> Finished | Suspended:
         job = ticket.job
-        losses: list[_Loss] = []
+        losses: list[Loss] = []
         while True:
             records: list[StepRecord] = []
             outcome, seconds = self._attempt(ticket, records)
@@ -397,7 +312,7 @@ class RayDispatcher:
             if len(losses) > self._cluster.segment_retries:
                 return _give_up(job, losses, records, seconds)
 
-    def _attempt(self, ticket: _Ticket, records: list[StepRecord]) -> tuple[SegmentResult | Suspended | _Loss, float]:
+    def _attempt(self, ticket: _Ticket, records: list[StepRecord]) -> tuple[SegmentResult | Suspended | Loss, float]:
         """Run a job once, on one worker, which survives only if the job ended in good order.
 
         Returns:
@@ -406,12 +321,13 @@ class RayDispatcher:
         Raises:
             Cancelled: The driver withdrew the job.
         """
-        job, outcome = ticket.job, _Loss("the worker ended without a result")
-        worker: _Worker | None = None
+        job, outcome = ticket.job, Loss("the worker ended without a result")
+        worker: Worker | None = None
         began: float | None = None
         first: float | None = None
         try:
-            worker = self._take(ticket)
+            self._await_start(ticket)
+            worker = self._workers.take(job, ticket.node, ticket.cancelled)
             began = time.monotonic()
             for item in self._stream(job, worker, ticket.cancelled):
                 if isinstance(item, StepRecord):
@@ -420,20 +336,20 @@ class RayDispatcher:
                     self._expect(ticket, records, first)
                     self._events.put(Streamed(job.trial_key, (item,)))
                 elif isinstance(item, SegmentResult | Suspended):
-                    self._release(worker)
+                    self._workers.release(worker)
                     worker = None
                     return item, time.monotonic() - began
                 else:
                     outcome = item
         except TimeoutError as error:
-            outcome = _Loss(str(error), FailureKind.HUNG)
+            outcome = Loss(str(error), FailureKind.HUNG)
         except self._ray.exceptions.RayError as error:
             # A worker that did not even come up has not seen the configuration.
             exhausted = worker is not None and isinstance(error, self._ray.exceptions.OutOfMemoryError)
-            outcome = _Loss(_last_line(error), FailureKind.OUT_OF_MEMORY if exhausted else None)
+            outcome = Loss(last_line(error), FailureKind.OUT_OF_MEMORY if exhausted else None)
         finally:
             if worker is not None:
-                self._kill(worker)
+                self._workers.kill(worker)
         return outcome, 0.0 if began is None else time.monotonic() - began
 
     def _expect(self, ticket: _Ticket, records: list[StepRecord], first: float) -> None:
@@ -446,8 +362,8 @@ class RayDispatcher:
                 self._scheduler.expect(ticket, now + left)
 
     def _stream(
-        self, job: Job, worker: _Worker, cancelled: threading.Event
-    ) -> Iterator[StepRecord | SegmentResult | Suspended | _Loss]:
+        self, job: Job, worker: Worker, cancelled: threading.Event
+    ) -> Iterator[StepRecord | SegmentResult | Suspended | Loss]:
         """What a worker yields for a job, as it comes.
 
         Raises:
@@ -478,235 +394,8 @@ class RayDispatcher:
             if not cancelled.is_set():
                 yield item
 
-    def _take(self, ticket: _Ticket) -> _Worker:
-        """A worker that is ready for a job: an idle one, or a fresh one, whichever comes first.
 
-        There may be more slots than the cluster has resources for where devices are not counted; a worker without them
-        goes on waiting among the idle ones, and its job takes the next one that is free.
-        """
-        job, cancelled, node = ticket.job, ticket.cancelled, ticket.node
-        while not self._started.wait(POLL_SECONDS):
-            if cancelled.is_set():
-                raise Cancelled(job.trial_key)
-        while True:
-            with self._lock:
-                worker = self._idle_worker(job.devices, node) or self._idle_worker(job.devices, node, ready=False)
-                fresh = worker is None
-                if worker is None:
-                    self._make_room(node)
-                    worker = self._start_worker(job.study.trainer.name, job.devices, node)
-                else:
-                    self._idle.remove(worker)
-                self._placing.append(worker)
-            try:
-                self._await(worker, job, cancelled)
-            except BaseException as error:
-                self._kill(worker)
-                if fresh or not isinstance(error, self._ray.exceptions.RayError):
-                    raise
-            else:
-                if worker.ready:
-                    return worker
-                with self._lock:
-                    self._idle.append(worker)
-            finally:
-                with self._lock:
-                    self._placing.remove(worker)
-
-    def _make_room(self, node: str) -> None:
-        """End idle workers that hold devices which a job on their node has been granted; the lock is held.
-
-        Where devices are not counted, any of them may hold what is needed.
-        """
-        free = self._scheduler.free(node)
-        for worker in [item for item in self._idle if item.node == node]:
-            if free is not None and sum(item.devices for item in self._idle if item.node == node) <= free:
-                return
-            self._idle.remove(worker)
-            self._kill(worker)
-
-    def _idle_worker(self, devices: int, node: str, *, ready: bool = True) -> _Worker | None:
-        """An idle worker of a shape, on a node, that is ready, or is not yet."""
-        wanted = (devices, node, ready)
-        return next((item for item in self._idle if (item.devices, item.node, item.ready) == wanted), None)
-
-    def _await(self, worker: _Worker, job: Job, cancelled: threading.Event) -> None:
-        """Wait until a worker has its resources and its imports, or another one of its shape is free.
-
-        Raises:
-            InfrastructureError: Ray has nothing left that could run it.
-            SpecError: This machine has not what it needs.
-            Cancelled: The driver withdrew the job.
-        """
-        ray = self._ray
-        self._check_machine(job)
-        ready = worker.actor.ready.remote()
-        notice = time.monotonic() + PLACEMENT_NOTICE_SECONDS
-        while not ray.wait([ready], timeout=POLL_SECONDS)[0]:
-            if cancelled.is_set():
-                raise Cancelled(job.trial_key)
-            with self._lock:
-                if self._idle_worker(worker.devices, worker.node) is not None:
-                    return
-            # Ray itself would wait for ever: another node might join, though not a private instance.
-            if self._address == "local" and not any(node["Alive"] for node in ray.nodes()):
-                raise InfrastructureError(
-                    "Ray has lost the raylet of its private instance on this machine, by a crash or for want of "
-                    "memory; run the same command again, it goes on from here"
-                )
-            if time.monotonic() > notice:
-                notice += PLACEMENT_NOTICE_SECONDS
-                logger.warning(
-                    "trial %s waits for its worker: Ray has to find %s for it (it has %s), and the worker has to "
-                    "import trainer %r", job.trial_key, self._resources(worker.devices), ray.cluster_resources(),
-                    job.study.trainer.name,
-                )  # fmt: skip
-        ray.get(ready)
-        worker.ready = True
-
-    def _check_machine(self, job: Job) -> None:
-        """Refuse what this machine can never give to a worker; a cluster may grow.
-
-        Raises:
-            SpecError: It has too few GPUs.
-        """
-        gpus = self._resources(job.devices)["num_gpus"]
-        if self._address == "local" and gpus > (there := self._ray.cluster_resources().get("GPU", 0.0)):
-            raise SpecError(
-                f"cluster.gpus_per_device: a trial of model {job.model!r} needs {gpus:g} GPUs and this machine has "
-                f"{there:g}; lower it (0 trains on CPUs), or give the address of a cluster"
-            )
-
-    def _start_worker(self, trainer: str, devices: int, node: str) -> _Worker:
-        threads = max(1, int(self._cluster.cpus_per_device * devices))
-        options = {
-            **self._resources(devices),
-            "max_concurrency": 2,  # `cancel` must get through while `train` runs
-            "max_restarts": 0,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
-        }
-        if node != POOL:
-            # Soft: the node may have gone since, and then any other one will do.
-            affinity = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-            options["scheduling_strategy"] = affinity(node, soft=True)
-        return _Worker(self._ray.remote(_WorkerProcess).options(**options).remote(trainer), devices, node)
-
-    def _resources(self, devices: int) -> dict[str, float]:
-        """What Ray counts for a worker; a private instance has no CPUs to count."""
-        cpus = 0.0 if self._address == "local" else self._cluster.cpus_per_device * devices
-        return {"num_cpus": cpus, "num_gpus": self._cluster.gpus_per_device * devices}
-
-    def _release(self, worker: _Worker) -> None:
-        """Keep a worker for the next job, unless, with nobody counting, one of another shape may need its resources."""
-        with self._lock:
-            uncounted = self._scheduler.devices is None
-            if uncounted and any(other.devices != worker.devices for other in self._placing):
-                self._kill(worker)
-            else:
-                self._idle.append(worker)
-
-    def _kill(self, worker: _Worker) -> None:
-        self._ray.kill(worker.actor)
-
-
-def cluster_resources(address: str) -> dict[str, float]:
-    """What a running cluster has in all, by Ray's names ('CPU', 'GPU', ...).
-
-    Raises:
-        SpecError: The address cannot be used, or no cluster answers.
-    """
-    _check_address(address)
-    ray = _import_ray(private=False)
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
-        raise SpecError(
-            f"cluster.address: the Ray cluster at {address!r} rejected the connection: {_last_line(error)}"
-        ) from error
-    try:
-        resources: dict[str, float] = ray.cluster_resources()
-    finally:
-        ray.shutdown()
-    return resources
-
-
-def _check_address(address: str) -> None:
-    """Refuse an address in a second that Ray itself would try for minutes, and then end the process."""
-    host, colon, port = address.rpartition(":")
-    if "://" in address:
-        raise SpecError(
-            f"cluster.address: {address!r} leads to Ray Client or the jobs API, which cannot stream step records; run "
-            "on a machine of the cluster and give HOST:6379, or submit the search itself with `ray job submit`"
-        )
-    if not colon:
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise SpecError(
-            f"cluster.address: no Ray cluster answers at {address!r} ({error}); check the address and the firewall, or "
-            "use 'local'"
-        ) from None
-
-
-def _import_ray(private: bool) -> Any:
-    """Import ray, with the settings that it reads from the environment on import."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if private:
-        # Ray's workers run at a low priority otherwise, behind everything else on the machine.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        # The children of a killed worker (data loaders, engines, launchers) must not train on.
-        os.environ.setdefault("RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper", "true")
-        # Ray gives its own parts 30 s to come up, and ends them otherwise: short on a machine with much else to do.
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
-        os.environ.setdefault("RAY_agent_register_timeout_ms", "180000")
-        # So long do Ray's helper processes wait for the rest of the instance once the driver was killed (else 60 s).
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
-        # Ray binds to loopback where it knows of no cluster. Whoever reaches its ports can run code, so other users
-        # of this machine need to be kept out, too.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        if "RAY_AUTH_MODE" not in os.environ:
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    import ray
-    import ray.exceptions
-    import ray.util.scheduling_strategies
-
-    warnings.filterwarnings("ignore", message="Tip: In future versions of Ray", category=FutureWarning)
-    return ray
-
-
-def _start(ray: Any, address: str) -> None:
-    """Connect to a cluster, or start a private instance."""
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "local":
-        # No CPUs: they would not be counted (see `RayDispatcher`), and Ray would start a spare worker for each.
-        options |= {"num_cpus": 0, "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    for attempt in range(1, START_ATTEMPTS + 1):
-        try:
-            ray.init(**options)
-        except Exception as error:
-            logger.warning("attempt %d of %d to start Ray failed: %s", attempt, START_ATTEMPTS, _last_line(error))
-            ray.shutdown()
-            if attempt == START_ATTEMPTS or version_mismatch(error):
-                raise
-        else:
-            _hear_of_children()
-            return
-
-
-def _hear_of_children() -> None:
-    """Restore the default SIGCHLD handler so that child exit codes can be read.
-
-    Where Ray is to end the children of killed workers, it ignores SIGCHLD in driver and workers, and the kernel then
-    forgets exit codes: a reward function that runs a program would see every failure as a success. Python's own
-    `signal` works in the main thread only, and does not know what Ray has set.
-    """
-    set_handler = ctypes.CDLL(None).signal
-    set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    set_handler(signal.SIGCHLD, None)
-
-
-def _give_up(job: Job, losses: list[_Loss], records: list[StepRecord], seconds: float) -> Finished:
+def _give_up(job: Job, losses: list[Loss], records: list[StepRecord], seconds: float) -> Finished:
     """The verdict on a job whose attempts all failed."""
     kinds = {loss.kind for loss in losses}
     kind = kinds.pop() if len(kinds) == 1 else None
@@ -732,8 +421,3 @@ def _give_up(job: Job, losses: list[_Loss], records: list[StepRecord], seconds: 
         attempts=len(losses),
     )
     return Finished(job.trial_key, result, tuple(records))
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return textwrap.shorten(f"{type(error).__name__}: {lines[-1].strip()}", MESSAGE_CHARACTERS, placeholder=" [...]")

@@ -74,7 +74,7 @@ def test_a_cluster_has_what_the_largest_model_that_is_trained_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "a-cluster:6379")
-    monkeypatch.setattr("jfhpo_core.run.ray_dispatch.cluster_resources", lambda _: {"CPU": 16.0, "GPU": 8.0})
+    monkeypatch.setattr("jfhpo_core.run.ray_instance.cluster_resources", lambda _: {"CPU": 16.0, "GPU": 8.0})
     family = [
         {"name": "small", "path": "simulated", "parameters": 100_000},
         {"name": "large", "path": "simulated", "parameters": 1_000_000, "devices": 8},

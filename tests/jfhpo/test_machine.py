@@ -34,7 +34,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of this machine and of a cluster."""
     count = [8]
     monkeypatch.setattr("torch.cuda.device_count", lambda: count[0])
-    monkeypatch.setattr("jfhpo_core.run.ray_dispatch.cluster_resources", lambda _: {"GPU": float(count[0])})
+    monkeypatch.setattr("jfhpo_core.run.ray_instance.cluster_resources", lambda _: {"GPU": float(count[0])})
     return count
 
 
@@ -68,7 +68,7 @@ def test_where_devices_cannot_be_counted_nothing_is_refused(
     def away(_: str) -> dict[str, float]:
         raise SpecError("cluster.address: no cluster answers")
 
-    monkeypatch.setattr("jfhpo_core.run.ray_dispatch.cluster_resources", away)
+    monkeypatch.setattr("jfhpo_core.run.ray_instance.cluster_resources", away)
     assert counted(study(tmp_path, 500, "head:6379")) is None
     gpus[0] = 0
     assert counted(study(tmp_path, 500)) is None

@@ -95,7 +95,7 @@ def test_a_search_whose_driver_dies_goes_on(tmp_path: Path, blow: signal.Signals
     with search:
         search.until(lambda: len(search.submitted()) >= 4)
         started = set(descendants(search.process.pid))
-        assert any("_WorkerProcess" in command for command in descendants(search.process.pid).values())
+        assert any("WorkerProcess" in command for command in descendants(search.process.pid).values())
         (os.killpg if blow == signal.SIGINT else os.kill)(search.process.pid, blow)
         search.process.wait(timeout=PATIENCE_SECONDS)
     assert all_gone(started), "the driver is gone and its workers train on"

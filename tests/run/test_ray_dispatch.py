@@ -87,7 +87,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_the_same(ray_dispatcher: 
     seen = 0
     while seen < 5:
         seen += sum(len(event.records) for event in ray_dispatcher.wait(0.5) if isinstance(event, Streamed))
-    trains = [pid for pid, command in descendants(os.getpid()).items() if "_WorkerProcess.train" in command]
+    trains = [pid for pid, command in descendants(os.getpid()).items() if "WorkerProcess.train" in command]
     assert len(trains) == 1
     os.kill(trains[0], signal.SIGKILL)
     _, finished = collect(ray_dispatcher, 1)
@@ -239,7 +239,7 @@ def test_a_trial_that_was_submitted_twice_does_not_keep_ray_from_closing_that_ne
 
     errors = SimpleNamespace(RayError=OSError, OutOfMemoryError=OSError)
     broken = SimpleNamespace(is_initialized=lambda: False, init=fail, shutdown=lambda: None, exceptions=errors)
-    monkeypatch.setattr(ray_dispatch, "_import_ray", lambda private: broken)
+    monkeypatch.setattr(ray_dispatch, "import_ray", lambda private: broken)
     dispatcher = RayDispatcher(ClusterSpec(address="local"), slots=1)
     job = first_job(simulated_study(tmp_path))
     dispatcher.submit(job)

@@ -1,0 +1,80 @@
+"""What runs in a worker of Ray: a process that trains one job at a time and stays warm from job to job.
+
+Jobs train in a thread of the worker process. `signal.alarm` works in main threads only, so a reward function must not
+use it: with math-verify pass `parsing_timeout=None` and `timeout_seconds=None`, as TRL itself does in threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import queue
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jfhpo_core.run.dispatch import Suspended
+from jfhpo_core.run.parts import Paused
+from jfhpo_core.run.ray_instance import hear_of_children, last_line
+from jfhpo_core.run.worker import Cancelled, run_job
+from jfhpo_core.study.trial import FailureKind, SegmentResult, StepRecord
+from jfhpo_core.trainers import Job, load_trainer
+
+_trainer = functools.cache(load_trainer)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An attempt that gave no result.
+
+    Attributes:
+        kind: Failure kind to record if every attempt fails this way; None if it is never the configuration's fault.
+        details: The worker's traceback, if there is one.
+    """
+
+    reason: str
+    kind: FailureKind | None = None
+    details: str | None = None
+
+
+class WorkerProcess:
+    """What runs in a worker: one job at a time.
+
+    Args:
+        trainer: Imported at once, so that the first job finds it warm.
+    """
+
+    def __init__(self, trainer: str) -> None:
+        hear_of_children()
+        _trainer(trainer).warm_up()
+        self._cancelled = threading.Event()
+
+    def ready(self) -> int:
+        """Process id; answers as soon as the worker can train."""
+        return os.getpid()
+
+    def cancel(self) -> None:
+        """End the running job at its next step."""
+        self._cancelled.set()
+
+    def train(self, job: Job) -> Iterator[StepRecord | SegmentResult | Suspended | Loss]:
+        """Yield a job's step records as they come, then what came of it; nothing more if cancelled."""
+        self._cancelled.clear()
+        items: queue.SimpleQueue[StepRecord | SegmentResult | Suspended | Loss | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                items.put(run_job(job, _trainer(job.study.trainer.name), items.put, self._cancelled.is_set))
+            except Cancelled:
+                pass
+            except Paused as pause:
+                items.put(Suspended(job.trial_key, pause.step))
+            except Exception as error:  # noqa: BLE001  the driver tries again, and reports what it was
+                items.put(Loss(last_line(error), details=traceback.format_exc()))
+            finally:
+                items.put(None)
+
+        threading.Thread(target=work, name=f"trial-{job.trial_key}", daemon=True).start()
+        while (item := items.get()) is not None:
+            yield item
