@@ -138,7 +138,8 @@ def timeless_record(record: StepRecord) -> StepRecord:
 
 
 def timeless_evaluation(evaluation: Evaluation) -> Evaluation:
-    return evaluation.model_copy(update={"seconds": 0.0})
+    training = {name: value for name, value in evaluation.training.items() if name != "device_seconds"}
+    return evaluation.model_copy(update={"seconds": 0.0, "training": training})
 
 
 def process_state() -> tuple[object, ...]:

@@ -333,3 +333,18 @@ def test_the_example_of_the_guide_runs(
     assert (tmp_path / "my-loop.json").exists()
     assert str(names["best"].configuration) in capsys.readouterr().out
     assert 10**-6.6 < names["best"].configuration["learning_rate"] < 10**-5.4
+
+
+def test_metrics_that_are_told_decide_what_is_recommended() -> None:
+    data = study(
+        constraints={"completion_tokens": "<= 300"}, strategy="random", fidelity={"horizon_prompts": 100, "rungs": 1}
+    )
+    optimizer = Optimizer(data)
+    for length, value in ((400.0, 0.9), (250.0, 0.4), (280.0, 0.5)):
+        work = ask(optimizer)
+        optimizer.tell(work, value, 0.02, seconds=100.0, metrics={"completion_tokens": length})
+    recommended = optimizer.recommend()
+    assert recommended is not None
+    assert recommended.mean == 0.5
+    with pytest.raises(LedgerError, match="metrics: there is no 'length'; there are kl, entropy"):
+        optimizer.tell(ask(optimizer), 0.5, 0.02, seconds=100.0, metrics={"length": 3.0})
