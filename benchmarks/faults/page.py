@@ -15,6 +15,7 @@ def write(records: Sequence[Record], folder: Path) -> None:
     for kind, what in KINDS.items():
         mine = [record for record in records if record.kind == kind]
         if not mine:
+            rows.append(f"| `{kind}` | {what} | not run yet | | |")
             continue
         seconds = sorted(record.recovery_seconds for record in mine if record.recovery_seconds is not None)
         bad = sum(bool(record.violations) for record in mine)
@@ -89,4 +90,8 @@ raylet had died waited for ever; a search ended when its MLflow server was kille
 outbox that a crash had cut off spoilt the next one; when the Prefect server was killed, a study stayed held for ever,
 and a flow run could fail at its very end; a study whose database was lost as a whole was begun anew without a word, and
 one whose database was cut off was refused with the wrong remedy.
+
+Four runs at the command line were taken off the record because the suite's own check was wrong (a search that had ended
+before its study was deleted or its second driver came; an upgraded study that was looked for in the wrong place), and
+others were run in their place.
 """
