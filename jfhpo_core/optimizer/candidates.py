@@ -207,23 +207,28 @@ def by_value(beliefs: Beliefs, configurations: Sequence[Configuration]) -> list[
     ]
 
 
-def expected_configurations(space: Space, most: int = 32) -> list[Configuration]:
-    """What is expected to be best, with every combination of its choices: some of them are cheaper.
+def expected_configuration(space: Space) -> Configuration | None:
+    """What is expected to be best; None if the space has no `expected` values.
 
-    Where nothing is expected of a number, it is in the middle of its range.
-
-    Args:
-        space: With `expected` values; if it has none, nothing is returned.
-        most: Combinations that are looked at, those with the first choices first.
+    Numbers of which nothing is expected are in the middle of their range.
     """
     expected = {name: item.expected for name, item in space.root.items() if item.expected is not None}
-    if not expected:
-        return []
+    return space.middle(**expected) if expected else None
+
+
+def with_other_choices(space: Space, configuration: Configuration, most: int = 32) -> list[Configuration]:
+    """A configuration with every combination of the space's choices: some of them are cheaper.
+
+    Args:
+        space: The search space.
+        configuration: One of it.
+        most: Combinations that are looked at, those with the first choices first.
+    """
     choices = {name: item.values for name, item in space.root.items() if isinstance(item, ChoiceParameter)}
-    found = {}
+    found = {configuration_key(configuration): configuration}
     for values in islice(product(*choices.values()), most):
-        configuration = space.middle(**{**expected, **dict(zip(choices, values, strict=True))})
-        found[configuration_key(configuration)] = configuration
+        other = space.middle(**{**configuration, **dict(zip(choices, values, strict=True))})
+        found[configuration_key(other)] = other
     return list(found.values())
 
 

@@ -33,15 +33,16 @@ from jfhpo_core.optimizer.candidates import (
     Expectation,
     by_value,
     candidate_inputs,
-    expected_configurations,
+    expected_configuration,
     ranked_configurations,
+    with_other_choices,
 )
 from jfhpo_core.optimizer.constraints import drawn_limit
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.floors import value_floors
 from jfhpo_core.optimizer.initial_design import InitialDesign
 from jfhpo_core.optimizer.known_optima import FILE, Expectations, expectations
-from jfhpo_core.optimizer.observations import point
+from jfhpo_core.optimizer.observations import earlier_configurations, point
 from jfhpo_core.optimizer.strategy import (
     Admits,
     Count,
@@ -59,7 +60,7 @@ from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.models import progress
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import Space
-from jfhpo_core.study.trial import Suggestion, Trial, configuration_key
+from jfhpo_core.study.trial import Configuration, Suggestion, Trial, configuration_key
 
 logger = logging.getLogger(__name__)
 
@@ -168,10 +169,12 @@ class JointFidelity:
         candidates = self._candidates.segments(
             beliefs,
             [item.configuration for item in ranked],
-            expected_configurations(expected.space),
+            _favourites(beliefs, expected.space),
             random,
         )
-        # What might not fit is not begun: it would be paid with what is held back to finish the best.
+        # What might not fit is not begun: it would be paid with what is held back to finish the best. Where there is no
+        # better use of the budget than the first full run, it is enough that it should fit.
+        first_run = compared and not any(_sets_a_mark(history, trial) for trial in history.on_target)
         estimates = [
             (item, costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts))
             for item in candidates
@@ -179,7 +182,7 @@ class JointFidelity:
         affordable = [
             Priced(item, cost.seconds)
             for item, cost in estimates
-            if cost.high <= remaining_seconds and admits(item.model, cost.seconds)
+            if (cost.seconds if first_run else cost.high) <= remaining_seconds and admits(item.model, cost.seconds)
         ]
         offer = allocation.offer(affordable, remaining_seconds, self._wanted_share(beliefs))
         if not offer.items:
@@ -291,6 +294,14 @@ class JointFidelity:
             return 0.0
         nearest = ladder.size_coordinate(ladder.proxies[-1].name)
         return max(self.target_share, 1 - beliefs.surrogate.shared_share(nearest))
+
+
+def _favourites(beliefs: Beliefs, expected: Space) -> list[Configuration]:
+    """What is best by all that is known from elsewhere, with every combination of its choices; none without such."""
+    study = beliefs.history.study
+    earlier = by_value(beliefs, earlier_configurations(study))[:1]
+    best = earlier[0].configuration if earlier else expected_configuration(expected)
+    return with_other_choices(study.space, best) if best is not None else []
 
 
 def _sets_a_mark(history: History, trial: Trial) -> bool:

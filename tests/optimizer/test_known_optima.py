@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.landscapes import TABLE, load_problem
 from benchmarks.rl_table.optima import recorded
-from jfhpo_core.optimizer.candidates import expected_configurations
+from jfhpo_core.optimizer.candidates import expected_configuration, with_other_choices
 from jfhpo_core.optimizer.joint_fidelity import DOUBT, JointFidelity
 from jfhpo_core.optimizer.known_optima import MOST_SPREAD, expectations, known_optima
 from jfhpo_core.optimizer.observations import point
@@ -133,10 +133,11 @@ def test_an_expectation_that_is_wrong_is_doubted(tmp_path: Path) -> None:
     study = recorded_study(tmp_path, 3)
     strategy = JointFidelity()
     expected = strategy.expectations(study).space
-    near = expected_configurations(expected)
-    far = study.space.decode(1 - np.array(study.space.encode(near[-1])))
+    near = expected_configuration(expected)
+    assert near is not None
+    far = study.space.decode(1 - np.array(study.space.encode(near)))
     history = History.of(study, [])
-    inputs = torch.tensor([point(study, item, study.ladder.target.name, 1) for item in (*near, far)]).double()
+    inputs = torch.tensor([point(study, item, study.ladder.target.name, 1) for item in (near, far)]).double()
     weights = strategy._weights(history, inputs, expected)
     assert float(weights.max()) == pytest.approx(1.0)
     assert DOUBT <= float(weights[-1]) < DOUBT + 0.01
@@ -144,12 +145,15 @@ def test_an_expectation_that_is_wrong_is_doubted(tmp_path: Path) -> None:
 
 
 def test_what_is_expected_is_a_candidate_with_every_choice() -> None:
-    expected = expectations(of_size(6e5, "tiny")).space
-    found = expected_configurations(expected)
+    space = expectations(of_size(6e5, "tiny")).space
+    best = expected_configuration(space)
+    assert best is not None
+    found = with_other_choices(space, best)
     assert len(found) == 2 * 3 * 3
+    assert best in found
     assert {item["n_samples"] for item in found} == {4, 8, 16}
-    assert len({item["learning_rate"] for item in found}) == 1
-    assert expected_configurations(of_size(6e5, "tiny").space) == []
+    assert {item["learning_rate"] for item in found} == {best["learning_rate"]}
+    assert expected_configuration(of_size(6e5, "tiny").space) is None
 
 
 def test_where_runs_were_compared_the_search_begins_on_the_target(tmp_path: Path) -> None:
