@@ -105,9 +105,8 @@ class JointFidelity:
         untried: At most so many configurations that no trial has are ranked above the tried ones, where the model
             expects more of them; validation trains them.
         acquisition: Name of what says the worth of a segment: see `jfhpo_core.optimizer.acquisitions`.
-        stop_gain: The search ends early when the best candidate, scaled to the cost of a full run on the target, is
-            expected to raise the final score by less than this. 0: it spends its budget. The knowledge gradient sees
-            one step ahead and is an underestimate: at 0.0005 half of the searches of a benchmark ended too early.
+        stop_gain: The least gain in score for which another full run of the target would be paid. The search ends when
+            no full run is expected to bring its price; see `pays`. 0: it spends its budget.
         target_share: Full runs of the target are due so often that they take this share of the spending: see
             `allocation`.
         prior: What is known of hyperparameters before the search, see `known_optima`: "shipped", "none", or a JSON
@@ -187,9 +186,9 @@ class JointFidelity:
         offer = allocation.offer(affordable, remaining_seconds, self._wanted_share(beliefs))
         if not offer.items:
             return None
-        choice = self._choose(beliefs, ranked, offer, allocation.full_seconds, expected)
-        if choice.worth * allocation.full_seconds < self.stop_gain:
+        if not self.pays(beliefs, affordable, allocation.full_seconds):
             return None
+        choice = self._choose(beliefs, ranked, offer, allocation.full_seconds, expected)
         return _chosen(beliefs, ranked, offer, choice, drawn)
 
     @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]
@@ -210,6 +209,32 @@ class JointFidelity:
             Recommendation(item.configuration, *beliefs.score(item.mean, item.deviation), item.respected)
             for item in ranked
         ]
+
+    def pays(self, beliefs: Beliefs, items: Sequence[Priced], full_seconds: float) -> bool:
+        """Whether some full run of the target is expected to bring more than its price, in units of the score.
+
+        A run of usual length costs `stop_gain`, a longer one more. To stop when the expected improvement of none is
+        above its price is to stop when no Gittins index of Pandora's box exceeds the best score found: optimal for
+        independent boxes, and in expectation never worse than to stop at once. Asked once some full runs have finished.
+
+        Args:
+            beliefs: What is known.
+            items: What could be bought.
+            full_seconds: Price of a full run of usual length.
+
+        References:
+            Xie et al. (2024), Cost-aware Bayesian optimization via the Pandora's box Gittins index; Xie et al. (2025),
+            Cost-aware stopping for Bayesian optimization.
+        """
+        study = beliefs.history.study
+        end = (study.ladder.target.name, study.spec.fidelity.horizon_prompts)
+        runs = [item for item in items if (item.candidate.model, item.candidate.stop_prompts) == end]
+        if not self.stop_gain or not runs or len(beliefs.history.finished) < FINISHED_FIRST:
+            return True
+        candidates = [item.candidate for item in runs]
+        gains = _expected_improvement(beliefs, candidates) * beliefs.accepted(candidate_inputs(study, candidates))
+        prices = torch.tensor([item.seconds for item in runs], dtype=torch.double) * self.stop_gain / full_seconds
+        return bool((gains * beliefs.scale.unit() > prices).any())
 
     def _choose(
         self,

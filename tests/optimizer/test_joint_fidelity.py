@@ -14,7 +14,10 @@ import torch
 from torch.linalg import LinAlgError
 
 from jfhpo_core.optimizer import surrogate
+from jfhpo_core.optimizer.acquisition import expected_improvement
+from jfhpo_core.optimizer.allocation import Priced
 from jfhpo_core.optimizer.beliefs import Beliefs
+from jfhpo_core.optimizer.candidates import Candidate, candidate_inputs
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.joint_fidelity import FINISHED_FIRST, JointFidelity
 from jfhpo_core.optimizer.paper import PaperStrategy
@@ -333,6 +336,29 @@ def test_trainings_that_cannot_matter_any_more_are_stopped(tmp_path: Path) -> No
     )  # fmt: skip
     assert not any(floors for _, floors in on_target[:FINISHED_FIRST]), "the first full runs correct the model"
     assert any(floors for _, floors in on_target)
+
+
+def test_it_goes_on_as_long_as_some_full_run_is_expected_to_bring_its_price(completed: SearchResult) -> None:
+    study, history = completed.study, History.of(completed.study, completed.trials)
+    beliefs = Beliefs.form(history)
+    assert beliefs is not None
+    assert len(history.finished) >= FINISHED_FIRST
+    tried = [trial.configuration for trial in history.search[:8]]
+    runs = [Candidate(item, "large", 0, study.spec.fidelity.horizon_prompts, len(history.trials)) for item in tried]
+    means, deviations = beliefs.values(beliefs.at_target(tried))
+    incumbent = float(beliefs.worth(beliefs.at_target(trial.configuration for trial in history.finished)).max())
+    gains = expected_improvement(means, deviations, incumbent) * beliefs.accepted(candidate_inputs(study, runs))
+    best = int(gains.argmax())
+    worth = float(gains[best]) * beliefs.scale.unit()
+    usual, dear = ([Priced(item, seconds) for item in runs] for seconds in (30.0, 60.0))
+    for price, cheap_pays, dear_pays in ((0.0, True, True), (0.4 * worth, True, True), (0.9 * worth, True, False)):
+        strategy = JointFidelity(stop_gain=price)
+        assert (strategy.pays(beliefs, usual, 30.0), strategy.pays(beliefs, dear, 30.0)) == (cheap_pays, dear_pays)
+    assert not JointFidelity(stop_gain=1.1 * worth).pays(beliefs, usual, 30.0)
+    first = replace(beliefs, history=History.of(study, [trial for trial in completed.trials if trial.model != "large"]))
+    assert JointFidelity(stop_gain=1.1 * worth).pays(first, usual, 30.0), "nothing has finished yet"
+    short = [Priced(replace(item, stop_prompts=16), 1.0) for item in runs]
+    assert JointFidelity(stop_gain=1.1 * worth).pays(beliefs, short, 30.0), "no full run is to be had"
 
 
 @pytest.mark.slow
