@@ -109,6 +109,7 @@ def response_figure(result: SearchResult, beliefs: Beliefs, why: Why, best: Conf
     """One row per important hyperparameter, one column per size of the family (the four largest)."""
     study, names = result.study, drawn_names(why.importance)
     models = study.ladder.models[-4:]
+    heights: list[float] = []
     with canvas(10, 0.5 + 2.25 * len(names)) as figure:
         grid = figure.subplots(len(names), len(models), squeeze=False, sharey=True)
         for row, name in zip(grid, names, strict=True):
@@ -118,17 +119,15 @@ def response_figure(result: SearchResult, beliefs: Beliefs, why: Why, best: Conf
                 place = _placer(axes, parameter)
                 _shade(axes, place, parameter, [item for item in why.boundaries if item.name == name], model.name)
                 _draw_response(axes, place, parameter, found)
-                _draw_points(axes, place, result, name, model.name)
+                heights += [*found.mean, *found.average, *_draw_points(axes, place, result, name, model.name)]
                 _draw_markers(axes, place, result, name, best)
                 axes.set_xlabel(short_label(name))
             row[0].set_ylabel("final score")
         for axes, model in zip(grid[0], models, strict=True):
             axes.set_title(f"{short_label(model.name)} ({parameters(model.parameters)})")
-        finite = [trial.final.score for trial in result.trials if trial.final is not None]
-        if finite:
-            low, high = min(finite), max(finite)
-            margin = 0.12 * (high - low) or 0.1
-            grid[0][0].set_ylim(low - margin, high + margin)
+        # All points and curves are in sight; intervals, which may be much wider, are cut off.
+        margin = 0.12 * (max(heights) - min(heights)) or 0.1
+        grid[0][0].set_ylim(min(heights) - margin, max(heights) + margin)
     return figure
 
 
@@ -183,8 +182,11 @@ def _shade(
             span.set_gid(f"{TITLE_PREFIX}{boundary.collapsed} of {boundary.runs} runs collapsed here")
 
 
-def _draw_points(axes: Axes, place: Callable[[Value], float], result: SearchResult, name: str, model: str) -> None:
-    """Final scores of the trials on a model; of a run that went wrong the last score, as a cross."""
+def _draw_points(
+    axes: Axes, place: Callable[[Value], float], result: SearchResult, name: str, model: str
+) -> list[float]:
+    """Final scores of the trials on a model; of a run that went wrong the last score, as a cross. Returns them."""
+    drawn: list[float] = []
     for trial in result.trials:
         value = result.study.complete(trial.configuration).get(name)
         if trial.model != model or value is None or not trial.segments or not trial.evaluations:
@@ -202,6 +204,8 @@ def _draw_points(axes: Axes, place: Callable[[Value], float], result: SearchResu
             markersize=4.5, alpha=0.85, zorder=3, clip_on=True,
         )[0]  # fmt: skip
         point.set_gid(f"{TITLE_PREFIX}{tooltip(trial, trial.label)}")
+        drawn.append(last.score)
+    return drawn
 
 
 def _draw_markers(

@@ -8,7 +8,7 @@ import pytest
 
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report.page import write_plots, write_report
-from jfhpo_core.report.response import belief_of, parallel_figure, response
+from jfhpo_core.report.response import belief_of, parallel_figure, response, response_figure
 from jfhpo_core.report.why import why
 from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.trainers.simulated import study_surface, true_score
@@ -61,6 +61,21 @@ def test_a_trial_has_marks_of_one_number_in_all_figures(tmp_path: Path) -> None:
     trials = text[text.index('id="trials"') :]
     assert trials.index("<details>") < trials.index("<table")
     assert [path.name for path in write_plots(result, tmp_path / "plots", page)].count("importance.png") == 1
+
+
+@pytest.mark.slow
+def test_no_curve_or_point_of_a_response_is_cut_off(tmp_path: Path) -> None:
+    result = result_of(tmp_path, 36)
+    explained, beliefs = why(result), belief_of(result)
+    assert beliefs is not None
+    best = {item.name: item.best for item in explained.importance if item.best is not None}
+    for axes in response_figure(result, beliefs, explained, best).axes:
+        low, high = axes.get_ylim()
+        heights = np.concatenate([
+            np.asarray(line.get_ydata(), dtype=float) for line in axes.lines if line.get_transform() == axes.transData
+        ])
+        assert low < heights.min()
+        assert heights.max() < high
 
 
 def test_few_lines_are_no_picture(tmp_path: Path) -> None:
