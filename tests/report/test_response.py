@@ -71,9 +71,9 @@ def test_no_curve_or_point_of_a_response_is_cut_off(tmp_path: Path) -> None:
     best = {item.name: item.best for item in explained.importance if item.best is not None}
     for axes in response_figure(result, beliefs, explained, best).axes:
         low, high = axes.get_ylim()
-        heights = np.concatenate([
-            np.asarray(line.get_ydata(), dtype=float) for line in axes.lines if line.get_transform() == axes.transData
-        ])
+        heights = np.concatenate(
+            [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines if line.get_transform() == axes.transData]
+        )
         assert low < heights.min()
         assert heights.max() < high
 
