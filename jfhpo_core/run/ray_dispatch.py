@@ -28,9 +28,9 @@ from jfhpo_core.run.dispatch import Event, Finished, Streamed, Suspended, reques
 from jfhpo_core.run.ray_instance import check_address, import_ray, last_line, start
 from jfhpo_core.run.ray_pool import PLACEMENT_NOTICE_SECONDS, POLL_SECONDS, Worker, WorkerPool
 from jfhpo_core.run.ray_versions import version_mismatch
-from jfhpo_core.run.ray_worker import Loss
+from jfhpo_core.run.ray_worker import Ending, Loss
 from jfhpo_core.run.scheduler import POOL, Load, Opening, Request, Scheduler
-from jfhpo_core.run.worker import Cancelled
+from jfhpo_core.run.worker import Cancelled, Staged, store_staged
 from jfhpo_core.study.spec import DEFAULT_PARALLEL, ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome, SegmentResult, StepRecord
 from jfhpo_core.trainers import Job
@@ -47,6 +47,10 @@ if the whole segment is expected to be."""
 CANCEL_GRACE_SECONDS = 5.0
 """Time for a cancelled job to end at its next step before its worker is killed."""
 
+HAND_OVER_BYTES = 4 * 2**30
+"""A checkpoint of this size or more is stored by a process without devices, after they were given back. A smaller one
+takes the worker seconds: its score is known before what comes next is chosen, and no process has to start for it."""
+
 NODES_SECONDS = 10.0
 """How often Ray is asked whether nodes have come or gone."""
 
@@ -61,7 +65,7 @@ class _Ticket:
         thread: Follows it.
         cancelled: Set once the driver has withdrawn it.
         granted: Set once its devices are free, on `node`.
-        submitted: When it was submitted, in monotonic seconds; `waited`: how long it then had to wait.
+        submitted: When it began to wait for its devices, in monotonic seconds; `waited`: how long it had to, in all.
     """
 
     job: Job
@@ -90,6 +94,10 @@ class RayDispatcher:
     A private instance listens on the loopback interface only and demands a random token. Its CPUs are not counted:
     `slots` alone bounds how many trials run without GPUs, also on a machine with fewer cores. Each worker uses
     `cpus_per_device` x devices threads.
+
+    A job gives its devices back when its trainer has returned; a large checkpoint is hashed and stored after that, by a
+    process that holds none, and only then the job finishes. If that process or the driver dies before, the segment is
+    trained again.
 
     What becomes of a job whose attempts all fail: infeasible if each of them hung (`hung`) or was killed by Ray for
     the host's memory (`out-of-memory`), and then the last attempt is charged; else lost, free of charge.
@@ -152,10 +160,7 @@ class RayDispatcher:
             target=self._attend, args=(ticket, previous), name=f"trial-{job.trial_key}", daemon=True
         )
         self._tickets[job.trial_key] = ticket
-        wanted = request(job)
-        with self._lock:
-            self._scheduler.submit(Request(ticket, wanted.devices, wanted.seconds))
-            self._start()
+        self._line_up(ticket)
         ticket.thread.start()
 
     def wait(self, timeout_seconds: float) -> list[Event]:
@@ -237,15 +242,29 @@ class RayDispatcher:
         """Let run what the scheduler lets start; the lock is held."""
         now = time.monotonic()
         for ticket, node in self._scheduler.start(now):
-            ticket.node, ticket.waited = node, now - ticket.submitted
+            ticket.node = node
+            ticket.waited += now - ticket.submitted
             ticket.granted.set()
+
+    def _line_up(self, ticket: _Ticket) -> None:
+        """Have a job wait for its devices."""
+        wanted, ticket.submitted = request(ticket.job), time.monotonic()
+        with self._lock:
+            self._scheduler.submit(Request(ticket, wanted.devices, wanted.seconds))
+            self._start()
+
+    def _give_back(self, ticket: _Ticket) -> None:
+        """Let others have a job's devices."""
+        with self._lock:
+            self._scheduler.finish(ticket)
+            ticket.granted.clear()
+            self._start()
 
     def _attend(self, ticket: _Ticket, previous: _Ticket | None) -> None:
         """Follow a job to its end; runs in a thread of its own."""
         try:
             if previous is not None:
                 previous.thread.join()
-            self._await_turn(ticket)
             event = self._finish(ticket)
             if isinstance(event, Finished):
                 event = replace(event, waiting_seconds=ticket.waited)
@@ -288,9 +307,7 @@ class RayDispatcher:
 
     def _forget(self, ticket: _Ticket) -> None:
         """Give a job's devices back, and strike it off the list unless its trial has been submitted again meanwhile."""
-        with self._lock:
-            self._scheduler.finish(ticket)
-            self._start()
+        self._give_back(ticket)
         if self._tickets[ticket.job.trial_key] is ticket:
             del self._tickets[ticket.job.trial_key]
 
@@ -299,7 +316,11 @@ class RayDispatcher:
         losses: list[Loss] = []
         while True:
             records: list[StepRecord] = []
+            self._await_turn(ticket)
             outcome, seconds = self._attempt(ticket, records)
+            if isinstance(outcome, Staged):
+                self._give_back(ticket)
+                outcome = self._store(ticket, outcome)
             if isinstance(outcome, Suspended):
                 return outcome
             if isinstance(outcome, SegmentResult):
@@ -311,8 +332,36 @@ class RayDispatcher:
                 logger.info("trial %s: %s", job.trial_key, outcome.details)
             if len(losses) > self._cluster.segment_retries:
                 return _give_up(job, losses, records, seconds)
+            if not ticket.granted.is_set():
+                self._line_up(ticket)
 
-    def _attempt(self, ticket: _Ticket, records: list[StepRecord]) -> tuple[SegmentResult | Suspended | Loss, float]:
+    def _store(self, ticket: _Ticket, staged: Staged) -> SegmentResult | Loss:
+        """Have a checkpoint stored by a process without devices, on the node where it was written if that is known.
+
+        Raises:
+            Cancelled: The driver withdrew the job.
+        """
+        ray = self._ray
+        # Ray must not try again by itself: the stage has gone if the process died after it had become a checkpoint.
+        options = {"num_cpus": 0, "num_gpus": 0, "max_retries": 0, **self._workers.near(ticket.node)}
+        storing = ray.remote(store_staged).options(**options).remote(staged)
+        deadline = time.monotonic() + HANG_SECONDS
+        try:
+            while not ray.wait([storing], timeout=POLL_SECONDS)[0]:
+                if ticket.cancelled.is_set():
+                    raise Cancelled(ticket.job.trial_key)
+                if time.monotonic() > deadline:
+                    return Loss(f"its checkpoint was not stored within {HANG_SECONDS:.0f} s")
+            result: SegmentResult = ray.get(storing)
+        except ray.exceptions.RayError as error:
+            return Loss(f"its checkpoint was not stored: {last_line(error)}", details=str(error))
+        finally:
+            # A trial has one writer at a time: nothing happens to it before this one has ended.
+            ray.cancel(storing, force=True)
+            ray.wait([storing], timeout=CANCEL_GRACE_SECONDS)
+        return result
+
+    def _attempt(self, ticket: _Ticket, records: list[StepRecord]) -> tuple[Ending, float]:
         """Run a job once, on one worker, which survives only if the job ended in good order.
 
         Returns:
@@ -321,7 +370,8 @@ class RayDispatcher:
         Raises:
             Cancelled: The driver withdrew the job.
         """
-        job, outcome = ticket.job, Loss("the worker ended without a result")
+        job = ticket.job
+        outcome: Ending = Loss("the worker ended without a result")
         worker: Worker | None = None
         began: float | None = None
         first: float | None = None
@@ -335,7 +385,7 @@ class RayDispatcher:
                     first = time.monotonic() if first is None else first
                     self._expect(ticket, records, first)
                     self._events.put(Streamed(job.trial_key, (item,)))
-                elif isinstance(item, SegmentResult | Suspended):
+                elif isinstance(item, SegmentResult | Staged | Suspended):
                     self._workers.release(worker)
                     worker = None
                     return item, time.monotonic() - began
@@ -361,9 +411,7 @@ class RayDispatcher:
             with self._lock:
                 self._scheduler.expect(ticket, now + left)
 
-    def _stream(
-        self, job: Job, worker: Worker, cancelled: threading.Event
-    ) -> Iterator[StepRecord | SegmentResult | Suspended | Loss]:
+    def _stream(self, job: Job, worker: Worker, cancelled: threading.Event) -> Iterator[StepRecord | Ending]:
         """What a worker yields for a job, as it comes.
 
         Raises:
@@ -371,7 +419,7 @@ class RayDispatcher:
             Cancelled: The driver withdrew the job, and it has ended or had its time to.
         """
         ray = self._ray
-        stream = worker.actor.train.remote(job)
+        stream = worker.actor.train.remote(job, HAND_OVER_BYTES)
         silence = _silence(job)
         deadline: float | None = None
         while True:

@@ -131,6 +131,14 @@ class WorkerPool:
                 f"{there:g}; lower it (0 trains on CPUs), or give the address of a cluster"
             )
 
+    def near(self, node: str) -> dict[str, Any]:
+        """Options of Ray for what is to run on a node; none where nodes are not told apart."""
+        if node == POOL:
+            return {}
+        # Soft: the node may have gone since, and then any other one will do.
+        affinity = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        return {"scheduling_strategy": affinity(node, soft=True)}
+
     def _make_room(self, node: str) -> None:
         """End idle workers that hold devices which a job on their node has been granted; the lock is held.
 
@@ -189,11 +197,8 @@ class WorkerPool:
             "max_concurrency": 2,  # `cancel` must get through while `train` runs
             "max_restarts": 0,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
+            **self.near(node),
         }
-        if node != POOL:
-            # Soft: the node may have gone since, and then any other one will do.
-            affinity = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-            options["scheduling_strategy"] = affinity(node, soft=True)
         return Worker(self._ray.remote(WorkerProcess).options(**options).remote(trainer), devices, node)
 
     def _resources(self, devices: int) -> dict[str, float]:

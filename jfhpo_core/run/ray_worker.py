@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from jfhpo_core.run.dispatch import Suspended
 from jfhpo_core.run.parts import Paused
 from jfhpo_core.run.ray_instance import hear_of_children, last_line
-from jfhpo_core.run.worker import Cancelled, run_job
+from jfhpo_core.run.worker import Cancelled, Staged, store_staged, train_job
 from jfhpo_core.study.trial import FailureKind, SegmentResult, StepRecord
 from jfhpo_core.trainers import Job, load_trainer
 
@@ -36,6 +36,10 @@ class Loss:
     reason: str
     kind: FailureKind | None = None
     details: str | None = None
+
+
+Ending = SegmentResult | Staged | Suspended | Loss
+"""What may come of a job on a worker."""
 
 
 class WorkerProcess:
@@ -58,14 +62,22 @@ class WorkerProcess:
         """End the running job at its next step."""
         self._cancelled.set()
 
-    def train(self, job: Job) -> Iterator[StepRecord | SegmentResult | Suspended | Loss]:
-        """Yield a job's step records as they come, then what came of it; nothing more if cancelled."""
+    def train(self, job: Job, hand_over_bytes: int) -> Iterator[StepRecord | Ending]:
+        """Yield a job's step records as they come, then what came of it; nothing more if cancelled.
+
+        Args:
+            job: What to train.
+            hand_over_bytes: A checkpoint of this size or more is left to the driver to have stored.
+        """
         self._cancelled.clear()
-        items: queue.SimpleQueue[StepRecord | SegmentResult | Suspended | Loss | None] = queue.SimpleQueue()
+        items: queue.SimpleQueue[StepRecord | Ending | None] = queue.SimpleQueue()
 
         def work() -> None:
             try:
-                items.put(run_job(job, _trainer(job.study.trainer.name), items.put, self._cancelled.is_set))
+                came = train_job(job, _trainer(job.study.trainer.name), items.put, self._cancelled.is_set)
+                if isinstance(came, Staged) and came.size_bytes < hand_over_bytes:
+                    came = store_staged(came)
+                items.put(came)
             except Cancelled:
                 pass
             except Paused as pause:

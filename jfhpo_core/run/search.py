@@ -121,7 +121,7 @@ class _Run:
     give_up_after: int = HOPELESS_AFTER
     live: dict[str, StepRecord] = field(default_factory=dict)
     lost_in_a_row: int = 0
-    refused: tuple[int, int] | None = None
+    refused: tuple[int, int, int] | None = None
 
     def submit(self, trial: Trial, segment: Segment) -> None:
         bases = base_evaluations(self.ledger.trials())
@@ -239,8 +239,10 @@ def _fill(run: _Run) -> Phase:
     while True:
         trials = run.ledger.trials()
         opening = run.dispatcher.opening()
-        state = (sum(len(trial.segments) for trial in trials), len(run.dispatcher.load().waiting))
-        # What was found not to fit is not asked for again before something has ended or a waiting job has started.
+        load = run.dispatcher.load()
+        state = (sum(len(trial.segments) for trial in trials), len(load.waiting), load.busy)
+        # What was found not to fit is not asked for again before something has ended, a waiting job has started, or
+        # devices were given back by a job whose checkpoint is being stored.
         if opening is None or (run.in_flight and state == run.refused):
             return _phase(trials)
         paused = next((trial for trial in trials if trial.key in run.suspended), None)

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,7 +20,6 @@ from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.metrics import training_means
 from jfhpo_core.study.models import steps_at
 from jfhpo_core.study.trial import (
-    Checkpoint,
     Decision,
     Evaluation,
     FailureKind,
@@ -29,7 +29,7 @@ from jfhpo_core.study.trial import (
     SegmentResult,
     StepRecord,
 )
-from jfhpo_core.trainers.base import Job, Trainer, TrainingResult
+from jfhpo_core.trainers.base import Job, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +41,64 @@ class Cancelled(Exception):  # noqa: N818  not an error: the driver asked for it
     """The driver withdrew the job; nothing of it counts."""
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A segment that was trained to its end and whose checkpoint is still to be stored, which takes no devices.
+
+    Plain data: it may be stored by another process than the one that trained it.
+
+    Attributes:
+        result: What came of the segment, without the checkpoint.
+        key: Of the trial.
+        store: Root folder of the checkpoint store.
+        stage: Folder with what the trainer wrote.
+        start: Folder of the checkpoint that the segment started from, if from one.
+    """
+
+    result: SegmentResult
+    key: str
+    store: Path
+    stage: Path
+    start: Path | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Of what is to be stored."""
+        return sum(path.stat().st_size for path in self.stage.rglob("*") if path.is_file())
+
+
 def run_job(
     job: Job, trainer: Trainer, on_record: Callable[[StepRecord], None], cancelled: Callable[[], bool] = lambda: False
 ) -> SegmentResult:
+    """Train a segment, store its checkpoint and say what came of it; see `train_job` and `store_staged`."""
+    came = train_job(job, trainer, on_record, cancelled)
+    return store_staged(came) if isinstance(came, Staged) else came
+
+
+def store_staged(staged: Staged) -> SegmentResult:
+    """Commit the stage, and keep beside it only the checkpoint that the segment started from.
+
+    The ledger learns of the new one later: if this process dies in between, the segment is trained again from `start`.
+    From then on `start` is the one that serves if the new one turns out damaged.
+
+    Raises:
+        CheckpointError: The checkpoint could not be stored.
+    """
+    store, result = CheckpointStore(staged.store), staged.result
+    try:
+        checkpoint = store.commit(staged.key, staged.stage, result.end_step, result.end_prompts)
+    finally:
+        shutil.rmtree(staged.stage, ignore_errors=True)
+    store.prune(staged.key, [store.root / checkpoint.path, *([staged.start] if staged.start is not None else [])])
+    return result.model_copy(update={"checkpoint": checkpoint})
+
+
+def train_job(
+    job: Job, trainer: Trainer, on_record: Callable[[StepRecord], None], cancelled: Callable[[], bool] = lambda: False
+) -> SegmentResult | Staged:
     """Train a segment and say what came of it.
+
+    What a segment is charged ends here, when the trainer has returned: what follows needs no devices.
 
     Failures that are the configuration's fault become an infeasible result. Anything else that goes wrong is raised:
     it says nothing about the configuration, and the dispatcher tries again.
@@ -58,7 +112,7 @@ def run_job(
     Raises:
         Cancelled: `cancelled` said so.
         Paused: The job's deadline came first; the next call with this segment goes on from there.
-        CheckpointError: The new checkpoint could not be stored.
+        CheckpointError: What was paused could not be stored.
         InfrastructureError: The trainer broke its contract.
     """
     began = time.perf_counter()
@@ -116,7 +170,8 @@ def run_job(
         return decision
 
     stage = store.stage(job.trial_key)
-    try:
+    with ExitStack() as unless_staged:
+        unless_staged.callback(shutil.rmtree, stage, ignore_errors=True)
         try:
             with _surroundings(job):
                 result = trainer.run(job, start, stage, observe)
@@ -147,9 +202,13 @@ def run_job(
         if paused and result.end_step < segment.stop_step:
             save_part(store, job, stage, Part(result=ended, records=tuple(records)), kept)
             raise Paused(result.end_step)
-        return ended.model_copy(update={"checkpoint": _commit(store, job, kept, stage, result)})
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if result.end_step != job.segment.stop_step:
+            raise InfrastructureError(
+                f"trainer {job.study.trainer.name!r} returned at step {result.end_step} without a stopping decision; "
+                f"it must train up to step {job.segment.stop_step}"
+            )
+        unless_staged.pop_all()
+        return Staged(ended, job.trial_key, store.root, stage, kept)
 
 
 def _with_means(job: Job, records: Sequence[StepRecord], evaluation: Evaluation) -> Evaluation:
@@ -217,22 +276,6 @@ def _moved(job: Job, step: int) -> Job:
             "evaluations": tuple(evaluation for evaluation in job.evaluations if evaluation.step <= step),
         }
     )
-
-
-def _commit(store: CheckpointStore, job: Job, start: Path | None, stage: Path, result: TrainingResult) -> Checkpoint:
-    """Commit the stage, and keep beside it only the checkpoint that the segment started from.
-
-    The ledger learns of the new one later: if this process dies in between, the segment is trained again from `start`.
-    From then on `start` is the one that serves if the new one turns out damaged.
-    """
-    if result.end_step != job.segment.stop_step:
-        raise InfrastructureError(
-            f"trainer {job.study.trainer.name!r} returned at step {result.end_step} without a stopping decision; "
-            f"it must train up to step {job.segment.stop_step}"
-        )
-    checkpoint = store.commit(job.trial_key, stage, result.end_step, result.end_prompts)
-    store.prune(job.trial_key, [store.root / checkpoint.path, *([start] if start is not None else [])])
-    return checkpoint
 
 
 def _infeasible(

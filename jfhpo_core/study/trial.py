@@ -232,7 +232,7 @@ class SegmentResult(Record):
     end_prompts: int = Field(ge=0)
     evaluations: tuple[Evaluation, ...] = ()
     checkpoint: Checkpoint | None = None
-    seconds: float = Field(ge=0, description="Seconds of the worker for this segment, evaluation included.")
+    seconds: float = Field(ge=0, description="Seconds that the segment held its devices, evaluation included.")
     waiting_seconds: float = Field(default=0.0, ge=0, description="From its submission until it had its devices.")
     startup_seconds: float = Field(default=0.0, ge=0, description="Of these, loading and set-up before the first step.")
     evaluation_seconds: float = Field(default=0.0, ge=0, description="Of these, evaluation.")

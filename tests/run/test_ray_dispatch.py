@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,13 +19,15 @@ from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.run import ray_dispatch
 from jfhpo_core.run.dispatch import InlineDispatcher, Streamed
 from jfhpo_core.run.ray_dispatch import RayDispatcher
+from jfhpo_core.run.worker import Staged
+from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome
 from tests.run.conftest import FRAGILE
 from tests.run.gpu_program import TRIALS
 from tests.run.mixed_program import SIZES
-from tests.run.support import ENDING_SECONDS, PATIENCE_SECONDS, all_gone, collect, descendants, first_job
+from tests.run.support import ENDING_SECONDS, PATIENCE_SECONDS, all_gone, collect, descendants, first_job, wait_until
 from tests.studies import simulated_study
 
 pytestmark = pytest.mark.slow
@@ -108,6 +111,66 @@ def test_what_fails_twice_and_then_works_counts_once(ray_dispatcher: RayDispatch
     assert event.result.seconds == expected.result.seconds
     staging = Path(job.store) / "staging"
     assert not list(staging.iterdir()), "a killed attempt left its stage behind"
+
+
+def hand_over(patch: pytest.MonkeyPatch, store: str, *arguments: Any) -> None:
+    """Have every checkpoint stored without devices, in a way of the module of trainer `fragile`."""
+    how = getattr(importlib.import_module("fragile_trainer"), store)
+
+    def stored(staged: Staged) -> Any:
+        return how(*arguments, staged)
+
+    patch.setattr(ray_dispatch, "HAND_OVER_BYTES", 0)
+    patch.setattr(ray_dispatch, "store_staged", stored)
+
+
+def test_devices_are_given_back_before_a_large_checkpoint_is_stored(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With two slots, the first two checkpoints are stored only once the third job has begun.
+    study = fragile_study(tmp_path, "none", times=0)
+    hand_over(monkeypatch, "store_late", Path(study.spec.trainer.settings["folder"]), 3)
+    for index in range(3):
+        ray_dispatcher.submit(first_job(study, 1e-4 * (index + 1)))
+    _, finished = collect(ray_dispatcher, 3)
+    store = CheckpointStore(study.store)
+    for event in finished.values():
+        assert event.result.attempts == 1
+        assert event.result.checkpoint is not None
+        assert store.verify(event.result.checkpoint).is_dir()
+    assert not list((store.root / "staging").iterdir())
+
+
+def test_a_segment_is_trained_again_if_the_process_dies_that_stores_its_checkpoint(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = fragile_study(tmp_path, "none", times=0)
+    hand_over(monkeypatch, "store_or_die", Path(study.spec.trainer.settings["folder"]))
+    job = first_job(study)
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    event, expected = finished[job.trial_key], undisturbed(tmp_path)
+    assert event.result == expected.result.model_copy(update={"attempts": 2, "segment": job.segment})
+    assert event.records == expected.records
+
+
+def test_a_trial_that_is_withdrawn_while_its_checkpoint_is_stored_may_be_submitted_again(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = fragile_study(tmp_path, "none", times=0)
+    job = first_job(study)
+    with monkeypatch.context() as patch:
+        hand_over(patch, "store_late", Path(study.spec.trainer.settings["folder"]), 100)
+        ray_dispatcher.submit(job)
+        last = 0
+        while last < job.segment.stop_step:
+            events = [event for event in ray_dispatcher.wait(0.5) if isinstance(event, Streamed)]
+            last = max([last, *(record.step for event in events for record in event.records)])
+        wait_until(lambda: ray_dispatcher.load().busy == 0, "giving the devices back")
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    assert finished[job.trial_key].result.checkpoint is not None
+    assert len(list(Path(study.spec.trainer.settings["folder"]).iterdir())) == 2
 
 
 @pytest.mark.parametrize(("how", "quote"), [("kill", "worker process has died"), ("disk", "No space left on device")])

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jfhpo_core.study.trial import Decision, Evaluation, StepRecord
+from jfhpo_core.run.worker import Staged, store_staged
+from jfhpo_core.study.trial import Decision, Evaluation, SegmentResult, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
 from jfhpo_core.trainers.simulated import SimulatedTrainer
 
@@ -71,6 +72,21 @@ def fail(how: str, folder: Path) -> None:
         (folder / "code").write_text(str(code))
     if how in ("child", "hang"):
         time.sleep(600)
+
+
+def store_late(folder: Path, width: int, staged: Staged) -> SegmentResult:
+    """Store a checkpoint once `width` trials have begun to train."""
+    meet(folder, width)
+    return store_staged(staged)
+
+
+def store_or_die(folder: Path, staged: Staged) -> SegmentResult:
+    """Store a checkpoint, but die instead the first time."""
+    died = folder.with_name("died")
+    if not died.exists():
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return store_staged(staged)
 
 
 def meet(folder: Path, width: int) -> None:
