@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from jfhpo_core.errors import JfhpoError
-from jfhpo_core.study.history import searched_configuration
+from jfhpo_core.optimizer.observations import earlier_configurations
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.resolved import EarlierStudy, Study
 from jfhpo_core.study.spec import AUTO, StudySpec
+
+if TYPE_CHECKING:
+    from mlflow_plugin.ledger import MlflowLedger
 
 AT_MOST = 3
 """Studies that `auto` learns from: the best fitting ones, of equally fitting ones the newest."""
@@ -21,7 +25,7 @@ FEWEST_SHARED = 0.5
 """Share of the searched hyperparameters that a fitting study has searched, too."""
 
 FEWEST_TRIALS = 3
-"""Evaluated trials within this study's space that a fitting study has."""
+"""Configurations within this study's space that a fitting study has trained."""
 
 
 @dataclass(frozen=True)
@@ -47,38 +51,41 @@ def earlier_studies(study: Study) -> list[Found]:
     """
     wanted = study.spec.warm_start
     if wanted != AUTO:
-        return [_found(study, name) for name in wanted]
+        return [_found(study, *_recalled(study, name)) for name in wanted]
     fitting = sorted(_fitting(study), key=lambda found: found.fit, reverse=True)
     return fitting[:AT_MOST]
 
 
 def _fitting(study: Study) -> Iterator[Found]:
-    """Studies of the store that fit, newest first; those that began after this one are none of its past."""
+    """Studies of the store that fit, newest first; those that began after this one are none of its past.
+
+    The trials, which take long to read, are read only of those whose study file fits.
+    """
     from mlflow_plugin.study_run import recorded_before
 
     for name in recorded_before(study.spec)[:LOOKED_AT]:
         try:
-            found = _found(study, name)
+            ledger, spec = _recalled(study, name)
+            if spec.trainer.name != study.spec.trainer.name or _shared(study, spec) < FEWEST_SHARED * len(study.space):
+                continue
+            found = _found(study, ledger, spec)
         except JfhpoError:
             continue  # its models are gone, or it was written by another version: it is not needed
-        usable = [
-            trial
-            for trial in found.study.trials
-            if any(evaluation.step for evaluation in trial.evaluations)
-            and searched_configuration(study, {**found.study.spec.trainer.fixed, **trial.configuration}) is not None
-        ]
-        same_trainer = found.study.spec.trainer.name == study.spec.trainer.name
-        if same_trainer and found.fit[-1] >= FEWEST_SHARED and len(usable) >= FEWEST_TRIALS:
+        if len(earlier_configurations(replace(study, earlier=(found.study,)))) >= FEWEST_TRIALS:
             yield found
 
 
-def _found(study: Study, name: str) -> Found:
+def _recalled(study: Study, name: str) -> tuple[MlflowLedger, StudySpec]:
+    """The ledger of a recorded study, and its study file."""
     from mlflow_plugin.ledger import MlflowLedger
 
     ledger = MlflowLedger()
-    spec = ledger.recall(study.spec, name)
+    return ledger, ledger.recall(study.spec, name)
+
+
+def _found(study: Study, ledger: MlflowLedger, spec: StudySpec) -> Found:
     earlier = EarlierStudy(spec, build_ladder(spec), tuple(ledger.trials()))
-    shared = sum(_searches(spec, parameter, study.spec) for parameter in study.space)
+    shared = _shared(study, spec)
     models = {model.parameters for model in earlier.ladder.models} & {m.parameters for m in study.ladder.models}
     task = spec.task == study.spec.task
     reasons = [
@@ -86,9 +93,9 @@ def _found(study: Study, name: str) -> Found:
         f"{len(models)} of {len(study.ladder.models)} models of the same size",
         f"{shared} of {len(study.space)} hyperparameters",
     ]
-    return Found(name, earlier, ", ".join(reasons), (task, bool(models), shared / len(study.space)))
+    return Found(spec.study, earlier, ", ".join(reasons), (task, bool(models), shared / len(study.space)))
 
 
-def _searches(spec: StudySpec, parameter: str, wanted: StudySpec) -> bool:
-    """Whether a study has searched a hyperparameter of the same type."""
-    return parameter in spec.space and type(spec.space[parameter]) is type(wanted.space[parameter])
+def _shared(study: Study, spec: StudySpec) -> int:
+    """Hyperparameters of a study that another one has searched, with the same type."""
+    return sum(name in spec.space and type(spec.space[name]) is type(study.space[name]) for name in study.space)

@@ -155,11 +155,11 @@ def _earlier_rows(study: Study) -> list[Row]:
 
 
 def earlier_configurations(study: Study) -> list[Configuration]:
-    """Configurations that earlier studies have evaluated and that lie in this study's space, without repetitions."""
+    """Configurations that earlier studies have trained and that lie in this study's space, without repetitions."""
     found: dict[str, Configuration] = {}
     for earlier in study.earlier:
         for trial in earlier.trials:
-            configuration = _translated(study, earlier, trial) if trial.evaluations else None
+            configuration = _translated(study, earlier, trial) if trained_evaluations(trial) else None
             if configuration is not None:
                 found.setdefault(configuration_key(configuration), configuration)
     return list(found.values())
