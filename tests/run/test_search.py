@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -473,6 +473,50 @@ def test_only_the_first_segment_of_a_call_is_begun_although_it_should_not_fit(tm
         assert (
             sum(len(trial.segments) for trial in outcome.trials) == call + 1
         )  # the first call knows no price yet and fills both slots
+
+
+class Storing(InlineDispatcher):
+    """Tells of a job that has finished a while after it has given its devices back: its checkpoint is being stored."""
+
+    stored: tuple[Event, ...] = ()
+
+    def wait(self, timeout_seconds: float) -> list[Event]:
+        if self.stored:
+            told, self.stored = self.stored, ()
+            return list(told)
+        self.stored = tuple(super().wait(timeout_seconds))
+        return []
+
+
+class OneByOne(Climb):
+    """Wants the large model next, for so short a time that it is not worth waiting for."""
+
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
+        proposal = super().suggest(study, trials, remaining_seconds, seed)
+        if proposal is None or proposal.model == "small":
+            return proposal
+        brief = proposal.suggestion.model_copy(update={"expected_cost_seconds": 1e-3})
+        return replace(proposal, suggestion=brief)
+
+
+def test_devices_that_a_finished_job_has_given_back_are_used_while_its_checkpoint_is_stored(tmp_path: Path) -> None:
+    family = [
+        {"name": name, "path": "simulated", "parameters": parameters, "devices": devices}
+        for name, parameters, devices in (("small", 1_000_000, 1), ("large", 8_000_000, 2))
+    ]
+    study = simulated_study(tmp_path, family=family, baselines=[], budget={"trial_seconds": 1e6})
+    ledger = MemoryLedger()
+    began: list[tuple[str, int]] = []
+
+    def note(job: Job) -> None:
+        began.append((job.model, sum(len(trial.segments) for trial in ledger.trials())))
+        if job.model == "large":
+            raise Interruption
+
+    dispatcher = Storing(None, on_submit=note, nodes={"here": 2})
+    with pytest.raises(Interruption):
+        run_search(study, ledger, dispatcher, strategy=OneByOne(((0, "small", 480), (0, "large", 160))))
+    assert began == [("small", 0), ("large", 0)], "the large one began only once the small one was committed"
 
 
 # --- phases -------------------------------------------------------------------------------------------------------
