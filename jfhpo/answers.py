@@ -210,7 +210,7 @@ class CheckpointLine(Answer):
     """A checkpoint and its fate."""
 
     trial: int | None = Field(description="Number of its trial; null if the ledger knows none.")
-    step: int
+    step: int | None = Field(description="Its training step; null if its writing was cut off.")
     bytes: int = Field(description="Size of its files; those shared with other checkpoints count here, too.")
     keep: bool
     why: str
@@ -221,6 +221,7 @@ class GcAnswer(Answer):
 
     deleted: bool = Field(description="Whether those that are not kept were deleted.")
     checkpoints: list[CheckpointLine]
+    log_bytes: int = Field(description="Size of what trainings left in `trainings/`; this command never deletes it.")
 
 
 class DoctorAnswer(Answer):
@@ -329,7 +330,7 @@ def search_answer(outcome: StudyOutcome, left: Prospect | None) -> SearchAnswer:
     )
 
 
-def gc_answer(judgements: Sequence[Judgement], *, deleted: bool) -> GcAnswer:
+def gc_answer(judgements: Sequence[Judgement], log_bytes: int, *, deleted: bool) -> GcAnswer:
     """The fate of checkpoints."""
     lines = [
         CheckpointLine(
@@ -341,7 +342,7 @@ def gc_answer(judgements: Sequence[Judgement], *, deleted: bool) -> GcAnswer:
         )
         for one in judgements
     ]
-    return GcAnswer(deleted=deleted, checkpoints=lines)
+    return GcAnswer(deleted=deleted, checkpoints=lines, log_bytes=log_bytes)
 
 
 def known_rules() -> RulesAnswer:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.store.retention import Judgement, size_bytes
+from jfhpo_core.trainers.base import TRAININGS
 
 UNITS = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
@@ -40,7 +41,7 @@ def show_size(count: float) -> str:
     return f"{count / UNITS[unit]:.{0 if unit == 'B' else 1}f} {unit}"
 
 
-def garbage_view(judgements: Sequence[Judgement], *, delete: bool) -> RenderableType:
+def garbage_view(judgements: Sequence[Judgement], log_bytes: int, *, delete: bool) -> RenderableType:
     """A table of all checkpoints with their fate, and what it frees. To be made before anything is deleted."""
     table = Table(box=None, pad_edge=False)
     for name in ("trial", "model", "step", "size", "", "why"):
@@ -50,7 +51,7 @@ def garbage_view(judgements: Sequence[Judgement], *, delete: bool) -> Renderable
         table.add_row(
             f"{trial.number:03d}" if trial is not None else judgement.folder.parent.name,
             trial.model if trial is not None else "",
-            str(judgement.step),
+            "" if judgement.step is None else str(judgement.step),
             show_size(judgement.size_bytes),
             "keep" if judgement.keep else Text("delete" if delete else "would go", style="yellow"),
             judgement.why,
@@ -60,4 +61,5 @@ def garbage_view(judgements: Sequence[Judgement], *, delete: bool) -> Renderable
     freed = show_size(size_bytes(gone, without=kept))
     what = f"{len(gone)} of {len(judgements)} checkpoints"
     ending = f"{what} deleted, {freed} freed" if delete else f"{what} would go, freeing {freed}; --delete does it"
-    return Group(table, Text(f"\n{ending}. Kept: {show_size(size_bytes(kept))}"))
+    logs = f" Logs of trainings (`{TRAININGS}/`, never deleted here): {show_size(log_bytes)}." if log_bytes else ""
+    return Group(table, Text(f"\n{ending}. Kept: {show_size(size_bytes(kept))}.{logs}"))

@@ -354,15 +354,18 @@ def gc(
     limit_bytes = parse_size(limit) if limit is not None else None
     with _quiet_libraries(study):
         from jfhpo.session import judge_checkpoints
+        from jfhpo_core.store.retention import size_bytes
+        from jfhpo_core.study.resolved import study_folder
+        from jfhpo_core.trainers.base import TRAININGS
 
-        judgements = judge_checkpoints(spec, limit_bytes)
-        view = garbage_view(judgements, delete=delete)
+        judgements, log_bytes = judge_checkpoints(spec, limit_bytes), size_bytes([study_folder(spec) / TRAININGS])
+        view = garbage_view(judgements, log_bytes, delete=delete)
         if delete:
             judge_checkpoints(spec, limit_bytes, delete=True)
     if as_json:
         from jfhpo.answers import gc_answer
 
-        _print_json(gc_answer(judgements, deleted=delete))
+        _print_json(gc_answer(judgements, log_bytes, deleted=delete))
     else:
         _console().print(view)
 

@@ -30,6 +30,7 @@ MANIFEST = "jfhpo-manifest.json"
 KEY = re.compile(r"[0-9a-f]{16}")
 
 STEP = re.compile(r"step-(\d{8})")
+STAGING = "staging"
 QUARANTINE = "quarantine"
 OBJECTS = "objects"
 PARALLEL_BYTES = 64 * 2**20
@@ -63,7 +64,7 @@ class CheckpointStore:
 
         A trial has one writer at a time, so what interrupted ones left half written or half deleted goes first.
         """
-        staging = self._trial(key).parent / "staging"
+        staging = self._trial(key).parent / STAGING
         make_folder(staging)
         for leftover in staging.glob(f"{key}-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -153,13 +154,17 @@ class CheckpointStore:
         """Checkpoints that were found damaged."""
         return [folder for folder in sorted((self.root / QUARANTINE).glob("*")) if STEP.search(folder.name)]
 
+    def unfinished(self) -> list[Path]:
+        """What is being written or deleted, or was when its process died; the name begins with the trial's key."""
+        return [folder for folder in sorted((self.root / STAGING).glob("*")) if KEY.match(folder.name)]
+
     def delete(self, folder: Path) -> None:
-        """Delete a checkpoint's folder, with the shared files that no other checkpoint has.
+        """Delete the folder of a checkpoint, or of an unfinished one, with the shared files that no other has.
 
         Raises:
             CheckpointError: It is no checkpoint of this store, or cannot be deleted.
         """
-        if folder not in self.folders() and folder not in self.quarantined():
+        if folder not in (*self.folders(), *self.quarantined(), *self.unfinished()):
             raise CheckpointError(f"{folder} is no checkpoint of {self.root}")
         try:
             self._discard(folder)
@@ -189,7 +194,9 @@ class CheckpointStore:
 
     def _discard(self, folder: Path) -> None:
         """Remove a checkpoint so that a half-deleted one is never taken for a whole one."""
-        trash = self.root / "staging" / f"{folder.parent.name}-discarded-{uuid.uuid4().hex}"
+        key = KEY.match(folder.name) or KEY.match(folder.parent.name)
+        assert key is not None
+        trash = self.root / STAGING / f"{key[0]}-discarded-{uuid.uuid4().hex}"
         trash.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(trash)
         digests = _listed(trash)

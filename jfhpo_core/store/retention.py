@@ -35,9 +35,10 @@ class Judgement:
     size_bytes: int
 
     @property
-    def step(self) -> int:
-        """Training step of the checkpoint."""
-        return _step(self.folder)
+    def step(self) -> int | None:
+        """Training step of the checkpoint; None if it was never finished."""
+        found = STEP.search(self.folder.name)
+        return None if found is None else int(found[1])
 
 
 def judge(
@@ -48,7 +49,7 @@ def judge(
     complete: bool,
     limit_bytes: int | None = None,
 ) -> list[Judgement]:
-    """A judgement on every checkpoint in the study's store, by trial and step.
+    """A judgement on every checkpoint in the study's store, by trial and step, and on unfinished ones.
 
     Args:
         study: The study.
@@ -67,6 +68,11 @@ def judge(
     for folder in CheckpointStore(study.store).quarantined():
         trial = by_key.get(folder.name.partition("-")[0])
         judgements.append(Judgement(folder, trial, False, "it was found damaged", size_bytes([folder])))
+    for folder in CheckpointStore(study.store).unfinished():
+        trial = by_key.get(folder.name.partition("-")[0])
+        keep = trial is not None and trial.open_segment is not None
+        why = "its trial is being trained" if keep else "it was never finished"
+        judgements.append(Judgement(folder, trial, keep, why, size_bytes([folder])))
     return judgements if limit_bytes is None else _within(judgements, ranked, limit_bytes)
 
 
@@ -125,7 +131,7 @@ def _within(judgements: Sequence[Judgement], ranked: Sequence[Configuration], li
 
     def promise(one: Judgement) -> tuple[int, int]:
         assert one.trial is not None
-        return ranks.get(configuration_key(one.trial.configuration), len(ranks)), -one.step
+        return ranks.get(configuration_key(one.trial.configuration), len(ranks)), -(one.step or 0)
 
     for one in sorted(paused, key=promise, reverse=True):
         if size_bytes([judgement.folder for judgement in kept.values() if judgement.keep]) <= limit_bytes:

@@ -28,6 +28,10 @@ Observer = Callable[[StepRecord | Evaluation], Decision | Pause | None]
 which only steps are answered by, saves it there."""
 
 
+TRAININGS = "trainings"
+"""Folder beside the checkpoint store for what trainings leave behind for people: logs, command lines, events."""
+
+
 class Job(Record):
     """Everything a worker needs to train one segment. Plain data: it is sent to other machines.
 

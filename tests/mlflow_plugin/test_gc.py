@@ -11,6 +11,7 @@ from jfhpo.cli import app
 from jfhpo_core.errors import SpecError
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
+from jfhpo_core.store.checkpoints import CheckpointStore
 from mlflow_plugin.ledger import MlflowLedger
 from tests.studies import simulated_study
 
@@ -32,15 +33,24 @@ def test_gc_shows_first_and_deletes_when_told(tracking_uri: str, tmp_path: Path)
     assert outcome.target_trial.checkpoint is not None
     best = study.store / outcome.target_trial.checkpoint.path
     (tmp_path / "study.yaml").write_text(study.spec.to_yaml())
+    cut_off = CheckpointStore(study.store).stage(outcome.trials[0].key)
+    (cut_off / "state").write_bytes(b"half of it")
+    log = study.folder / "trainings" / outcome.trials[0].key / "train.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("loss\n" * 400)
 
     shown = CliRunner().invoke(app, ["gc", str(tmp_path / "study.yaml")])
     assert shown.exit_code == 0, shown.output
-    assert f"{len(before) - 1} of {len(before)} checkpoints would go" in shown.output
+    assert f"{len(before)} of {len(before) + 1} checkpoints would go" in shown.output
+    assert "it was never finished" in shown.output
+    assert "never deleted here): 2.0 KB" in " ".join(shown.output.split())
     assert checkpoints(study.store) == before
 
     done = CliRunner().invoke(app, ["gc", str(tmp_path / "study.yaml"), "--delete"])
     assert done.exit_code == 0, done.output
     assert checkpoints(study.store) == {best}
+    assert not list(cut_off.parent.iterdir())
+    assert log.exists()
     there = client.search_logged_models([ledger.experiment_id], "tags.`jfhpo.available` = 'true'")
     assert [model.source_run_id for model in there] == [ledger.run_id(outcome.target_trial.key)]
     # The ledger's trials are untouched, and opening it again does not offer what is gone.

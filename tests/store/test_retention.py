@@ -50,6 +50,22 @@ def shelf(tmp_path: Path) -> Shelf:
     return Shelf(simulated_study(tmp_path))
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_what_was_never_finished_is_kept_only_while_its_trial_is_trained(shelf: Shelf, complete: bool) -> None:
+    trained, over = shelf.put("small", 10), shelf.put("small", 20)
+    store = CheckpointStore(shelf.study.store)
+    for trial in (trained, over):
+        (store.stage(trial.key) / "state").write_bytes(b"x" * 7)
+    running = trained.model_copy(update={"open_segment": segment(1, 10, 20)})
+    judged = judge(shelf.study, [running, over], None, [], complete)
+    unfinished = {one.folder.name.partition("-")[0]: (one.keep, one.size_bytes) for one in judged if one.step is None}
+    assert unfinished == {running.key: (True, 7), over.key: (False, 7)}
+    for one in judged:
+        if one.step is None and not one.keep:
+            store.delete(one.folder)
+    assert [folder.name.partition("-")[0] for folder in store.unfinished()] == [trained.key]
+
+
 def test_a_running_search_keeps_what_it_may_use(shelf: Shelf) -> None:
     shelf.put("small", 10, 20)
     shelf.put("small", 30)  # its full length

@@ -18,7 +18,7 @@ from jfhpo_core.errors import InfrastructureError, SpecError, TrialFailure
 from jfhpo_core.study.models import Model, build_ladder
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import FailureKind
-from jfhpo_core.trainers.base import Job
+from jfhpo_core.trainers.base import TRAININGS, Job
 from jfhpo_core.trainers.external.memory import Shape
 from jfhpo_core.trainers.external.placement import Demand, Placement, place, safer, whole_gpus
 from jfhpo_core.trainers.external.settings import ExternalSettings
@@ -93,7 +93,7 @@ class Fit:
         model = Model(job.model, job.model_path, job.parameters, job.devices)
         reference = float(job.configuration["kl_coefficient"]) > 0
         demand = demand_of(job.study, settings, model, reference=reference, critic=critic)
-        memo = Path(job.store).absolute().parent / "trainings" / f"{job.model}-memory.json"
+        memo = Path(job.store).absolute().parent / TRAININGS / f"{job.model}-memory.json"
         most = min(MOST_CAREFUL, job.study.cluster.segment_retries)
         for safety in range(_read(memo), 0, -1):
             try:

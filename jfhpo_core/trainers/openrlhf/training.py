@@ -25,7 +25,7 @@ from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_overlong
 from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import EXAMPLES, Evaluation, Example, PassAtN, StepRecord
-from jfhpo_core.trainers.base import Job, Observer, TrainingResult
+from jfhpo_core.trainers.base import TRAININGS, Job, Observer, TrainingResult
 from jfhpo_core.trainers.external.compile_locks import build_extensions, remove_stale_locks
 from jfhpo_core.trainers.external.fit import Fit
 from jfhpo_core.trainers.external.log import StepLine, compress, read_line
@@ -125,7 +125,7 @@ def _without_overlong(job: Job, settings: OpenRlhfSettings, task: Task) -> Task:
 def new_folder(job: Job) -> Path:
     """A folder for what a run leaves behind for people, beside the checkpoint store."""
     root = Path(job.store).absolute().parent
-    folder = root / "trainings" / job.trial_key / f"{job.segment.index:02d}-{uuid.uuid4().hex[:6]}"
+    folder = root / TRAININGS / job.trial_key / f"{job.segment.index:02d}-{uuid.uuid4().hex[:6]}"
     folder.mkdir(parents=True)
     return folder
 
