@@ -172,8 +172,8 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         server.kill()
 
 
-def run_demo(folder: Path, mlflow: str, prefect: str) -> None:
-    """The real run: the flow `jfhpo/search`, as a process of its own."""
+def run_demo(folder: Path, mlflow: str, prefect: str, fresh: bool) -> None:
+    """The real run: the flow `jfhpo/search`, as a process of its own. One that was made before: only its report."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -181,6 +181,10 @@ def run_demo(folder: Path, mlflow: str, prefect: str) -> None:
         "PREFECT_API_URL": f"{prefect}/api",
         "MLFLOW_TRACKING_URI": mlflow,
     }
+    if not fresh:
+        write = (sys.executable, "-m", "jfhpo.cli", "report", str(STUDY))
+        subprocess.run(write, cwd=folder, env=environment, check=True)  # noqa: S603  our own
+        return
     script = f"from flows.search import search; search({str(STUDY)!r})"
     subprocess.run([sys.executable, "-c", script], cwd=folder, env=environment, check=True)  # noqa: S603  our own
 
@@ -215,8 +219,7 @@ def main() -> None:
     fresh = not (folder / "prefect").exists()
     (folder / "prefect").mkdir(parents=True, exist_ok=True)
     with mlflow_server(folder) as mlflow, prefect_server(folder / "prefect") as prefect:
-        if fresh:
-            run_demo(folder, mlflow, prefect)
+        run_demo(folder, mlflow, prefect, fresh)
         with browser() as page:
             take(page, folder, mlflow, prefect)
 

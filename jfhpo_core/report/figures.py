@@ -33,6 +33,7 @@ from jfhpo_core.report.findings import (
 )
 from jfhpo_core.report.text import duration, duration_unit, parameters, share
 from jfhpo_core.run.outcome import SearchResult
+from jfhpo_core.study.models import Model
 from jfhpo_core.study.resolved import base_scores
 from jfhpo_core.study.trial import StepRecord, Trial, TrialState, configuration_key
 
@@ -83,6 +84,9 @@ SMOOTHING = 3
 
 LABEL_POINTS = 12.0
 """Distance between two labels at the end of lines."""
+
+BUDGET_ROOM = 0.15
+"""Share of the longest bar that its length in words takes up."""
 
 WIDE_RATIO = 10.0
 """A metric whose values differ by more than this factor has a logarithmic axis."""
@@ -376,7 +380,9 @@ def bill_figure(result: SearchResult) -> Figure:
     roles = size_roles(result)
     with canvas(8.4, 1.1 + 0.42 * max(1, len(table))) as figure:
         axes = figure.subplots()
-        scale, unit = duration_unit(max((sum(row.values()) for row in table.values()), default=0.0))
+        longest = max((sum(row.values()) for row in table.values()), default=0.0)
+        scale, unit = duration_unit(longest)
+        budget = result.study.spec.budget.device_seconds
         for position, (purpose, row) in enumerate(table.items()):
             left = 0.0
             for model, seconds in row.items():
@@ -387,11 +393,12 @@ def bill_figure(result: SearchResult) -> Figure:
                     )  # fmt: skip
                     bar[0].set_gid(f"{TITLE_PREFIX}{PURPOSES[purpose]} on {model}: {duration(seconds)}")
                     left += seconds
+            # The length of a bar that ends just short of the budget is written beyond the budget's mark.
+            near = purpose == "search" and left <= budget < left + BUDGET_ROOM * longest
             axes.annotate(
-                duration(left), (left / scale, position), (6, 0), textcoords="offset points", va="center",
-                color=LIGHT["ink"],
+                duration(left), ((budget if near else left) / scale, position), (6, 0), textcoords="offset points",
+                va="center", color=LIGHT["ink"],
             )  # fmt: skip
-        budget = result.study.spec.budget.device_seconds
         if "search" in table:
             place = list(table).index("search")
             axes.plot([budget / scale] * 2, [place - 0.42, place + 0.42], color=LIGHT["ink"], linewidth=1.6)
@@ -465,8 +472,8 @@ def drawn_trials(result: SearchResult) -> list[Trial]:
 
 
 def _panels(figure: Figure, result: SearchResult, rows_per_model: int = 1) -> list[list[Axes]]:
-    """One column of axes per model (in rows of at most four), sharing scales; shape (rows_per_model, models)."""
-    models = result.study.ladder.models
+    """One column of axes per tried model (in rows of at most four), sharing scales; shape (rows_per_model, models)."""
+    models = tried_models(result)
     columns = min(4, len(models))
     blocks = math.ceil(len(models) / columns)
     grid = figure.subplots(
@@ -485,7 +492,13 @@ def _panels(figure: Figure, result: SearchResult, rows_per_model: int = 1) -> li
 
 def panel_height(result: SearchResult) -> int:
     """Rows of panels."""
-    return math.ceil(len(result.study.ladder.models) / 4)
+    return math.ceil(len(tried_models(result)) / 4)
+
+
+def tried_models(result: SearchResult) -> list[Model]:
+    """The models of the study that a trial was made on, and the target."""
+    used = {trial.model for trial in result.trials} | {result.study.ladder.target.name}
+    return [model for model in result.study.ladder.models if model.name in used]
 
 
 def learning_figure(result: SearchResult) -> Figure:
@@ -496,7 +509,7 @@ def learning_figure(result: SearchResult) -> Figure:
         trials = drawn_trials(result)
         bases = base_scores(result.trials)
         best = result.rows[0] if result.recommended is not None and result.rows else None
-        for axes, model in zip(panels, result.study.ladder.models, strict=True):
+        for axes, model in zip(panels, tried_models(result), strict=True):
             mine = [trial for trial in trials if trial.model == model.name]
             count = sum(trial.model == model.name for trial in result.trials)
             axes.set_title(short_label(model.name))
@@ -566,7 +579,7 @@ def dynamics_figure(result: SearchResult, step_records: Mapping[str, Sequence[St
     has_kl = any(record.kl is not None for trial in trials for record in step_records[trial.key])
     with canvas(10, 0.5 + (3.9 if has_kl else 2.3) * panel_height(result)) as figure:
         panels = _panels(figure, result, rows_per_model=1 + has_kl)
-        for column, model in enumerate(result.study.ladder.models):
+        for column, model in enumerate(tried_models(result)):
             panels[0][column].set_title(short_label(model.name))
             for trial in trials:
                 if trial.model != model.name:

@@ -252,7 +252,7 @@ def _context(
         "unlisted": max(0, len(trials) - LISTED_TRIALS),
         "yaml": without_credentials(study.spec.to_yaml()),
         "versions": versions(),
-        "facts": [(name, clip(value), is_address(value)) for name, value in facts.items()],
+        "facts": [(name, clip(text.setting(value)), is_address(value)) for name, value in facts.items()],
     }
 
 

@@ -84,6 +84,7 @@ def why(result: SearchResult) -> Why:
     lead = [] if beliefs is not None else [f"What matters cannot be told: {lacking}."]
     topics = {topic: tuple(said) for topic, said in sections(study, page).items()}
     topics["matters"] = (*lead, *topics["matters"])
+    topics["collapse"] = topics["collapse"] or _without_boundary(_telling(trials))
     sentences = tuple(sentence for said in topics.values() for sentence in said)
     return page.model_copy(update={"topics": topics, "sentences": sentences})
 
@@ -148,8 +149,7 @@ def boundaries(study: Study, trials: Sequence[Trial]) -> list[Boundary]:
     target = study.ladder.target.name
     runs = [
         (study.space.restrict(study.complete(trial.configuration)), collapsed(trial), trial.model)
-        for trial in trials
-        if trial.segments and trial.segments[-1].outcome is not Outcome.LOST and not _failed_otherwise(trial)
+        for trial in _telling(trials)
     ]
     for model in (target, None):
         left = [(values, ruined) for values, ruined, where in runs if model in (where, None)]
@@ -160,6 +160,25 @@ def boundaries(study: Study, trials: Sequence[Trial]) -> list[Boundary]:
         if found:
             return found
     return []
+
+
+def _telling(trials: Sequence[Trial]) -> list[Trial]:
+    """The runs that say whether their configuration collapses."""
+    return [
+        trial
+        for trial in trials
+        if trial.segments and trial.segments[-1].outcome is not Outcome.LOST and not _failed_otherwise(trial)
+    ]
+
+
+def _without_boundary(runs: Sequence[Trial]) -> tuple[str, ...]:
+    """What is said of collapse where no hyperparameter separates the runs."""
+    count = sum(collapsed(trial) for trial in runs)
+    if not runs:
+        return ()
+    if not count:
+        return (f"None of {len(runs)} runs collapsed.",)
+    return (f"{count} of {len(runs)} runs collapsed; no hyperparameter separates them from the others.",)
 
 
 def collapsed(trial: Trial) -> bool:

@@ -355,6 +355,19 @@ def test_only_stopped_and_failed_trials(tmp_path: Path) -> None:
     write_headline(conclude(study, trials, RandomSearch(), complete=False), tmp_path / "headline.png")
 
 
+def test_a_model_without_trials_has_no_panel_and_a_stopped_trial_its_configuration(tmp_path: Path) -> None:
+    study = resolve(parse_study(STUDY))
+    stopped = trained(study.new_trial(0, {"learning_rate": 0.0123}, "large", 0), [0.01], Outcome.STOPPED)
+    result = conclude(study, [stopped], RandomSearch(), complete=False)
+    titles = [axes.get_title(loc="left") for axes in figures.learning_figure(result).axes]
+    assert [title for title in titles if title] == ["large"]
+    text = write_report(result, {}, tmp_path, {"spent_seconds": 295.88264110900036}).read_text(encoding="utf-8")
+    assert "295.9" in text
+    assert "295.88264" not in text
+    collapse = text[text.index('id="stopped"') : text.index('id="next"')]
+    assert "0.0123" in collapse
+
+
 def test_scores_that_are_not_numbers(tmp_path: Path) -> None:
     study = resolve(parse_study(STUDY))
     nan = math.nan

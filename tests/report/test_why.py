@@ -60,6 +60,20 @@ def test_no_boundary_is_claimed_by_chance_or_of_runs_that_others_beat(tmp_path: 
     assert boundaries(study, scattered) == []
 
 
+def test_it_says_that_none_collapsed_or_that_nothing_separates_those_that_did(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+
+    def said(trials: list[Trial]) -> tuple[str, ...]:
+        return why(conclude(study, trials, RandomSearch(), complete=False)).topics["collapse"]
+
+    assert said([]) == ()
+    assert said(runs(study, 1e-3, PROMISE, count=6)) == ("None of 6 runs collapsed.",)
+    few = runs(study, 1e-3, count=4)
+    count = sum(float(trial.configuration["learning_rate"]) > 1e-3 for trial in few)
+    assert count
+    assert said(few) == (f"{count} of 4 runs collapsed; no hyperparameter separates them from the others.",)
+
+
 def test_runs_out_of_memory_have_not_collapsed(tmp_path: Path) -> None:
     study = simulated_study(tmp_path)
     trials = []
