@@ -28,9 +28,9 @@ from jfhpo_core.run.dispatch import Event, Finished, Streamed, Suspended, reques
 from jfhpo_core.run.ray_instance import check_address, import_ray, last_line, start
 from jfhpo_core.run.ray_pool import PLACEMENT_NOTICE_SECONDS, POLL_SECONDS, Worker, WorkerPool
 from jfhpo_core.run.ray_versions import version_mismatch
-from jfhpo_core.run.ray_worker import Ending, Loss
+from jfhpo_core.run.ray_worker import Ending, Loss, StorageProcess
 from jfhpo_core.run.scheduler import POOL, Load, Opening, Request, Scheduler
-from jfhpo_core.run.worker import Cancelled, Staged, store_staged
+from jfhpo_core.run.worker import Cancelled, Staged
 from jfhpo_core.study.spec import DEFAULT_PARALLEL, ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome, SegmentResult, StepRecord
 from jfhpo_core.trainers import Job
@@ -342,9 +342,11 @@ class RayDispatcher:
             Cancelled: The driver withdrew the job.
         """
         ray = self._ray
-        # Ray must not try again by itself: the stage has gone if the process died after it had become a checkpoint.
-        options = {"num_cpus": 0, "num_gpus": 0, "max_retries": 0, **self._workers.near(ticket.node)}
-        storing = ray.remote(store_staged).options(**options).remote(staged)
+        # An actor, not a task: the driver aborts if a task is cancelled that is just about to end (seen with Ray 2.55).
+        # Ray must not try again by itself: if it dies after the stage has become a checkpoint, no stage is left.
+        options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0, **self._workers.near(ticket.node)}
+        actor = ray.remote(StorageProcess).options(**options).remote()
+        storing = actor.store.remote(staged)
         deadline = time.monotonic() + HANG_SECONDS
         try:
             while not ray.wait([storing], timeout=POLL_SECONDS)[0]:
@@ -357,7 +359,7 @@ class RayDispatcher:
             return Loss(f"its checkpoint was not stored: {last_line(error)}", details=str(error))
         finally:
             # A trial has one writer at a time: nothing happens to it before this one has ended.
-            ray.cancel(storing, force=True)
+            ray.kill(actor)
             ray.wait([storing], timeout=CANCEL_GRACE_SECONDS)
         return result
 

@@ -90,3 +90,11 @@ class WorkerProcess:
         threading.Thread(target=work, name=f"trial-{job.trial_key}", daemon=True).start()
         while (item := items.get()) is not None:
             yield item
+
+
+class StorageProcess:
+    """What stores the checkpoint of a segment once its devices were given back."""
+
+    def store(self, staged: Staged) -> SegmentResult:
+        """See `store_staged`."""
+        return store_staged(staged)

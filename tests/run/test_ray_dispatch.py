@@ -117,11 +117,12 @@ def hand_over(patch: pytest.MonkeyPatch, store: str, *arguments: Any) -> None:
     """Have every checkpoint stored without devices, in a way of the module of trainer `fragile`."""
     how = getattr(importlib.import_module("fragile_trainer"), store)
 
-    def stored(staged: Staged) -> Any:
-        return how(*arguments, staged)
+    class Storage:
+        def store(self, staged: Staged) -> Any:
+            return how(*arguments, staged)
 
     patch.setattr(ray_dispatch, "HAND_OVER_BYTES", 0)
-    patch.setattr(ray_dispatch, "store_staged", stored)
+    patch.setattr(ray_dispatch, "StorageProcess", Storage)
 
 
 def test_devices_are_given_back_before_a_large_checkpoint_is_stored(
