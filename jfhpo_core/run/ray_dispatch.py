@@ -51,6 +51,9 @@ HAND_OVER_BYTES = 4 * 2**30
 """A checkpoint of this size or more is stored by a process without devices, after they were given back. A smaller one
 takes the worker seconds: its score is known before what comes next is chosen, and no process has to start for it."""
 
+STORED_BYTES_PER_SECOND = 50e6
+"""A process that stores a large checkpoint more slowly than this is taken to hang; shared file systems are faster."""
+
 NODES_SECONDS = 10.0
 """How often Ray is asked whether nodes have come or gone."""
 
@@ -347,13 +350,14 @@ class RayDispatcher:
         options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0, **self._workers.near(ticket.node)}
         actor = ray.remote(StorageProcess).options(**options).remote()
         storing = actor.store.remote(staged)
-        deadline = time.monotonic() + HANG_SECONDS
+        limit = max(HANG_SECONDS, staged.size_bytes / STORED_BYTES_PER_SECOND)
+        deadline = time.monotonic() + limit
         try:
             while not ray.wait([storing], timeout=POLL_SECONDS)[0]:
                 if ticket.cancelled.is_set():
                     raise Cancelled(ticket.job.trial_key)
                 if time.monotonic() > deadline:
-                    return Loss(f"its checkpoint was not stored within {HANG_SECONDS:.0f} s")
+                    return Loss(f"its checkpoint was not stored within {limit:.0f} s")
             result: SegmentResult = ray.get(storing)
         except ray.exceptions.RayError as error:
             return Loss(f"its checkpoint was not stored: {last_line(error)}", details=str(error))

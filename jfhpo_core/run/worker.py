@@ -53,6 +53,7 @@ class Staged:
         store: Root folder of the checkpoint store.
         stage: Folder with what the trainer wrote.
         start: Folder of the checkpoint that the segment started from, if from one.
+        size_bytes: Of what is to be stored.
     """
 
     result: SegmentResult
@@ -60,11 +61,7 @@ class Staged:
     store: Path
     stage: Path
     start: Path | None
-
-    @property
-    def size_bytes(self) -> int:
-        """Of what is to be stored."""
-        return sum(path.stat().st_size for path in self.stage.rglob("*") if path.is_file())
+    size_bytes: int
 
 
 def run_job(
@@ -207,8 +204,9 @@ def train_job(
                 f"trainer {job.study.trainer.name!r} returned at step {result.end_step} without a stopping decision; "
                 f"it must train up to step {job.segment.stop_step}"
             )
+        size_bytes = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
         unless_staged.pop_all()
-        return Staged(ended, job.trial_key, store.root, stage, kept)
+        return Staged(ended, job.trial_key, store.root, stage, kept, size_bytes)
 
 
 def _with_means(job: Job, records: Sequence[StepRecord], evaluation: Evaluation) -> Evaluation:
