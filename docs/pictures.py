@@ -209,6 +209,8 @@ def take(page: Page, folder: Path, mlflow: str, prefect: str) -> None:
     found = answer(f"{prefect}/api/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})
     page.open(f"{prefect}/runs/flow-run/{found[0]['id']}", "Task Runs", height=1200)
     page.save(IMAGES / "prefect-run.png")
+    page.click("#artifacts")
+    page.save(IMAGES / "prefect-artifacts.png")
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from jfhpo.display.watch import Watch, standings
 from jfhpo.display.words import bill, duration, show_quality, show_score, show_value
 from jfhpo.session import StudyOutcome
 from jfhpo_core.report.findings import NOT_FINISHED, caveats, contrasts, interval_text, verdict
+from jfhpo_core.report.page import is_address
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.run.search import Progress
 from jfhpo_core.store.ledger import Ledger
@@ -56,7 +57,11 @@ class Board:
         """Link the study's page in MLflow, if its store is a server."""
         url = ledger.url()
         if url is not None:
-            self._show("mlflow", LinkArtifact(link=url, link_text=f"Study {self._study} in MLflow"), url)
+            self._show(
+                "mlflow",
+                LinkArtifact(link=url, link_text=f"Study {self._study} in MLflow", description="The study in MLflow"),
+                url,
+            )
 
     def progress(self, progress: Progress) -> None:
         """Show a new snapshot, unless the last one is still fresh."""
@@ -209,7 +214,7 @@ def _result_page(outcome: StudyOutcome) -> str:
             "\n".join(f"- `{name}`: {show_value(value)}" for name, value in result.recommended.configuration.items())
         )
     places = {**next_steps(outcome), "folder": str(Path.cwd())}
-    lines += ["## Where to look next", "\n".join(f"- {name}: `{at}`" for name, at in places.items())]
-    lines += ["## Registered model", f"{outcome.model_uri}: {outcome.model_note}"] if outcome.model_uri else []
+    shown = {name: f"<{at}>" if is_address(at) else f"`{at}`" for name, at in places.items()}
+    lines += ["## Where to look next", "\n".join(f"- {name}: {at}" for name, at in shown.items())]
     lines += ["## Notes", "\n".join(f"- {note}" for note in caveats(result))]
     return "\n\n".join(lines)

@@ -133,12 +133,13 @@ def importances(beliefs: Beliefs, best: Configuration) -> list[Importance]:
     variance = draws[:, :2].flatten(1).var(-1).clamp_min(np.finfo(float).tiny)
     found = []
     for index, name in enumerate(slices, start=2):
-        first = 1 - (draws[:, 1] - draws[:, index]).square().mean(-1) / (2 * variance)
+        alone = 1 - (draws[:, 1] - draws[:, index]).square().mean(-1) / (2 * variance)
         total = (draws[:, 0] - draws[:, index]).square().mean(-1) / (2 * variance)
         found.append(
             Importance(
                 name=name,
-                first=Estimate.of(first.clamp(0, 1).numpy()),
+                # Of one draw of f it cannot exceed the total; estimated over few points it may.
+                first=Estimate.of(alone.minimum(total).clamp(0, 1).numpy()),
                 total=Estimate.of(total.clamp(0, 1).numpy()),
                 best=best.get(name),
                 harmless=_harmless(beliefs, best, name) if name in best else None,

@@ -120,6 +120,7 @@ def test_a_person_approves_the_target_run_and_the_page_shows_the_result(prefect:
     assert len(json.loads(shown["trials"])) == len(after)
     assert "- `learning_rate`:" in shown["summary"]
     assert "mlflow ui --backend-store-uri sqlite:///mlflow.db" in shown["summary"]
+    assert "- trials: <http://" in shown["summary"]
     assert shown["progress"] == 100
     assert (prefect.clone / ".jfhpo" / "gated" / "report.html").exists()
 

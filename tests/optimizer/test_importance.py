@@ -52,6 +52,7 @@ def test_the_only_hyperparameter_that_matters_comes_first_and_alone_is_narrow(tm
     assert {item.name for item in (first, *others)} == set(study.space)
     for item in (first, *others):
         assert 0 <= item.total.low <= item.total.value <= item.total.high <= 1
+        assert item.first.value <= item.total.value
     assert first.harmless is not None
     low, high = (float(value) for value in first.harmless)
     assert low <= float(first.best or 0) <= high < 10 * low
