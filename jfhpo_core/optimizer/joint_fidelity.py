@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.models import progress
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import Space
-from jfhpo_core.study.trial import Configuration, Suggestion, Trial, configuration_key
+from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState, configuration_key
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,9 @@ is then saved pays for another. On proxies the rule's own, smaller probability h
 FINISHED_FIRST = 2
 """Full runs of the target that are finished before any is ended for its prospects."""
 
+
+KNOWN_OPTIMUM = "known-optimum"
+"""Source of a run of what is said to be best."""
 
 DOUBT = 0.1
 """Weight of a candidate that contradicts all that is expected, where one that fulfils it has 1."""
@@ -147,6 +151,8 @@ class JointFidelity:
         """See `Selective.suggest_among`."""
         history, costs = History.of(study, trials), CostModel.fit(study, trials)
         expected = self.expectations(study)
+        if _is_refuted(history):
+            expected = Expectations(study.space, compared=False)
         # There has to be something to form beliefs from.
         compared = expected.compared and bool(study.earlier or history.recipes)
         allocation, budget = Allocation.of(history, costs, compared=compared), study.spec.budget
@@ -265,7 +271,7 @@ class JointFidelity:
         if offer.due and not any(_sets_a_mark(history, trial) for trial in history.on_target):
             # The first full run is the best guess: where little is known, improvement is expected at the edges.
             if expected.compared and not history.study.earlier:
-                source, best = "known-optimum", int((beliefs.accepted(inputs) * weights).argmax())
+                source, best = KNOWN_OPTIMUM, int((beliefs.accepted(inputs) * weights).argmax())
             else:
                 source, best = "best-expectation", int(beliefs.worth(_at_target(beliefs, candidates)).argmax())
         unit = beliefs.scale.unit()
@@ -327,6 +333,24 @@ def _favourites(beliefs: Beliefs, expected: Space) -> list[Configuration]:
     earlier = by_value(beliefs, earlier_configurations(study))[:1]
     best = earlier[0].configuration if earlier else expected_configuration(expected)
     return with_other_choices(study.space, best) if best is not None else []
+
+
+def _is_refuted(history: History) -> bool:
+    """Whether what is said to be best has been trained on the target, and is worse than a recipe there."""
+    recipe = max(
+        (trial.final.score for trial in history.on_target if trial.purpose == "baseline" and trial.final is not None),
+        default=-math.inf,
+    )
+    said = [
+        trial
+        for trial in history.on_target
+        if trial.segments and trial.segments[0].segment.suggestion.source == f"jfhpo/{KNOWN_OPTIMUM}"
+    ]
+    return any(
+        trial.state in (TrialState.STOPPED, TrialState.INFEASIBLE)
+        or (trial.final is not None and trial.final.score < recipe)
+        for trial in said
+    )
 
 
 def _sets_a_mark(history: History, trial: Trial) -> bool:
