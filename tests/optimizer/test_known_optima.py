@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.landscapes import TABLE, load_problem
+from benchmarks.prior import MISLEADING
 from benchmarks.rl_table.optima import recorded
 from jfhpo_core.optimizer.candidates import expected_configuration, with_other_choices
 from jfhpo_core.optimizer.joint_fidelity import DOUBT, JointFidelity
@@ -172,3 +173,20 @@ def test_where_runs_were_compared_the_search_begins_on_the_target(tmp_path: Path
     assert first["shipped"].model == study.ladder.target.name
     assert first["none"].model == study.ladder.models[0].name
     assert math.isclose(float(first["shipped"].configuration["learning_rate"]), 2e-4, rel_tol=0.9)
+
+
+@pytest.mark.slow
+def test_what_is_said_to_be_best_and_is_not_is_believed_no_more(tmp_path: Path) -> None:
+    """Told that the worst runs are the best, the search tries them once on the target and goes on with proxies."""
+    problem = replace(load_problem("table-instruct", 1), trainings=6)
+    study = problem.study(tmp_path, "jfhpo", {"prior": str(MISLEADING)})
+    strategy = JointFidelity(prior=str(MISLEADING))
+    outcome = run_search(study, MemoryLedger(), InlineDispatcher(1, trainer=problem.trainer), strategy=strategy)
+    searched = [trial for trial in outcome.trials if trial.purpose == "search"]
+    sources = [trial.segments[0].segment.suggestion.source for trial in searched]
+    assert sources[0] == "jfhpo/known-optimum"
+    assert sources.count("jfhpo/known-optimum") == 1
+    assert searched[0].model == study.ladder.target.name
+    proxy = study.ladder.models[0].name
+    assert any(trial.model == proxy for trial in searched), "proxies come after all"
+    assert float(searched[0].configuration["learning_rate"]) > 5e-4
