@@ -65,7 +65,8 @@ foreign fetch` downloads it. Between recorded runs their losses are interpolated
 tokens; budgets are in full runs of the target. The recorded RL runs of [this project](replay.md) stand beside them.
 
 The settings come in pairs of one kind, one of each for tuning, one untouched: `jfhpo` runs on that only for the final
-measurement. `{seen}` had been looked at before. The recorded RL runs have served for tuning, both of them. Seeds from
+measurement. `{seen}` had been looked at before. The recorded RL runs have served for tuning, both of them; `jfhpo`
+ran on them before it knew anything of [other tasks](prior.md), which does not touch the foreign settings. Seeds from
 {first} on are published; they draw the noise of evaluations and the strategy's choices, on the same landscape."""
 
 RULES = """\
