@@ -278,6 +278,11 @@ class SimulatedPath(PurePosixPath):
         found = [path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, first)]
         return [deeper for path in found for deeper in path.glob(rest)] if rest else found
 
+    def rglob(self, pattern: str) -> list[SimulatedPath]:
+        if not self.is_dir():
+            return []
+        return self.glob(pattern) + [found for path in self.iterdir() for found in path.rglob(pattern)]
+
     def open(self, mode: str = "r", encoding: str | None = None) -> _Handle:
         if mode.startswith("w") or (mode.startswith("a") and not self.exists()):
             self.disk.write(self, b"")
