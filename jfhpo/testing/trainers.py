@@ -305,6 +305,7 @@ class TrainerConformance:
         first = run_job(case.job(0, BREAK, store, [BREAK]), case.trainer, again.append)
         assert first.checkpoint is not None
         job = case.job(BREAK, TOTAL_STEPS, store, [TOTAL_STEPS], [first.checkpoint])
+        job = job.model_copy(update={"history": tuple(again)})
         _kill_at(job, BREAK + 2, tmp_path)
         assert [path.name for path in (store / KEY).iterdir()] == [Path(first.checkpoint.path).name]
 

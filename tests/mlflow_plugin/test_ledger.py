@@ -546,9 +546,11 @@ def test_the_environment_names_the_store(tmp_path: Path, tracking_uri: str, monk
 
 
 def test_a_search_gives_the_same_as_in_memory(client: MlflowClient, tmp_path: Path) -> None:
-    study = search_study(tmp_path)
-    ledgers = (MemoryLedger(), MlflowLedger(client))
-    in_memory, in_mlflow = (run_search(resolve(study), ledger, InlineDispatcher(2)) for ledger in ledgers)
+    ledgers = {"memory": MemoryLedger(), "mlflow": MlflowLedger(client)}
+    in_memory, in_mlflow = (
+        run_search(resolve(search_study(tmp_path / name)), ledger, InlineDispatcher(2))
+        for name, ledger in ledgers.items()
+    )
     assert len(in_mlflow.trials) > 3
     assert text(list(in_mlflow.trials)) == text(list(in_memory.trials))
 
