@@ -327,17 +327,22 @@ def database_cut(scenario: Scenario) -> None:
     scenario.compare(_calm(scenario), before)
 
 
+def _gone_on_with(scenario: Scenario, kind: Kind, before: list[Piece]) -> None:
+    """Go on with a study that has pieces on record, kill the search, finish it and compare."""
+    run = scenario.start_up_to(3)
+    scenario.hit()
+    scenario.kill(run)
+    scenario.finish()
+    scenario.compare(_calm_after(kind), before)
+
+
 def upgrade(scenario: Scenario) -> None:
     """A study of commit c5cb37e is gone on with, and killed meanwhile."""
     unpack_upgrade(scenario.folder)
     before = pieces(scenario.ledger()[0])
     if len(before) != UPGRADED_SEGMENTS:
         scenario.found.append(f"{len(before)} segments are read of {UPGRADED_SEGMENTS}")
-    run = scenario.start_up_to(3)
-    scenario.hit()
-    scenario.kill(run)
-    scenario.finish()
-    scenario.compare(_calm_after("upgrade"), before)
+    _gone_on_with(scenario, "upgrade", before)
 
 
 def many_trials(scenario: Scenario) -> None:
@@ -346,11 +351,7 @@ def many_trials(scenario: Scenario) -> None:
     before = pieces(scenario.ledger()[0])
     if len({piece.key for piece in before}) < MANY_TRIALS:
         scenario.found.append(f"only {len(before)} segments of {MANY_TRIALS} trials are read")
-    run = scenario.start_up_to(3)
-    scenario.hit()
-    scenario.kill(run)
-    scenario.finish()
-    scenario.compare(_calm_after("many-trials"), before)
+    _gone_on_with(scenario, "many-trials", before)
 
 
 SCENARIOS: Mapping[Kind, Callable[[Scenario], None]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jfhpo_core.optimizer.candidates import Candidate
+from jfhpo_core.optimizer.candidates import Candidate, is_full_run
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.study.history import History
 from jfhpo_core.study.trial import Trial, committed_seconds
@@ -89,16 +89,11 @@ class Allocation:
             remaining_seconds: What is left to spend.
             share: See `is_due`.
         """
-        full = tuple(item for item in items if self._is_full(item.candidate))
+        full = tuple(item for item in items if is_full_run(self.history.study, item.candidate))
         if full and self.is_due(share):
             return Offer(full, due=True)
         enough = tuple(item for item in items if item in full or item.seconds + self.full_seconds <= remaining_seconds)
         return Offer(enough, due=False)
-
-    def _is_full(self, candidate: Candidate) -> bool:
-        study = self.history.study
-        end = (study.ladder.target.name, study.spec.fidelity.horizon_prompts)
-        return (candidate.model, candidate.stop_prompts) == end
 
 
 def _planned_step(trial: Trial) -> int:

@@ -42,6 +42,12 @@ class Candidate:
     seed: int | None = None
 
 
+def is_full_run(study: Study, candidate: Candidate) -> bool:
+    """Whether a candidate's segment ends at the target's full length."""
+    end = (study.ladder.target.name, study.spec.fidelity.horizon_prompts)
+    return (candidate.model, candidate.stop_prompts) == end
+
+
 @dataclass(frozen=True)
 class CandidateSet:
     """How many candidates of each kind are looked at.

@@ -35,6 +35,7 @@ from jfhpo_core.optimizer.candidates import (
     by_value,
     candidate_inputs,
     expected_configuration,
+    is_full_run,
     ranked_configurations,
     with_other_choices,
 )
@@ -233,8 +234,7 @@ class JointFidelity:
             Cost-aware stopping for Bayesian optimization.
         """
         study = beliefs.history.study
-        end = (study.ladder.target.name, study.spec.fidelity.horizon_prompts)
-        runs = [item for item in items if (item.candidate.model, item.candidate.stop_prompts) == end]
+        runs = [item for item in items if is_full_run(study, item.candidate)]
         if not self.stop_gain or not runs or len(beliefs.history.finished) < FINISHED_FIRST:
             return True
         candidates = [item.candidate for item in runs]
