@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import typer
 
 from benchmarks import ablations, prices, prior, report, reproduction, runner, store, warm_start
+from benchmarks.analysis import Results
 from benchmarks.foreign.commands import app as foreign
 from benchmarks.foreign.settings import RECORDED
 from benchmarks.landscapes import LANDSCAPES
@@ -27,6 +29,23 @@ def _seeds(text: str) -> list[int]:
     """'1000:1020' (the end excluded) or '3,5,8'."""
     low, colon, high = text.partition(":")
     return list(range(int(low), int(high))) if colon else [int(seed) for seed in _names(text)]
+
+
+def _do(
+    runs: Sequence[runner.Run],
+    write: Callable[[Results, Path], None],
+    folder: Path,
+    results: Path,
+    workers: int,
+    redo: bool,
+) -> None:
+    """Do the runs that are missing, and write a page if there are published seeds."""
+    failed = runner.run(runs, results, workers, redo)
+    found = store.load_all(results)
+    if any(seed >= report.FIRST_SEED for known in found.values() for _, seed in known):
+        write(found, folder)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -95,12 +114,7 @@ def run_ablations(
     results: Folder = ablations.RESULTS,
 ) -> None:
     """Take one part of the method away at a time, and write the page of the docs from seeds 1000 on."""
-    failed = runner.run(ablations.runs(_names(landscapes), _seeds(seeds)), results, workers, redo)
-    found = store.load_all(results)
-    if any(seed >= report.FIRST_SEED for known in found.values() for _, seed in known):
-        ablations.write(found, folder)
-    if failed:
-        raise typer.Exit(1)
+    _do(ablations.runs(_names(landscapes), _seeds(seeds)), ablations.write, folder, results, workers, redo)
 
 
 @app.command("warm-start")
@@ -112,11 +126,7 @@ def start_warm(
     results: Folder = warm_start.RESULTS,
 ) -> None:
     """Begin studies from nothing, from an earlier study and from one that misleads, and write the page of the docs."""
-    failed = runner.run(warm_start.runs(_seeds(seeds)), results, workers, redo)
-    if any(seed >= report.FIRST_SEED for known in store.load_all(results).values() for _, seed in known):
-        warm_start.write(store.load_all(results), folder)
-    if failed:
-        raise typer.Exit(1)
+    _do(warm_start.runs(_seeds(seeds)), warm_start.write, folder, results, workers, redo)
 
 
 @app.command("prior")
@@ -129,11 +139,7 @@ def begin_with_prior(
     results: Folder = prior.RESULTS,
 ) -> None:
     """Search recorded tables knowing nothing, what is shipped, or what misleads, and write the page of the docs."""
-    failed = runner.run(prior.runs(_seeds(seeds), _names(settings)), results, workers, redo)
-    if any(seed >= report.FIRST_SEED for known in store.load_all(results).values() for _, seed in known):
-        prior.write(store.load_all(results), folder)
-    if failed:
-        raise typer.Exit(1)
+    _do(prior.runs(_seeds(seeds), _names(settings)), prior.write, folder, results, workers, redo)
 
 
 @app.command()

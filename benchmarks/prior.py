@@ -6,18 +6,17 @@ On the recorded tables, each of them left out of what is known when it is search
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import report, runner, store
-from benchmarks.analysis import Results
+from benchmarks.analysis import Results, best_on, recommended_regrets
 from benchmarks.foreign.settings import RECORDED
 from benchmarks.landscapes import TABLE
 from benchmarks.markdown import markdown_table, mean_text
 from benchmarks.rl_table.optima import recorded
-from benchmarks.store import Result
 from jfhpo_core.optimizer.known_optima import FILE, known_optima
 
 RESULTS = store.RESULTS / "prior"
@@ -41,7 +40,7 @@ PEERS_BUDGET = 10
 
 def priors() -> dict[str, str]:
     """Names of what is known, and the strategy's setting for each."""
-    return {"nothing": "none", "shipped": "shipped", "misleading": str(MISLEADING.relative_to(Path.cwd()))}
+    return {"nothing": "none", "shipped": "shipped", "misleading": str(MISLEADING.relative_to(runner.ROOT))}
 
 
 def write_misleading(file: Path = MISLEADING) -> None:
@@ -115,7 +114,7 @@ def _rows(mine: Results) -> Iterator[list[str]]:
     for setting in RECORDED:
         for budget in BUDGETS:
             landscape = f"{setting}@{budget}"
-            found = {label: _regrets(mine.get(label, {}), landscape) for label in priors()}
+            found = {label: recommended_regrets(mine.get(label, {}), landscape) for label in priors()}
             seeds = sorted(set.intersection(*(set(regrets) for regrets in found.values())))
             if not seeds:
                 continue
@@ -132,29 +131,17 @@ def _against(mine: Results) -> Iterator[list[str]]:
     peers = store.load_all(FOREIGN)
     for setting in RECORDED:
         shipped = {
-            budget: list(_regrets(mine.get("shipped", {}), f"{setting}@{budget}").values()) for budget in BUDGETS
+            budget: list(recommended_regrets(mine.get("shipped", {}), f"{setting}@{budget}").values())
+            for budget in BUDGETS
         }
-        known = {
-            peer: [
-                result.regret_at(PEERS_BUDGET)
-                for (landscape, seed), result in found.items()
-                if landscape.partition("@")[0] == setting and seed >= report.FIRST_SEED and peer != STRATEGY
-            ]
-            for peer, found in peers.items()
-        }
-        averages = {peer: float(np.mean(found)) for peer, found in known.items() if found}
-        if not averages or not all(shipped.values()):
+        best = best_on(setting, PEERS_BUDGET, peers, STRATEGY, lambda seed: seed >= report.FIRST_SEED)
+        if best is None or not all(shipped.values()):
             continue
-        best = min(averages, key=averages.__getitem__)
-        reached = [budget for budget, values in shipped.items() if np.mean(values) <= averages[best]]
+        reached = [budget for budget, values in shipped.items() if np.mean(values) <= best.regret]
         yield [
-            setting, f"{best} ({len(known[best])} seeds)", f"{averages[best]:.4f}",
+            setting, str(best), f"{best.regret:.4f}",
             *(f"{np.mean(values):.4f}" for values in shipped.values()), str(min(reached)) if reached else "-",
         ]  # fmt: skip
-
-
-def _regrets(known: Mapping[store.Key, Result], landscape: str) -> dict[int, float]:
-    return {seed: result.recommended_regret for (name, seed), result in known.items() if name == landscape}
 
 
 def _recipe(mine: Results, landscape: str) -> float:

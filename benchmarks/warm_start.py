@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report, runner, store
-from benchmarks.analysis import Results
+from benchmarks.analysis import Results, best_on, recommended_regrets
 from benchmarks.foreign import settings
 from benchmarks.landscapes import Problem
 from benchmarks.markdown import markdown_table, mean_text
@@ -151,7 +151,7 @@ ONE_HEAD = ("second study", "first study", "warm, one run", "best peer, ten runs
 def _rows(mine: dict[store.Key, Result]) -> Iterator[list[str]]:
     for first, second in PAIRS:
         for budget in BUDGETS:
-            regrets = {start: _regrets(mine, name(second, budget, start, first)) for start in STARTS}
+            regrets = {start: recommended_regrets(mine, name(second, budget, start, first)) for start in STARTS}
             seeds = sorted(set.intersection(*(set(found) for found in regrets.values())))
             if not seeds:
                 continue
@@ -165,22 +165,10 @@ def _rows(mine: dict[store.Key, Result]) -> Iterator[list[str]]:
 
 def _one_run(mine: dict[store.Key, Result], peers: Results) -> Iterator[list[str]]:
     for first, second in PAIRS:
-        warm = _regrets(mine, name(second, BUDGETS[0], "warm", first))
+        warm = recommended_regrets(mine, name(second, BUDGETS[0], "warm", first))
         if not warm:
             continue
-        best: tuple[float, str, int] | None = None
-        for peer, known in peers.items():
-            found = [
-                result.regret_at(FIRST_BUDGET)
-                for (landscape, seed), result in known.items()
-                if landscape.partition("@")[0] == second and seed in warm and result.base_strategy != STRATEGY
-            ]
-            if found and (best is None or float(np.mean(found)) < best[0]):
-                best = float(np.mean(found)), peer, len(found)
+        best = best_on(second, FIRST_BUDGET, peers, STRATEGY, warm.__contains__)
         value = mean_text(np.array(list(warm.values())))
-        told = [f"{best[0]:.4f}", f"{best[1]} ({best[2]} seeds)"] if best else ["-", "-"]
+        told = [f"{best.regret:.4f}", str(best)] if best else ["-", "-"]
         yield [second, first, value, *told, str(len(warm))]
-
-
-def _regrets(mine: dict[store.Key, Result], landscape: str) -> dict[int, float]:
-    return {seed: result.recommended_regret for (name, seed), result in mine.items() if name == landscape}

@@ -89,10 +89,14 @@ class Allocation:
             remaining_seconds: What is left to spend.
             share: See `is_due`.
         """
-        full = tuple(item for item in items if is_full_run(self.history.study, item.candidate))
-        if full and self.is_due(share):
-            return Offer(full, due=True)
-        enough = tuple(item for item in items if item in full or item.seconds + self.full_seconds <= remaining_seconds)
+        is_full = [is_full_run(self.history.study, item.candidate) for item in items]
+        if any(is_full) and self.is_due(share):
+            return Offer(tuple(item for item, full in zip(items, is_full, strict=True) if full), due=True)
+        enough = tuple(
+            item
+            for item, full in zip(items, is_full, strict=True)
+            if full or item.seconds + self.full_seconds <= remaining_seconds
+        )
         return Offer(enough, due=False)
 
 
