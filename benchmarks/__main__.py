@@ -106,7 +106,7 @@ def write_report(
 
 @app.command("ablations")
 def run_ablations(
-    landscapes: Annotated[str, typer.Option(help="Names, with commas.")] = "table-instruct,table-arithmetic",
+    landscapes: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(RECORDED),
     seeds: Annotated[str, typer.Option(help="1000:1020 or 3,5,8. Tuning: 0 to 99; publication: from 1000.")] = "0:3",
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
     redo: Annotated[bool, typer.Option(help="Replace results that older code has made.")] = False,

@@ -351,6 +351,7 @@ LANDSCAPES: dict[str, Callable[[int], Problem]] = {
     "rosenbrock": partial(_function, "rosenbrock"),
     "table-instruct": partial(_table, "instruct"),
     "table-arithmetic": partial(_table, "arithmetic"),
+    "table-countdown": partial(_table, "countdown"),
 }
 """Every landscape by name."""
 

@@ -38,7 +38,7 @@ RUNS = 24
 """Configurations that are run on each size."""
 
 SIMULATED = ("aligned", "shifted", "noisy", "unstable")
-TABLES = ("table-instruct", "table-arithmetic")
+TABLES = ("table-instruct", "table-arithmetic", "table-countdown")
 FOREIGN = tuple(item.name for pair in PAIRS.values() for item in pair if len(item.models) > 2)
 """Settings from which two sizes are left."""
 

@@ -44,6 +44,8 @@ STARTS = {
 PAIRS = (
     ("table-arithmetic", "table-instruct"),
     ("table-instruct", "table-arithmetic"),
+    ("table-instruct", "table-countdown"),
+    ("table-countdown", "table-instruct"),
     ("llm-138m", "llm-278m"),
     ("llm-278m", "llm-900m"),
     ("vlm-21m", "vlm-103m"),

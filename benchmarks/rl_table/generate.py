@@ -34,7 +34,7 @@ from jfhpo_core.study.tasks import load_task
 from jfhpo_core.study.trial import Configuration, Evaluation, Record, Segment, StepRecord, Suggestion
 from jfhpo_core.trainers import load_trainer
 
-CONFIGURATIONS = {"instruct": 129, "arithmetic": 129, "countdown": 65}
+CONFIGURATIONS = {"instruct": 129, "arithmetic": 129, "countdown": 41}
 """How many of the configurations a task is trained with: the first ones."""
 
 TASKS = tuple(CONFIGURATIONS)

@@ -337,25 +337,28 @@ def _favourites(beliefs: Beliefs, expected: Space) -> list[Configuration]:
 
 def _is_refuted(history: History) -> bool:
     """Whether what is said to be best has been trained on the target, and is worse than a recipe there."""
+    return any(_refutes(history, trial) for trial in history.on_target)
+
+
+def _refutes(history: History, trial: Trial) -> bool:
+    """Whether a run on the target is that of what is said to be best, and is worse than a recipe."""
+    if not trial.segments or trial.segments[0].segment.suggestion.source != f"jfhpo/{KNOWN_OPTIMUM}":
+        return False
     recipe = max(
-        (trial.final.score for trial in history.on_target if trial.purpose == "baseline" and trial.final is not None),
+        (other.final.score for other in history.on_target if other.purpose == "baseline" and other.final is not None),
         default=-math.inf,
     )
-    said = [
-        trial
-        for trial in history.on_target
-        if trial.segments and trial.segments[0].segment.suggestion.source == f"jfhpo/{KNOWN_OPTIMUM}"
-    ]
-    return any(
-        trial.state in (TrialState.STOPPED, TrialState.INFEASIBLE)
-        or (trial.final is not None and trial.final.score < recipe)
-        for trial in said
+    return trial.state in (TrialState.STOPPED, TrialState.INFEASIBLE) or (
+        trial.final is not None and trial.final.score < recipe
     )
 
 
 def _sets_a_mark(history: History, trial: Trial) -> bool:
-    """Whether a run on the target is one of the search that others can improve on; not if it breaks a constraint."""
-    return trial.purpose == "search" and not history.breaks(trial.configuration)
+    """Whether a run on the target is one of the search that others can improve on.
+
+    It is not if it breaks a constraint, or was to show what is known and has refuted it.
+    """
+    return trial.purpose == "search" and not history.breaks(trial.configuration) and not _refutes(history, trial)
 
 
 def _at_target(beliefs: Beliefs, candidates: Sequence[Candidate]) -> Tensor:
