@@ -132,10 +132,8 @@ def _rows(mine: Results) -> Iterator[list[str]]:
 def _against(mine: Results) -> Iterator[list[str]]:
     peers = store.load_all(PEERS_RESULTS)
     for setting in RECORDED:
-        shipped = {
-            budget: list(recommended_regrets(mine.get("shipped", {}), f"{setting}@{budget}").values())
-            for budget in BUDGETS
-        }
+        known = mine.get("shipped", {})
+        shipped = {budget: list(recommended_regrets(known, f"{setting}@{budget}").values()) for budget in BUDGETS}
         seeds = recommended_regrets(known, f"{setting}@{PEERS_BUDGET}")
         best = best_on(setting, PEERS_BUDGET, peers, STRATEGY, seeds.__contains__)
         if best is None or not all(shipped.values()):
