@@ -21,6 +21,7 @@ def by_landscape(*names: str) -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("table-") else []) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", by_landscape(*LANDSCAPES))
 def test_nothing_scores_more_than_the_best(tmp_path: Path, name: str) -> None:
     problem = LANDSCAPES[name](3)
@@ -30,6 +31,7 @@ def test_nothing_scores_more_than_the_best(tmp_path: Path, name: str) -> None:
     assert problem.true_score(problem.default) < problem.best_score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["aligned", "distant", "misleading", "moderate", "noisy", "shifted", "unstable"])
 def test_the_best_lies_near_where_the_settings_put_it(tmp_path: Path, name: str) -> None:
     """Only the random surface, which takes at most a fifth of the gain, moves it; ends of the space may cut it off."""
@@ -80,6 +82,7 @@ def test_a_search_sees_the_true_score_through_noise(tmp_path: Path, name: str) -
     assert spent_seconds(result.trials) == pytest.approx(study.spec.budget.device_seconds, rel=0.1)
 
 
+@pytest.mark.slow
 def test_functions_have_their_optimum_at_one() -> None:
     for name in ("branin", "hartmann"):
         function = make(name, 4)

@@ -234,6 +234,7 @@ def test_every_variant_of_a_grid_is_a_rule_of_its_own() -> None:
     assert {type(rule) for rule in found} | {Unpromising, PaperRewardDrop, NonFinite} == set(RULES.values())
 
 
+@pytest.mark.slow
 def test_hindsight_saves_what_lies_below_every_good_training_at_the_same_step() -> None:
     table = read_table(str(RECORDED), "instruct")
     watched = thresholds.watch(thresholds.variants(BelowBase), table, ["s"])
@@ -241,6 +242,7 @@ def test_hindsight_saves_what_lies_below_every_good_training_at_the_same_step() 
     assert max(safe) < thresholds.hindsight(table, ["s"]) < 1
 
 
+@pytest.mark.slow
 def test_floors_of_the_model_stop_only_after_a_warm_up_and_only_at_rungs() -> None:
     table = read_table(str(RECORDED), "instruct")
     first = [one for one in table.of_size("s") if one.seed == 0][:16]

@@ -70,6 +70,7 @@ def test_the_stamp_tells_strategies_settings_and_instances_apart() -> None:
     assert runner.stamp("random", {}, "aligned", 0) in stamps
 
 
+@pytest.mark.slow
 def test_a_run_is_reproducible() -> None:
     one, other = (run_one("random", {}, "unstable", 4).model_dump() for _ in range(2))
     assert one.pop("cpu_seconds_per_suggestion") >= 0

@@ -33,6 +33,7 @@ def started(folder: Path) -> set[int]:
     return set(map(int, (folder / "pids").read_text().split()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_server_does_not_outlive_its_owner(tmp_path: Path, blow: signal.Signals) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, SERVER, str(tmp_path)], stderr=subprocess.DEVNULL)

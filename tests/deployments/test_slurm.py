@@ -51,6 +51,7 @@ def submit(folder: Path, status: int, minutes: int, **more: str) -> tuple[subpro
     return done, notes.read_text().splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("status", "again"), [(0, False), (2, False), (4, True)])
 def test_ray_starts_on_all_nodes_and_an_unfinished_search_is_queued_again(
     tmp_path: Path, status: int, *, again: bool
@@ -66,6 +67,7 @@ def test_ray_starts_on_all_nodes_and_an_unfinished_search_is_queued_again(
     assert any(call.startswith("two ray start --address=10.0.0.1:6379") for call in calls)
 
 
+@pytest.mark.slow
 def test_a_job_without_time_for_a_search_says_so(tmp_path: Path) -> None:
     done, calls = submit(tmp_path, 0, minutes=10)
     assert done.returncode == 1

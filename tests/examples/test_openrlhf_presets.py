@@ -158,6 +158,7 @@ def rewards(file: str, completions: list[str], answers: list[str], limit_seconds
         return reward(nothing, completions, answer=answers, source=nothing)
 
 
+@pytest.mark.slow
 def test_the_mathematical_reward_knows_equal_answers() -> None:
     answers = ["\\frac{1}{2}", "1000000", "142.0", "7"]
     right = ["so \\boxed{0.5}", "\\boxed{1,000,000}", "it is \\boxed{142}", "The answer is $7$."]

@@ -88,6 +88,7 @@ def test_the_version_of_a_study_is_promoted(spec: StudySpec) -> None:
     assert "in place of version 1" in str(reader.facts()["model_note"])
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_report_is_written_leaves_the_study_finished(
     spec: StudySpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ def search(study: Study, tracking_uri: str) -> Callable[..., tuple[SearchResult,
     return search
 
 
+@pytest.mark.slow
 def test_a_deleted_run_of_a_trial_is_missed_until_it_is_restored_or_forgotten(
     search: Callable[..., tuple[SearchResult, MlflowLedger]],
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_deleted_run_of_a_trial_is_missed_until_it_is_restored_or_forgotten(
     assert search()[0].trials == again.trials, "what was forgotten once is not asked for again"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_gone_for_good_is_missed_too(search: Callable[..., tuple[SearchResult, MlflowLedger]]) -> None:
     whole, ledger = search()
     run_id = ledger.run_id(whole.trials[1].key)
@@ -66,6 +68,7 @@ def test_a_run_that_is_gone_for_good_is_missed_too(search: Callable[..., tuple[S
     assert search(forget=True)[0].complete
 
 
+@pytest.mark.slow
 def test_a_deleted_study_is_not_begun_anew_unasked(search: Callable[..., tuple[SearchResult, MlflowLedger]]) -> None:
     whole, ledger = search()
     ledger.client.delete_run(ledger.study_run_id)
@@ -130,6 +133,7 @@ def own_study(tmp_path: Path) -> Callable[[str], Study]:
     return own_study
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0.3, 0.9])
 def test_a_database_that_lost_its_end_is_refused_until_it_is_restored(
     own_study: Callable[[str], Study], tmp_path: Path, kept: float
@@ -144,6 +148,7 @@ def test_a_database_that_lost_its_end_is_refused_until_it_is_restored(
     assert run_search(study, MlflowLedger(), InlineDispatcher()).trials == whole.trials
 
 
+@pytest.mark.slow
 def test_a_store_that_knows_nothing_of_checkpoints_that_are_there_is_refused(
     own_study: Callable[[str], Study], tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ def checkpoints(folder: Path) -> set[Path]:
     return set(folder.rglob("step-*"))
 
 
+@pytest.mark.slow
 def test_gc_shows_first_and_deletes_when_told(tracking_uri: str, tmp_path: Path) -> None:
     tracking = {"workspace": str(tmp_path / "work"), "uri": tracking_uri}
     study = simulated_study(tmp_path / "work", tracking=tracking, budget=SMALL)
@@ -60,6 +61,7 @@ def test_gc_shows_first_and_deletes_when_told(tracking_uri: str, tmp_path: Path)
     assert len(client.search_logged_models([ledger.experiment_id], "tags.`jfhpo.available` = 'true'")) == 1
 
 
+@pytest.mark.slow
 def test_gc_deletes_nothing_while_trials_wait_for_the_ledger(tracking_uri: str, tmp_path: Path) -> None:
     tracking = {"workspace": str(tmp_path / "work"), "uri": tracking_uri}
     study = simulated_study(tmp_path / "work", tracking=tracking, budget=SMALL)

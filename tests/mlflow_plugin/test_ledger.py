@@ -172,6 +172,7 @@ def test_what_people_see_of_a_study(ledger: MlflowLedger, tmp_path: Path) -> Non
     assert files == {"study.yaml", "environment.json", "report.html"}
 
 
+@pytest.mark.slow
 def test_an_outcome_is_shown(ledger: MlflowLedger, client: MlflowClient, tmp_path: Path) -> None:
     study = resolve(search_study(tmp_path))
     result = run_search(study, MlflowLedger(client), InlineDispatcher(2))
@@ -415,6 +416,7 @@ def test_records_that_do_not_come_are_no_lost_ones(
     assert again.step_records(trial.key) == make_records(0, 8)
 
 
+@pytest.mark.slow
 def test_a_locked_database_is_away_and_not_a_fault(tracking_uri: str) -> None:
     ledger = MlflowLedger(MlflowClient(f"{tracking_uri}?timeout=0.1"))
     ledger.open(make_study())
@@ -545,6 +547,7 @@ def test_the_environment_names_the_store(tmp_path: Path, tracking_uri: str, monk
     assert not list(elsewhere.iterdir())
 
 
+@pytest.mark.slow
 def test_a_search_gives_the_same_as_in_memory(client: MlflowClient, tmp_path: Path) -> None:
     ledgers = {"memory": MemoryLedger(), "mlflow": MlflowLedger(client)}
     in_memory, in_mlflow = (

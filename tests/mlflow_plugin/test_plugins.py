@@ -39,6 +39,7 @@ class Chatty(SimulatedTrainer):
         return super().run(job, start, stage, observe)
 
 
+@pytest.mark.slow
 def test_a_trainers_own_runs_belong_to_the_trial(
     tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,6 +235,7 @@ def test_the_champion_falls_only_to_a_clear_winner(client: MlflowClient, tmp_pat
     assert client.get_registered_model("tuned").aliases == {"champion": 3, "challenger": 2}
 
 
+@pytest.mark.slow
 def test_what_was_scored_in_the_chat_template_says_so_and_is_compared_with_its_like(
     client: MlflowClient, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_probabilities_are_probabilities(seed: int, count: int, label: str) -> N
     assert bool(((probability >= 0) & (probability <= 1)).all())
 
 
+@pytest.mark.slow
 def test_two_thousand_verdicts_are_no_trouble() -> None:
     x = np.random.default_rng(0).random((2000, 2))
     model = Feasibility.fit(points(x), torch.tensor((x[:, 0] < 0.6).astype(float)))

@@ -43,6 +43,7 @@ def found(study: Study, seed: int, count: int, sizes: int = 3) -> list[Importanc
     return importances(beliefs, ranked_configurations(beliefs)[0].configuration)
 
 
+@pytest.mark.slow
 def test_the_only_hyperparameter_that_matters_comes_first_and_alone_is_narrow(tmp_path: Path) -> None:
     study = landscape_study(tmp_path, 0, RATE_RULES)
     first, *others = found(study, 0, 20, sizes=1)

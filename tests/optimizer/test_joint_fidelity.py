@@ -84,6 +84,7 @@ def completed(tmp_path_factory: pytest.TempPathFactory) -> SearchResult:
     return search(simulated(tmp_path_factory.mktemp("optimizer")))[0]
 
 
+@pytest.mark.slow
 def test_a_search_uses_proxies_continues_checkpoints_and_keeps_its_budget(completed: SearchResult) -> None:
     mine = [trial for trial in completed.trials if trial.purpose == "search"]
     assert {trial.model for trial in mine} >= {"small", "large"}
@@ -94,12 +95,14 @@ def test_a_search_uses_proxies_continues_checkpoints_and_keeps_its_budget(comple
     assert completed.spent_seconds <= 800 + 2 * longest
 
 
+@pytest.mark.slow
 def test_it_ends_well_above_the_untrained_model(completed: SearchResult) -> None:
     assert true_final(completed) > 0.6
     assert completed.recommended is not None
     assert completed.recommended.mean == pytest.approx(true_final(completed), abs=0.1)
 
 
+@pytest.mark.slow
 def test_every_suggestion_says_why_and_what_it_should_cost(completed: SearchResult) -> None:
     segments = [result.segment for trial in completed.trials for result in trial.segments]
     assert {segment.suggestion.source for segment in segments} >= {"jfhpo/initial-design", "jfhpo/knowledge-gradient"}
@@ -108,6 +111,7 @@ def test_every_suggestion_says_why_and_what_it_should_cost(completed: SearchResu
         assert segment.suggestion.expected_cost_seconds is not None
 
 
+@pytest.mark.slow
 def test_the_target_gets_its_share(completed: SearchResult) -> None:
     """At every moment after the initial design the target has had its share, up to one segment per slot."""
     mine = [trial for trial in completed.trials if trial.purpose == "search"]
@@ -115,6 +119,7 @@ def test_the_target_gets_its_share(completed: SearchResult) -> None:
     assert committed_seconds(on_target) >= 0.5 * committed_seconds(mine) - 2 * 70
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jfhpo", "paper", "random"])
 def test_suggestions_are_a_pure_function_of_the_ledger(tmp_path: Path, name: str, completed: SearchResult) -> None:
     study = simulated(tmp_path, strategy=name)
@@ -129,6 +134,7 @@ def test_suggestions_are_a_pure_function_of_the_ledger(tmp_path: Path, name: str
     assert first == second
 
 
+@pytest.mark.slow
 def test_untried_configurations_rank_only_above_all_tried_ones(tmp_path: Path, completed: SearchResult) -> None:
     study, trials = simulated(tmp_path), completed.trials[:15]
     tried = JointFidelity(untried=0).rank(study, trials)
@@ -143,6 +149,7 @@ def test_untried_configurations_rank_only_above_all_tried_ones(tmp_path: Path, c
     assert [item.mean for item in ranked] == sorted((item.mean for item in ranked), reverse=True)
 
 
+@pytest.mark.slow
 def test_a_running_training_is_not_suggested_again(tmp_path: Path, completed: SearchResult) -> None:
     study = simulated(tmp_path)
     trials = [trial for trial in completed.trials if trial.number < 15]
@@ -157,6 +164,7 @@ def test_a_running_training_is_not_suggested_again(tmp_path: Path, completed: Se
     assert (second.configuration, second.model) != (first.configuration, first.model)
 
 
+@pytest.mark.slow
 def test_nothing_is_suggested_that_might_not_fit_the_remaining_budget(tmp_path: Path, completed: SearchResult) -> None:
     study = simulated(tmp_path)
     trials = list(completed.trials)
@@ -246,6 +254,7 @@ def test_the_search_begins_where_the_user_expects_the_best(tmp_path: Path) -> No
     assert distance(informed) < 0.5 * distance(plain)
 
 
+@pytest.mark.slow
 def test_a_further_seed_that_is_being_trained_is_not_proposed_again(completed: SearchResult) -> None:
     study, strategy = completed.study, JointFidelity()
     done = next(trial for trial in completed.trials if trial.model == "large" and trial.final is not None)
@@ -258,6 +267,7 @@ def test_a_further_seed_that_is_being_trained_is_not_proposed_again(completed: S
     assert second.seed == first.seed + 1
 
 
+@pytest.mark.slow
 def test_a_lost_continuation_is_a_candidate_again(completed: SearchResult) -> None:
     study = completed.study
     trials = list(completed.trials)
@@ -273,6 +283,7 @@ def test_a_lost_continuation_is_a_candidate_again(completed: SearchResult) -> No
     assert study.spec.fidelity.horizon_prompts in {item.stop_prompts for item in mine}
 
 
+@pytest.mark.slow
 def test_a_lost_further_seed_is_tried_again_as_what_it_is(completed: SearchResult) -> None:
     study, trials = completed.study, list(completed.trials)
     done = next(trial for trial in trials if trial.model == "large" and trial.final is not None)
@@ -287,6 +298,7 @@ def test_a_lost_further_seed_is_tried_again_as_what_it_is(completed: SearchResul
     assert {(item.seed, item.start_prompts) for item in mine} == {(7, 0)}
 
 
+@pytest.mark.slow
 def test_a_surrogate_that_cannot_be_fitted_ends_no_search(
     completed: SearchResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +317,7 @@ def test_a_surrogate_that_cannot_be_fitted_ends_no_search(
     assert "could not be fitted" in step.segment.suggestion.explanation
 
 
+@pytest.mark.slow
 def test_expectations_fade_with_the_number_of_trials(tmp_path: Path, completed: SearchResult) -> None:
     space = {name: dict(parameter) for name, parameter in default_spaces()["tiny"].items()}
     space["learning_rate"] |= {"expected": 1e-5, "spread": 0.2}
@@ -338,6 +351,7 @@ def test_trainings_that_cannot_matter_any_more_are_stopped(tmp_path: Path) -> No
     assert any(floors for _, floors in on_target)
 
 
+@pytest.mark.slow
 def test_it_goes_on_as_long_as_some_full_run_is_expected_to_bring_its_price(completed: SearchResult) -> None:
     study, history = completed.study, History.of(completed.study, completed.trials)
     beliefs = Beliefs.form(history)
@@ -392,6 +406,7 @@ def rescaled(trials: Sequence[Trial], factor: float, shift: float, base: float) 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "shift", "base"), [(1.0, 0.0, -3.0), (100.0, 0.0, 20.0), (0.5, -7.0, -9.0)])
 def test_units_offsets_and_the_untrained_score_change_no_decision(
     completed: SearchResult, factor: float, shift: float, base: float
@@ -435,6 +450,7 @@ def test_a_budget_for_nothing_else_recommends_the_recipe(tmp_path: Path) -> None
     assert result.recommended.configuration["learning_rate"] == 5e-4
 
 
+@pytest.mark.slow
 def test_the_first_full_run_comes_after_a_short_lead(completed: SearchResult) -> None:
     """What is spent before the target has a full run is below one such run and the segment that completes it."""
     results = sorted(
@@ -452,6 +468,7 @@ def test_the_first_full_run_comes_after_a_short_lead(completed: SearchResult) ->
     assert spent < 2 * full.high
 
 
+@pytest.mark.slow
 def test_the_best_of_an_earlier_study_is_the_first_run_of_the_target(tmp_path: Path, completed: SearchResult) -> None:
     earlier = EarlierStudy(completed.study.spec, completed.study.ladder, tuple(completed.trials))
     study = replace(simulated(tmp_path), earlier=(earlier,))

@@ -52,6 +52,7 @@ def recorded_study(folder: Path, budget: float, **settings: Any) -> Study:
     return problem.study(folder, "jfhpo", settings)
 
 
+@pytest.mark.slow
 def test_what_is_known_of_the_tables_is_what_they_say() -> None:
     known = [item for item in known_optima() if item.task is not None]
     assert known == recorded(TABLE), "run `python -m benchmarks.rl_table optima`"
@@ -157,6 +158,7 @@ def test_what_is_expected_is_a_candidate_with_every_choice() -> None:
     assert expected_configuration(of_size(6e5, "tiny").space) is None
 
 
+@pytest.mark.slow
 def test_where_runs_were_compared_the_search_begins_on_the_target(tmp_path: Path) -> None:
     """On a budget of three full runs of which the recipe takes one: it is beaten without a proxy."""
     problem = replace(load_problem("table-instruct", 1), trainings=3)

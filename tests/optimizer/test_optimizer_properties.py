@@ -88,6 +88,7 @@ def check(study: Study, trials: list[Trial]) -> None:
         assert item.standard_deviation > 0
 
 
+@pytest.mark.slow
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10_000), count=st.integers(1, 20))
 @pytest.mark.parametrize("kind", ["any", "constant", "duplicates", "all failed"])

@@ -81,6 +81,7 @@ def test_a_proposal_that_does_not_fit_into_the_budget_is_withheld(tmp_path: Path
         assert load_strategy(study).suggest(study, trials, 0.9 * cost, seed) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(*PEERS))
 def test_a_search_with_infeasible_regions_goes_on(tmp_path: Path, name: str) -> None:
     trainer = {"name": "simulated", "settings": {"memory_limit": 200.0}}  # 16 samples of 16 prompts do not fit

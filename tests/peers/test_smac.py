@@ -31,6 +31,7 @@ def test_several_conditions_must_all_hold() -> None:
     assert all(("clip_high" in item) == (item["loss_type"] == 2 and item["n_samples"] > 0) for item in chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smac3", "dehb"])
 def test_the_library_leaves_no_files(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path / "elsewhere"

@@ -98,6 +98,7 @@ def assert_report_has_only_full_length_scores(outcome: SearchResult, folder: Pat
         assert page.count(f"without a score: {row.label}") == len(row.unfinished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("instance", [0, *(pytest.param(other, marks=pytest.mark.slow) for other in (1, 2))])
 def test_rules_that_fire_at_once_falsify_nothing(tmp_path: Path, instance: int) -> None:
     study = simulated_study(
@@ -123,6 +124,7 @@ def test_rules_that_fire_at_once_falsify_nothing(tmp_path: Path, instance: int) 
     assert_report_has_only_full_length_scores(outcome, tmp_path)
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(

@@ -43,6 +43,7 @@ def test_why_says_what_a_constraint_costs_and_where_the_front_ends(result: Searc
     assert page.sentences[:2] == page.topics["tradeoffs"]
 
 
+@pytest.mark.slow
 def test_the_report_has_the_front_and_marks_what_breaks_a_limit(result: SearchResult, tmp_path: Path) -> None:
     text = write_report(result, {}, tmp_path).read_text(encoding="utf-8")
     section = text.split('aria-labelledby="tradeoffs"')[1].split("</section>")[0]

@@ -195,6 +195,7 @@ def patient() -> dict[str, Any]:
     )
 
 
+@pytest.mark.slow
 def test_work_comes_with_floors_between_its_ends() -> None:
     floors = [(work, floor) for work in advance(Optimizer(patient()), 15) for floor in work.floors]
     assert floors

@@ -14,6 +14,7 @@ from jfhpo_core.run.ray_versions import version_mismatch
 HERE = version("ray")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cluster", "python"), [("2.40.0", platform.python_version()), (HERE, "3.8.1")])
 def test_both_versions_are_named(cluster: str, python: str) -> None:
     message = said_by_ray(cluster, python)

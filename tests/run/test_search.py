@@ -406,6 +406,7 @@ def measured(outcome: SearchResult) -> list[Any]:
     return [(trial.configuration, trial.model, trial.purpose, trial.evaluations) for trial in outcome.trials]
 
 
+@pytest.mark.slow
 def test_calls_shorter_than_a_segment_make_progress_and_end_with_the_same_result(tmp_path: Path) -> None:
     whole = run_search(limited_study(tmp_path / "whole", None), MemoryLedger(), InlineDispatcher())
     limited, ledger = limited_study(tmp_path / "limited", 0.15), MemoryLedger()
@@ -428,6 +429,7 @@ class Unpausing(SimulatedTrainer):
     pauses = False
 
 
+@pytest.mark.slow
 def test_a_trainer_that_cannot_be_paused_is_cut_at_rungs(tmp_path: Path) -> None:
     whole = run_search(limited_study(tmp_path / "whole", None, 10), MemoryLedger(), InlineDispatcher())
     limited, ledger = limited_study(tmp_path / "limited", 0.2, 10), MemoryLedger()
@@ -757,6 +759,7 @@ def test_a_reward_that_fails_ends_the_search_at_once_and_a_mended_one_goes_on(tm
     assert mended == run_search(study, MemoryLedger(), InlineDispatcher(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["jfhpo", "random", "paper"])
 def test_a_price_that_is_guessed_too_high_refuses_no_search(tmp_path: Path, strategy: str) -> None:
     fast = {"seconds_per_step": 1e-3, "startup_seconds": 0.01, "evaluation_seconds": 0.01}

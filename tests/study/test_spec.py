@@ -109,6 +109,7 @@ SCALARS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     st.dictionaries(LINES, SCALARS, max_size=5),

@@ -252,6 +252,7 @@ def _with_final(recording: Recording, score: float) -> Recording:
     return replace(recording, evaluations=(*recording.evaluations[:-1], last))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["nearest", pytest.param("surrogate", marks=pytest.mark.slow)])
 def test_a_search_on_the_committed_table_finds_a_good_configuration(tmp_path: Path, mode: str) -> None:
     spec = StudySpec.model_validate(
@@ -278,6 +279,7 @@ def test_a_search_on_the_committed_table_finds_a_good_configuration(tmp_path: Pa
     assert sum(trial.charge_seconds for trial in trials) > 150
 
 
+@pytest.mark.slow
 def test_the_example_is_answered_by_the_committed_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLE.parents[1])
     study = resolve(load_study(EXAMPLE))

@@ -120,6 +120,7 @@ def landscape_study(tmp_path: Path, **settings: float) -> Study:
     return simulated_study(tmp_path, trainer={"name": "simulated", "settings": {"boundary": 9, **settings}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agreement", [0.0, 0.3, 0.5, 0.7, 0.9])
 def test_proxies_correlate_with_the_target_as_set(tmp_path: Path, agreement: float) -> None:
     for instance in range(3):
@@ -128,6 +129,7 @@ def test_proxies_correlate_with_the_target_as_set(tmp_path: Path, agreement: flo
         assert correlation(study, 0.3, 1.0) == pytest.approx(agreement, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_shift_of_the_learning_rate_counts_towards_disagreement(tmp_path: Path) -> None:
     without = correlation(landscape_study(tmp_path, size_shift=-0.3), 0.1, 1.0)
     assert without < 0.8
@@ -137,6 +139,7 @@ def test_the_shift_of_the_learning_rate_counts_towards_disagreement(tmp_path: Pa
     assert correlation(landscape_study(tmp_path, size_shift=-0.3, agreement=0.9), 0.1, 1.0) == pytest.approx(without)
 
 
+@pytest.mark.slow
 def test_proxies_of_nearer_sizes_are_more_alike(tmp_path: Path) -> None:
     study = landscape_study(tmp_path, agreement=0.0)
     assert correlation(study, 0.1, 0.12) > correlation(study, 0.1, 0.3) > correlation(study, 0.1, 0.9)

@@ -191,6 +191,7 @@ def test_the_kl_is_that_of_trl_whether_or_not_it_is_penalised(make_case: MakeCas
             assert kls == pytest.approx([record.kl for record in negligible], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_kl_penalty_keeps_the_policy_near_the_reference(make_case: MakeCase, tmp_path: Path) -> None:
     for loss_type in ("grpo", "rloo"):
         free, held = (

@@ -9,6 +9,7 @@ FINDING_SECONDS = 60.0
 """CPU time within which a planted bug is found."""
 
 
+@pytest.mark.slow
 def test_nothing_is_found_in_some_schedules() -> None:
     tally = explore(40, first=100_000)
     assert tally.findings == []
