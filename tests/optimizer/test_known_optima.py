@@ -191,4 +191,6 @@ def test_what_is_said_to_be_best_and_is_not_is_believed_no_more(tmp_path: Path) 
     assert searched[0].model == study.ladder.target.name
     proxy = study.ladder.models[0].name
     assert any(trial.model == proxy for trial in searched), "proxies come after all"
+    later = [trial.segments[0].segment.suggestion.source for trial in searched[1:] if trial.model != proxy]
+    assert later[0] == "jfhpo/best-expectation", "the refuted run is no mark to improve on"
     assert float(searched[0].configuration["learning_rate"]) > 5e-4
