@@ -120,13 +120,16 @@ def run_ablations(
 @app.command("warm-start")
 def start_warm(
     seeds: Annotated[str, typer.Option(help="1000:1020 or 3,5,8. Tuning: 0 to 99; publication: from 1000.")] = "0:3",
+    second: Annotated[str, typer.Option(help="Second studies, with commas; all by default.")] = "",
+    budgets: Annotated[str, typer.Option(help="In full runs, with commas.")] = ",".join(map(str, warm_start.BUDGETS)),
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
     redo: Annotated[bool, typer.Option(help="Replace results that older code has made.")] = False,
     folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
     results: Folder = warm_start.RESULTS,
 ) -> None:
     """Begin studies from nothing, from an earlier study and from one that misleads, and write the page of the docs."""
-    _do(warm_start.runs(_seeds(seeds)), warm_start.write, folder, results, workers, redo)
+    chosen = warm_start.runs(_seeds(seeds), _names(second) or None, [int(item) for item in _names(budgets)])
+    _do(chosen, warm_start.write, folder, results, workers, redo)
 
 
 @app.command("prior")
