@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -218,7 +218,12 @@ def test_the_paper_strategy_never_looks_beyond_its_proxy_before_validation(tmp_p
 
 @pytest.mark.slow
 def test_it_beats_random_search_at_equal_cost(tmp_path: Path) -> None:
-    """Mean true score of the recommendation over three seeds, on a landscape whose best learning rate moves far."""
+    """What a search typically ends with, on a landscape whose best learning rate moves far; the recipe learns nothing.
+
+    The median: one search in six or so, of either strategy, does not leave the level of the untrained model.
+    """
+    own = simulated(tmp_path)
+    recipe = {"name": "recipe", "configuration": own.space.restrict(own.complete({}))}
     scores: dict[str, float] = {}
     for name in ("jfhpo", "random"):
         results = [
@@ -229,11 +234,12 @@ def test_it_beats_random_search_at_equal_cost(tmp_path: Path) -> None:
                     trainer={"name": "simulated", "settings": {"size_shift": -0.7}},
                     budget={"trial_seconds": 300, "max_parallel": 2},
                     seeds={"search": seed, "training": [seed]},
+                    baselines=[recipe],
                 )
             )[0]
-            for seed in range(3)
+            for seed in range(6)
         ]
-        scores[name] = mean(true_final(result) for result in results)
+        scores[name] = median(true_final(result) for result in results)
     assert scores["jfhpo"] > scores["random"]
 
 
