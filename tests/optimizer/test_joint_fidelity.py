@@ -220,7 +220,7 @@ def test_the_paper_strategy_never_looks_beyond_its_proxy_before_validation(tmp_p
 def test_it_beats_random_search_at_equal_cost(tmp_path: Path) -> None:
     """What a search typically ends with, on a landscape whose best learning rate moves far; the recipe learns nothing.
 
-    The median: one search in six or so, of either strategy, does not leave the level of the untrained model.
+    The median, because about one search in six does not leave the level of the untrained model.
     """
     own = simulated(tmp_path)
     recipe = {"name": "recipe", "configuration": own.space.restrict(own.complete({}))}
