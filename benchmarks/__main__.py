@@ -128,6 +128,10 @@ def start_warm(
     results: Folder = warm_start.RESULTS,
 ) -> None:
     """Begin studies from nothing, from an earlier study and from one that misleads, and write the page of the docs."""
+    known = sorted({setting for _, setting in warm_start.PAIRS})
+    unknown = [name for name in _names(second) if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"no second study {unknown[0]!r}; there are {', '.join(known)}")
     chosen = warm_start.runs(_seeds(seeds), _names(second) or None, [int(item) for item in _names(budgets)])
     _do(chosen, warm_start.write, folder, results, workers, redo)
 

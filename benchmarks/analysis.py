@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,46 +44,6 @@ def regret_curve(result: Result) -> Array:
 def recommended_regrets(known: Mapping[Key, Result], landscape: str) -> dict[int, float]:
     """What searches of one landscape recommended in the end, by seed."""
     return {seed: result.recommended_regret for (name, seed), result in known.items() if name == landscape}
-
-
-@dataclass(frozen=True)
-class BestPeer:
-    """The strategy with the lowest mean regret at some cost, chosen after the fact.
-
-    Attributes:
-        name: The strategy's.
-        regret: Its mean.
-        seeds: How many it is the mean of.
-    """
-
-    name: str
-    regret: float
-    seeds: int
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.seeds} seeds)"
-
-
-def best_on(setting: str, cost: float, peers: Results, own: str, counts: Callable[[int], bool]) -> BestPeer | None:
-    """The best of all strategies but one on a setting, each over the seeds it has done there; None if there is none.
-
-    Args:
-        setting: Which.
-        cost: In full runs of the target.
-        peers: Results on landscapes named 'SETTING@BUDGET'.
-        own: The strategy that they are peers of.
-        counts: Whether a seed counts.
-    """
-    known = {
-        peer: [
-            result.regret_at(cost)
-            for (landscape, seed), result in found.items()
-            if landscape.partition("@")[0] == setting and result.base_strategy != own and counts(seed)
-        ]
-        for peer, found in peers.items()
-    }
-    means = [BestPeer(peer, float(np.mean(found)), len(found)) for peer, found in known.items() if found]
-    return min(means, key=lambda peer: peer.regret, default=None)
 
 
 def common_keys(results: Results, strategies: Sequence[str], landscapes: Sequence[str]) -> list[Key]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import report, runner, store
-from benchmarks.analysis import Results, best_on, recommended_regrets
+from benchmarks.analysis import Results, recommended_regrets
+from benchmarks.foreign import figures
 from benchmarks.foreign.settings import RECORDED
 from benchmarks.landscapes import TABLE
 from benchmarks.markdown import markdown_table, mean_text
@@ -133,15 +134,16 @@ def _against(mine: Results) -> Iterator[list[str]]:
     peers = store.load_all(PEERS_RESULTS)
     for setting in RECORDED:
         known = mine.get("shipped", {})
-        shipped = {budget: list(recommended_regrets(known, f"{setting}@{budget}").values()) for budget in BUDGETS}
-        seeds = recommended_regrets(known, f"{setting}@{PEERS_BUDGET}")
-        best = best_on(setting, PEERS_BUDGET, peers, STRATEGY, seeds.__contains__)
+        shipped = {budget: recommended_regrets(known, f"{setting}@{budget}") for budget in BUDGETS}
+        best = figures.best_peer(peers, peers, setting, PEERS_BUDGET, list(shipped[PEERS_BUDGET]))
         if best is None or not all(shipped.values()):
             continue
-        reached = [budget for budget, values in shipped.items() if np.mean(values) <= best.regret]
+        peer, regret = best
+        means = {budget: np.mean(list(found.values())) for budget, found in shipped.items()}
+        reached = [budget for budget, mean in means.items() if mean <= regret.value]
         yield [
-            setting, str(best), f"{best.regret:.4f}",
-            *(f"{np.mean(values):.4f}" for values in shipped.values()), str(min(reached)) if reached else "-",
+            setting, f"{peer} ({regret.seeds} seeds)", f"{regret.value:.4f}",
+            *(f"{mean:.4f}" for mean in means.values()), str(min(reached)) if reached else "-",
         ]  # fmt: skip
 
 

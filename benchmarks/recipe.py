@@ -19,7 +19,7 @@ from statistics import fmean, median
 import numpy as np
 from scipy.stats import qmc
 
-from benchmarks.foreign.settings import PAIRS, foreign_problem, surface
+from benchmarks.foreign.settings import PAIRS, RECORDED, foreign_problem, surface
 from benchmarks.landscapes import TABLE, Problem, load_problem
 from benchmarks.markdown import markdown_table
 from benchmarks.report import EVIDENCE
@@ -38,7 +38,6 @@ RUNS = 24
 """Configurations that are run on each size."""
 
 SIMULATED = ("aligned", "shifted", "noisy", "unstable")
-TABLES = ("table-instruct", "table-arithmetic", "table-countdown")
 FOREIGN = tuple(item.name for pair in PAIRS.values() for item in pair if len(item.models) > 2)
 """Settings from which two sizes are left."""
 
@@ -80,7 +79,7 @@ class Outcomes:
 
 def cases() -> list[tuple[str, str, int]]:
     """Source, problem and seed of every case, each source in turn."""
-    names = {"simulated": SIMULATED, "recorded RL": TABLES, "foreign": FOREIGN}
+    names = {"simulated": SIMULATED, "recorded RL": RECORDED, "foreign": FOREIGN}
     every = [(source, name, seed) for source in names for seed in SEEDS[source] for name in names[source]]
     return sorted(every, key=lambda case: case[2])
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import prior, report, runner, store
-from benchmarks.analysis import Results, best_on, recommended_regrets
-from benchmarks.foreign import settings
+from benchmarks.analysis import Results, recommended_regrets
+from benchmarks.foreign import figures, settings
 from benchmarks.landscapes import Problem
 from benchmarks.markdown import markdown_table, mean_text
 from benchmarks.store import Result
@@ -181,7 +181,8 @@ def _one_run(mine: dict[store.Key, Result], peers: Results) -> Iterator[list[str
         warm = recommended_regrets(mine, name(second, BUDGETS[0], "warm", first))
         if not warm:
             continue
-        best = best_on(second, FIRST_BUDGET, peers, STRATEGY, warm.__contains__)
+        others = [peer for peer in peers if peer != STRATEGY]
+        best = figures.best_peer(peers, others, second, FIRST_BUDGET, list(warm))
         value = mean_text(np.array(list(warm.values())))
-        told = [f"{best.regret:.4f}", str(best)] if best else ["-", "-"]
+        told = [f"{best[1].value:.4f}", f"{best[0]} ({best[1].seeds} seeds)"] if best else ["-", "-"]
         yield [second, first, value, *told, str(len(warm))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,26 +41,28 @@ def runs(results: Results, strategy: str, setting: str, cost: float, seeds: Sequ
     return []
 
 
-def regret_at(result: Result, cost: float) -> float:
-    """True score that the incumbent lacks when so many full runs of the target are spent."""
-    scores = [score for seconds, score in result.trace if seconds <= cost * result.training_seconds]
-    return max(0.0, result.best_score - scores[-1])
-
-
 def recipe_regret(result: Result) -> float:
     """True score that the recipe lacks."""
-    return regret_at(result, 0.0)
+    return result.regret_at(0.0)
 
 
 def regrets(results: Results, strategy: str, setting: str, cost: float, seeds: Sequence[int]) -> list[float]:
     """Regrets at a cost of the seeds that the strategy has done."""
-    return [regret_at(result, cost) for result in runs(results, strategy, setting, cost, seeds)]
+    return [result.regret_at(cost) for result in runs(results, strategy, setting, cost, seeds)]
 
 
 def mean_regret(results: Results, strategy: str, setting: str, cost: float, seeds: Sequence[int]) -> Mean | None:
     """Mean regret at a cost; None without runs."""
     found = regrets(results, strategy, setting, cost, seeds)
     return Mean.over(found) if found else None
+
+
+def best_peer(
+    results: Results, peers: Iterable[str], setting: str, cost: float, seeds: Sequence[int]
+) -> tuple[str, Mean] | None:
+    """The peer with the lowest mean regret at a cost, each over the seeds that it has done; None if none has any."""
+    means = {name: mean for name in peers if (mean := mean_regret(results, name, setting, cost, seeds)) is not None}
+    return min(means.items(), key=lambda item: item[1].value, default=None)
 
 
 def ratio(own: Sequence[float], peer: Sequence[float]) -> Interval:

@@ -180,10 +180,9 @@ class Evidence:
 
     def best_peer(self, setting: str, cost: float) -> str:
         """The peer with the lowest mean regret at a cost."""
-        return min(
-            (name for name in self.peers if self.regrets(name, setting, cost)),
-            key=lambda name: float(np.mean(self.regrets(name, setting, cost))),
-        )
+        found = figures.best_peer(self.results, self.peers, setting, cost, self.seeds)
+        assert found is not None, f"no peer has run on {setting}"
+        return found[0]
 
     def share(self, strategy: str, settings: Sequence[str], cost: float) -> float | None:
         """Mean over settings of mean regret over the recipe's; None if the strategy lacks one of the settings."""
@@ -236,7 +235,7 @@ def _panel(axis: Axes, evidence: Evidence, setting: str) -> dict[str, Artist]:
         found = figures.runs(evidence.results, name, setting, BUDGETS[-1], evidence.seeds)
         if not found:
             continue
-        means = [np.mean([figures.regret_at(result, cost) for result in found]) / recipe for cost in COSTS]
+        means = [np.mean([result.regret_at(cost) for result in found]) / recipe for cost in COSTS]
         mine = name == evidence.own
         (lines[name],) = axis.plot(
             COSTS, np.round(means, 3), color=COLOURS.get(name, OTHER_COLOUR), linewidth=2.0 if mine else 1.0,

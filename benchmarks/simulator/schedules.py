@@ -131,7 +131,7 @@ def fault_of(schedule: Schedule, known: dict[Any, Any] | None = None) -> str | N
 
 
 def explore(
-    schedules: int, first: int = 0, seconds: float = float("inf"), findings: int = 1,
+    schedules: int, first: int = 0, findings: int = 1,
     say: Callable[[Tally], None] | None = None,
 ) -> Tally:  # fmt: skip
     """Run schedule after schedule.
@@ -139,7 +139,6 @@ def explore(
     Args:
         schedules: How many.
         first: Seed of the first.
-        seconds: CPU seconds after which no further one is begun.
         findings: Stop after so many.
         say: Called after every thousandth.
     """
@@ -159,7 +158,7 @@ def explore(
         tally.seconds = time.process_time() - began
         if say is not None and tally.schedules % 1000 == 0:
             say(tally)
-        if len(tally.findings) >= findings or tally.seconds > seconds:
+        if len(tally.findings) >= findings:
             break
     return tally
 
