@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,17 @@ from hypothesis import settings
 # Read by torch and NumPy when they are first imported. The tests fill the cores with processes; more threads than cores
 # wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Dozens of processes are started. Compiling what each of them imports takes twice as long as what most are started for,
+# so the first one that imports a module keeps it compiled, whatever the environment says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+# MLflow writes thousands of times to databases in the folders of tests, and each time a disk would be waited for.
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 4 * 2**30
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 # A loaded machine is slow, not wrong.
 settings.register_profile("jfhpo", deadline=None)
