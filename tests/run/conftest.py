@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from jfhpo_core.run.ray_dispatch import RayDispatcher
 from jfhpo_core.study.spec import ClusterSpec
 
 FRAGILE = Path(__file__).parent / "fragile"
+GPUS = 4
+"""That Ray is told of; the dispatcher that all tests share takes none of them."""
 
 
 @pytest.fixture(scope="package")
@@ -23,6 +26,7 @@ def ray_dispatcher() -> Iterator[RayDispatcher]:
         # Driver and workers find the trainer `fragile` as they would find an installed distribution.
         patch.syspath_prepend(str(FRAGILE))
         patch.setenv("PYTHONPATH", f"{FRAGILE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        patch.setenv("RAY_OVERRIDE_RESOURCES", json.dumps({"GPU": GPUS}))
         plugins.registered.cache_clear()
         dispatcher = RayDispatcher(ClusterSpec(address="local", segment_retries=2), slots=2)
         yield dispatcher

@@ -24,11 +24,10 @@ from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome
-from tests.run.conftest import FRAGILE
-from tests.run.gpu_program import TRIALS
-from tests.run.mixed_program import SIZES
-from tests.run.support import ENDING_SECONDS, PATIENCE_SECONDS, all_gone, collect, descendants, first_job, wait_until
-from tests.studies import simulated_study
+from jfhpo_core.trainers import Job
+from tests.run.conftest import GPUS
+from tests.run.support import ENDING_SECONDS, all_gone, collect, descendants, first_job, wait_until
+from tests.studies import BECAUSE, simulated_study
 
 pytestmark = pytest.mark.slow
 
@@ -233,34 +232,67 @@ def test_a_workers_children_end_with_it(
     assert all_gone({child})
 
 
-@pytest.mark.parametrize(("share", "together"), [(1, 1), (0.5, 2)])
-def test_trials_share_gpus_and_never_crowd_them(tmp_path: Path, share: float, together: int) -> None:
-    gpus = 2
-    path = os.pathsep.join([str(FRAGILE), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": gpus}), "PYTHONPATH": path}
-    program = [sys.executable, "-m", "tests.run.gpu_program", str(share), str(gpus * together), str(tmp_path)]
-    subprocess.run(program, env=environment, check=True, timeout=PATIENCE_SECONDS)
+@pytest.fixture
+def running_ray(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    """Ray is up, so that a second dispatcher shares the instance."""
+    ray_dispatcher.submit(first_job(simulated_study(tmp_path / "before")))
+    collect(ray_dispatcher, 1)
+
+
+@pytest.mark.usefixtures("running_ray")
+def test_trials_share_gpus_and_never_crowd_them(tmp_path: Path) -> None:
+    share, together = 0.5, 2
+    # Each goes on once there are as many as the GPUs have room for.
+    study = fragile_study(tmp_path, "gpu", times=GPUS * together)
+    trials = GPUS * together + 2
+    dispatcher = RayDispatcher(ClusterSpec(address="local", gpus_per_device=share), slots=trials)
+    for index in range(trials):
+        dispatcher.submit(first_job(study, 1e-4 * (index + 1)))
+    collect(dispatcher, trials)
+    dispatcher.close()
     notes = [json.loads(file.read_text()) for file in tmp_path.glob("*.gpu")]
-    assert len(notes) == TRIALS
+    assert len(notes) == trials
     crowds = [sum(other == gpu and start <= began < end for other, start, end in notes) for gpu, began, _ in notes]
-    assert {gpu for gpu, _, _ in notes} == {"0", "1"}
+    assert {gpu for gpu, _, _ in notes} == {str(gpu) for gpu in range(GPUS)}
     assert max(crowds) == together
 
 
-def test_a_trial_on_all_gpus_is_not_overtaken_and_no_gpu_is_given_twice(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(FRAGILE), str(Path.cwd()), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "RAY_OVERRIDE_RESOURCES": json.dumps({"GPU": 8}), "PYTHONPATH": path}
-    program = [sys.executable, "-m", "tests.run.mixed_program", str(tmp_path)]
-    subprocess.run(program, env=environment, check=True, timeout=PATIENCE_SECONDS)
-    notes = [(file.name, *json.loads(file.read_text())) for file in tmp_path.glob("*.gpus")]
-    assert sorted(len(gpus.split(",")) for _, gpus, _, _ in notes) == sorted(SIZES)
-    for _, gpus, began, end in notes:
-        others = [other for other, start, stop in (note[1:] for note in notes) if began < start < end]
+@pytest.mark.usefixtures("running_ray")
+def test_a_trial_on_all_gpus_is_not_overtaken_and_no_gpu_is_given_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Checkpoints are stored by processes without GPUs.
+    monkeypatch.setattr(ray_dispatch, "HAND_OVER_BYTES", 0)
+    # In the order of submission; nothing is known of their lengths, so nothing may overtake.
+    sizes = (2, 1, GPUS, 1, 1)
+    family = [
+        {"name": str(size), "path": "simulated", "parameters": 100_000 * size, "devices": size}
+        for size in sorted(set(sizes))
+    ]
+    # The first two go on once both have begun.
+    study = fragile_study(tmp_path, "gpu", times=2, family=family, target=str(GPUS))
+    dispatcher = RayDispatcher(ClusterSpec(address="local", gpus_per_device=1), slots=None)
+    jobs: dict[str, Job] = {}
+    for index, size in enumerate(sizes):
+        trial = study.new_trial(index, {"learning_rate": 1e-4 * (index + 1)}, str(size), seed=0)
+        jobs[trial.key] = study.job(trial, study.next_segment(trial, 160, BECAUSE), (), None)
+        dispatcher.submit(jobs[trial.key])
+    _, finished = collect(dispatcher, len(jobs))
+    dispatcher.close()
+    store = CheckpointStore(study.store)
+    for event in finished.values():
+        assert event.result.attempts == 1
+        assert event.result.checkpoint is not None
+        store.verify(event.result.checkpoint)
+    notes = {key: json.loads((tmp_path / f"{key}.gpu").read_text()) for key in jobs}
+    for key, (gpus, began, end) in notes.items():
+        assert len(gpus.split(",")) == jobs[key].devices
+        others = [other for other, start, stop in notes.values() if began < start < end]
         assert not {gpu for other in others for gpu in other.split(",")} & set(gpus.split(","))
-    whole = next(note for note in notes if note[0].endswith(".8.gpus"))
-    first = [note for note in notes if note[2] < whole[2]]
+    (whole,) = (began for key, (_, began, _) in notes.items() if jobs[key].devices == GPUS)
+    first = [jobs[key].devices for key, (_, began, _) in notes.items() if began < whole]
     # The two that were submitted before it; what came later had to wait.
-    assert sorted(len(gpus.split(",")) for _, gpus, _, _ in first) == [2, 4]
+    assert sorted(first) == [1, 2]
 
 
 def test_programs_that_a_reward_runs_may_fail_visibly(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
@@ -280,11 +312,8 @@ def closes(dispatcher: RayDispatcher) -> bool:
     return not closing.is_alive()
 
 
-def test_a_trial_that_was_submitted_twice_does_not_keep_ray_from_closing(
-    ray_dispatcher: RayDispatcher, tmp_path: Path
-) -> None:
-    ray_dispatcher.submit(first_job(simulated_study(tmp_path / "first")))
-    collect(ray_dispatcher, 1)  # Ray is up now, and the second dispatcher shares the instance.
+@pytest.mark.usefixtures("running_ray")
+def test_a_trial_that_was_submitted_twice_does_not_keep_ray_from_closing(tmp_path: Path) -> None:
     dispatcher = RayDispatcher(ClusterSpec(address="local"), slots=1)
     job = first_job(fragile_study(tmp_path, "hang", times=2))
     dispatcher.submit(job)
@@ -315,9 +344,8 @@ def test_a_trial_that_was_submitted_twice_does_not_keep_ray_from_closing_that_ne
     assert closes(dispatcher)
 
 
+@pytest.mark.usefixtures("running_ray")
 def test_a_gpu_that_is_not_there_is_refused(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
-    ray_dispatcher.submit(first_job(simulated_study(tmp_path)))
-    collect(ray_dispatcher, 1)  # Ray is up now, and the second dispatcher shares the instance.
     greedy = RayDispatcher(ClusterSpec(address="local", gpus_per_device=1000), slots=1)
     greedy.submit(first_job(simulated_study(tmp_path / "greedy")))
     with pytest.raises(SpecError, match="needs 1000 GPUs and this machine has"):
@@ -327,11 +355,10 @@ def test_a_gpu_that_is_not_there_is_refused(ray_dispatcher: RayDispatcher, tmp_p
     collect(ray_dispatcher, 1)
 
 
-def test_a_private_instance_listens_on_loopback_only(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("running_ray")
+def test_a_private_instance_listens_on_loopback_only() -> None:
     import ray
 
-    ray_dispatcher.submit(first_job(simulated_study(tmp_path)))
-    collect(ray_dispatcher, 1)
     assert {node["NodeManagerAddress"] for node in ray.nodes()} == {"127.0.0.1"}
 
 
