@@ -20,7 +20,6 @@ from typing import ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from scipy.stats import qmc
 
 from jfhpo_core.errors import TrialFailure
 from jfhpo_core.study.hyperparameters import Hyperparameters
@@ -447,7 +446,11 @@ def study_surface(study: StudySpec) -> Surface:
 @lru_cache(maxsize=8)
 def _surface(settings: str, space: str, fixed: str) -> Surface:
     known, searched = Landscape.model_validate_json(settings), Space.model_validate_json(space)
-    points = qmc.Sobol(searched.dimension, rng=np.random.default_rng(0)).random(SAMPLE) if known.agreement < 1 else ()
+    if known.agreement == 1:
+        return Surface(known, [])
+    from scipy.stats import qmc  # takes longer to import than all else that a worker needs
+
+    points = qmc.Sobol(searched.dimension, rng=np.random.default_rng(0)).random(SAMPLE)
     sample = [
         Hyperparameters.model_validate(json.loads(fixed) | searched.decode(point)).model_dump() for point in points
     ]
