@@ -22,7 +22,7 @@ sys.dont_write_bytecode = False
 
 # MLflow writes thousands of times to databases in the folders of tests, and each time a disk would be waited for.
 MEMORY = Path("/dev/shm")
-MEMORY_BYTES = 4 * 2**30
+MEMORY_BYTES = 8 * 2**30
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
@@ -36,10 +36,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+WAITING = ("faults", "test_driver_death.py", "flows", "test_study_lock.py", "test_own_study.py", "test_ray_dispatch.py")
+"""Files and folders with tests that wait for other processes for minutes; others use the processor meanwhile."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no process is left alone with one of them at the end."""
+    """Files that take long first, so that no process is left alone with one of them at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: (not set(WAITING) & set(item.path.parts) or not slow[item.path], -slow[item.path]))
 
 
 @pytest.fixture(scope="session")

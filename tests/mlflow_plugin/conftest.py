@@ -4,7 +4,6 @@ import functools
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,6 @@ from benchmarks import tracking_server
 from benchmarks.tracking_server import TrackingServer
 
 PASSWORD = "correct horse battery staple"
-
-
-@pytest.fixture
-def memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, where there is one: databases that are written thousands of times need not wait for disks."""
-    shared = Path("/dev/shm")
-    if not os.access(shared, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=shared, prefix="jfhpo-") as folder:
-        yield Path(folder)
 
 
 @pytest.fixture

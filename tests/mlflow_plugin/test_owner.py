@@ -18,7 +18,8 @@ Foreign = Callable[[int], None]
 
 @pytest.fixture
 def opened(tracking_uri: str, monkeypatch: pytest.MonkeyPatch) -> MlflowLedger:
-    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.2)
+    """A ledger that renews its claim no more: a renewal might overwrite a claim that a test makes."""
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 3600.0)
     ledger = MlflowLedger(MlflowClient(tracking_uri=tracking_uri))
     ledger.open(make_study())
     return ledger
@@ -46,8 +47,9 @@ def test_a_study_that_another_machine_runs_is_refused(
 
 
 def test_a_study_whose_owner_has_died_is_taken_over_and_the_dead_one_stays_dead(
-    opened: MlflowLedger, foreign: Foreign
+    opened: MlflowLedger, foreign: Foreign, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.2)
     trial = make_trial(0)
     opened.begin(trial, make_segment(0, 0, 4))
     foreign(3)
@@ -77,7 +79,11 @@ def test_a_process_of_this_machine_is_known_to_be_dead(opened: MlflowLedger, mon
     MlflowLedger(opened.client).open(make_study())
 
 
-def test_an_owner_shows_signs_of_life(opened: MlflowLedger) -> None:
+def test_an_owner_shows_signs_of_life(opened: MlflowLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "BEAT_SECONDS", 0.2)
+    again = MlflowLedger(opened.client)
+    again.open(make_study())
+
     def beat() -> int:
         return int(json.loads(opened.client.get_run(opened.study_run_id).data.tags[owner.TAG])["beat"])
 

@@ -162,7 +162,7 @@ def test_mlflow_run_searches_over_a_project(tracking_uri: str, tmp_path: Path) -
         "metric": "loss",
         "goal": "minimize",
         "space": SPACE,
-        "budget": {"trial_seconds": 15},
+        "budget": {"trial_seconds": 5},
         "strategy": "random",
         "tracking": {"uri": tracking_uri, "experiment": "projects", "registered_model": "", "workspace": str(tmp_path)},
     }

@@ -170,8 +170,8 @@ def test_a_search_under_a_limit_finds_what_respects_it_and_beats_random_search(t
                     {"name": name, "path": "simulated", "parameters": size}
                     for name, size in (("small", 100_000), ("medium", 300_000), ("large", 600_000))
                 ],
-                fidelity={"horizon_prompts": 960, "rungs": 5},
-                budget={"trial_seconds": 800, "max_parallel": 2},
+                fidelity={"horizon_prompts": 480, "rungs": 3},
+                budget={"trial_seconds": 300, "max_parallel": 2},
                 seeds={"search": seed, "training": [0]},
             )
             result = search(study)

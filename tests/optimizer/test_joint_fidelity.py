@@ -203,7 +203,7 @@ def test_a_space_of_four_points_is_searched_and_ends(tmp_path: Path, name: str) 
 
 @pytest.mark.slow
 def test_the_paper_strategy_never_looks_beyond_its_proxy_before_validation(tmp_path: Path) -> None:
-    result, _ = search(simulated(tmp_path, strategy="paper"))
+    result, _ = search(simulated(tmp_path, strategy="paper", budget={"trial_seconds": 300, "max_parallel": 2}))
     searched = [
         (trial.model, segment.segment.suggestion.source)
         for trial in result.trials

@@ -63,7 +63,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen"
-        time.sleep(0.1)
+        time.sleep(0.3)  # most conditions ask a server, which has other work to do
 
 
 def all_gone(pids: set[int]) -> bool:

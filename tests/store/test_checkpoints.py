@@ -178,7 +178,7 @@ def test_a_deleted_file_is_found(name: str) -> None:
 def test_a_file_that_became_a_link_is_found(name: str, tmp_path: Path) -> None:
     with two_checkpoints() as (store, previous, newest):
         path = store.root / newest.path / name
-        path.rename(tmp_path / path.name)
+        shutil.move(path, tmp_path / path.name)
         path.symlink_to(tmp_path / path.name)
         refuse(store, newest, previous)
 
