@@ -66,8 +66,6 @@ class Prefect:
             **{name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))},
             "PREFECT_HOME": str(folder / "home"),
             "PREFECT_API_URL": self.api,
-            "JFHPO_LOCK_HEARTBEAT_SECONDS": "2",
-            "JFHPO_LOCK_RETRY_SECONDS": "1",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "NO_COLOR": "1",

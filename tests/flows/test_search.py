@@ -25,9 +25,6 @@ from tests.studies import study_data
 
 pytestmark = pytest.mark.timeout(1200)
 
-LOCK_EXPIRY_SECONDS = 25.0
-"""The lock of a cancelled run would be held until the end of its lease else, which is a minute long."""
-
 
 @pytest.fixture(scope="module")
 def prefect(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Prefect]:
@@ -62,8 +59,7 @@ def test_a_cancelled_search_frees_its_workers_and_the_run_that_queued_behind_it_
     wait_until(lambda: "starting workers" in prefect.log(first), "the start of the first run")
     # Another machine would start the flow like this; the deployment's own queue would hide ours.
     call = f"from flows.search import search; search(study={same!r})"
-    environment = prefect.environment | {"JFHPO_LOCK_EXPIRY_SECONDS": str(LOCK_EXPIRY_SECONDS)}
-    second = subprocess.Popen([sys.executable, "-c", call], cwd=prefect.clone, env=environment)
+    second = subprocess.Popen([sys.executable, "-c", call], cwd=prefect.clone, env=prefect.environment)
     try:
         wait_until(lambda: len(prefect.named("search cancelled")) == 2, "a second run")
         (other,) = prefect.named("search cancelled") - {first}

@@ -21,7 +21,11 @@ from tests.studies import simulated_study, study_data
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 KILLS = 1
-IMPATIENT = {"JFHPO_LOCK_EXPIRY_SECONDS": "15"}
+IMPATIENT = {
+    "JFHPO_LOCK_EXPIRY_SECONDS": "15",
+    "JFHPO_LOCK_HEARTBEAT_SECONDS": "2",
+    "JFHPO_LOCK_RETRY_SECONDS": "0.5",
+}
 
 
 @pytest.fixture
