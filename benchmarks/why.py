@@ -24,8 +24,8 @@ from benchmarks.landscapes import Problem, language_model
 from benchmarks.markdown import markdown_table
 from benchmarks.report import EVIDENCE
 from benchmarks.store import RESULTS
-from jfhpo_core.optimizer.beliefs import TARGET, Beliefs
-from jfhpo_core.optimizer.score_scale import ScoreScale
+from jfhpo_core.optimizer.beliefs import Beliefs
+from jfhpo_core.optimizer.score_scale import TARGET, ScoreScale
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report.why import Boundary, Why, why
 from jfhpo_core.report.why_sentences import LITTLE, NOTABLE, stands_out

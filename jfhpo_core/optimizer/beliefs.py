@@ -23,11 +23,10 @@ from jfhpo_core.optimizer.observations import (
     scale_of,
     verdicts,
 )
-from jfhpo_core.optimizer.score_scale import Group, ScoreScale
+from jfhpo_core.optimizer.score_scale import TARGET, ScoreScale
 from jfhpo_core.optimizer.surrogate import (
     DRAWS,
     FIDELITY_COLUMNS,
-    THIS_STUDY,
     JointStructure,
     JointSurrogate,
     fitted_surrogate,
@@ -38,9 +37,6 @@ from jfhpo_core.study.trial import Configuration
 
 NUMERICAL_ERRORS = (NanError, NotPSDError, LinAlgError)
 """What linear algebra raises when a covariance cannot be factored."""
-
-TARGET: Group = (THIS_STUDY, 0.0, 1.0)
-"""Scores of the target at full length."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from pydantic import Field
 from scipy.stats import qmc
 from torch import Tensor
 
-from jfhpo_core.optimizer.beliefs import TARGET, Beliefs
+from jfhpo_core.optimizer.beliefs import Beliefs
+from jfhpo_core.optimizer.score_scale import TARGET
 from jfhpo_core.optimizer.surrogate import ANY_SEED, JITTER, THIS_STUDY
 from jfhpo_core.study.space import ChoiceParameter, Parameter, Vector
 from jfhpo_core.study.trial import Configuration, Record, Value

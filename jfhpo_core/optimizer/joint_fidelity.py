@@ -42,6 +42,7 @@ from jfhpo_core.optimizer.candidates import (
 from jfhpo_core.optimizer.constraints import drawn_limit
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.floors import value_floors
+from jfhpo_core.optimizer.initial_design import SOURCE as INITIAL_DESIGN
 from jfhpo_core.optimizer.initial_design import InitialDesign
 from jfhpo_core.optimizer.known_optima import FILE, Expectations, expectations
 from jfhpo_core.optimizer.observations import earlier_configurations, point
@@ -66,13 +67,15 @@ from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState,
 
 logger = logging.getLogger(__name__)
 
-TARGET_PROSPECT = 0.1
+TARGET_PROSPECT = 0.3
 """A full run of the target ends where less than this is left of its chance to be better than the best one known: what
 is then saved pays for another. On proxies the rule's own, smaller probability holds, as little is saved there."""
 
-FINISHED_FIRST = 2
-"""Full runs of the target that are finished before any is ended for its prospects."""
+FINISHED_FIRST = 1
+"""Full runs of the target, a recipe's among them, that are finished before any is ended for its prospects."""
 
+PAYS_AFTER = 2
+"""Full runs of the target that are finished before it is asked whether another would pay."""
 
 KNOWN_OPTIMUM = "known-optimum"
 """Source of a run of what is said to be best."""
@@ -161,7 +164,7 @@ class JointFidelity:
         design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected.space)
         first = None if compared else design.following(history, costs)
         if first is not None:
-            proposal = _propose(costs, *first, source="jfhpo/initial-design")
+            proposal = _propose(costs, *first, source=INITIAL_DESIGN)
             return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
         random = np.random.default_rng(seed)
         drawn = drawn_limit(history, random)
@@ -235,7 +238,7 @@ class JointFidelity:
         """
         study = beliefs.history.study
         runs = [item for item in items if is_full_run(study, item.candidate)]
-        if not self.stop_gain or not runs or len(beliefs.history.finished) < FINISHED_FIRST:
+        if not self.stop_gain or not runs or len(beliefs.history.finished) < PAYS_AFTER:
             return True
         candidates = [item.candidate for item in runs]
         gains = _expected_improvement(beliefs, candidates) * beliefs.accepted(candidate_inputs(study, candidates))
@@ -415,7 +418,7 @@ def _under(beliefs: Beliefs, chosen: Candidate, drawn: Limit | None) -> str:
 def _floors(beliefs: Beliefs, ranked: Sequence[Expectation], chosen: Candidate) -> tuple[tuple[int, float], ...]:
     """Scores at the rungs before the candidate's last one below which it has too little prospect to beat others.
 
-    On the target itself none before some full runs have finished: they correct the model, which sets the floors.
+    On the target itself none before a full run has finished: it corrects the model, which sets the floors.
     """
     study = beliefs.history.study
     rule = next((rule for rule in build_rules(study.spec.stopping) if isinstance(rule, Unpromising)), None)

@@ -22,7 +22,8 @@ MAX_OBSERVATIONS = 240
 """Beyond this, evaluations in the middle of curves are thinned out; the last one of each trial stays."""
 
 CURVE_POINTS = 2
-"""Evaluations of one curve that are used: the last one and others at about equal distances."""
+"""Evaluations of one curve that are used: the first one, which every run has, so that short and long ones can be
+compared; the last one; and others at about equal distances."""
 
 TARGET_CURVE_POINTS = 4
 """The same on the target, where the model has to judge short runs by what long ones became."""
@@ -236,10 +237,10 @@ def trained_evaluations(trial: Trial) -> list[Evaluation]:
 
 
 def thinned(evaluations: list[Evaluation], count: int = CURVE_POINTS) -> list[Evaluation]:
-    """At most `count` of a curve's evaluations, the last one among them."""
+    """At most `count` of a curve's evaluations, the first and the last one among them if there may be two."""
     if len(evaluations) <= count:
         return evaluations
-    places = np.linspace(len(evaluations) - 1, 0, count, endpoint=False)
+    places = np.linspace(len(evaluations) - 1, 0, count)
     return [evaluations[round(place)] for place in reversed(places)]
 
 

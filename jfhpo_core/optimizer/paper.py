@@ -79,7 +79,7 @@ class PaperStrategy:
         gains = expected_improvement(means, deviations, incumbent)
         best = int((gains / torch.tensor(fresh_cost, dtype=torch.double)).argmax())
         (configuration, _, level), cost = candidates[affordable[best]], net[affordable[best]]
-        gain = float(gains[best]) * scale.unit()
+        gain = float(gains[best]) * scale.unit((THIS_STUDY, study.ladder.size_coordinate(proxy), 1.0))
         return Proposal(
             configuration,
             proxy,

@@ -7,10 +7,11 @@ With d, a score's distance to the reference of its group, what is modelled is
     v(d) = d / unit                for d >= 0,
     v(d) = -log(1 - d / unit)      for d < 0:
 
-linear near the best, logarithmic far below it. The unit is a typical distance between the best and the upper quartile
-of a group, so that a collapsed run is a few units away from the best one and not a hundred. Scores that are multiplied
-by a positive number or shifted have the same values v; models of different size, and runs of different length, are
-compared by what sets configurations apart there, not by their level.
+linear near the best, logarithmic far below it. The unit of a group is a typical distance between its best score and the
+better half of the others, so that a collapsed run is a few units away from the best one and not a hundred; that of a
+small group is taken more from all groups together. Scores that are multiplied by a positive number or shifted have the
+same values v; models of different size, and runs of different length, are compared by what sets configurations apart
+there, not by their level or spread.
 
 References:
     Snoek et al. (2014), Input warping, and Eriksson and Poloczek (2021), SCBO (bilog), transform outputs for the same
@@ -22,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Protocol
 
 import numpy as np
@@ -32,11 +33,14 @@ from jfhpo_core.study.space import Vector
 Group = tuple[float, float, float]
 """Study (0 is this one), size coordinate and share of the full horizon."""
 
-QUANTILE = 0.75
-"""The unit is the distance of a group's best score to this quantile."""
+TARGET: Group = (0.0, 0.0, 1.0)
+"""Scores of this study's target at full length."""
 
 LARGE_GROUP = 4
-"""Scores that a group needs for its own quantile to mean something."""
+"""Scores that a group needs for its own typical distance to mean something."""
+
+COMMON_SCORES = 4
+"""The unit of all groups together counts like so many further scores of a group."""
 
 LOWEST = 700.0
 """Values below minus this stand for the same score: the exponential of more has no float."""
@@ -58,11 +62,11 @@ class ScoreScale:
     """Maps scores to modelled values and back.
 
     Attributes:
-        units: Score difference that counts as one, by study; positive.
-        references: That of every group.
+        units: Score difference that counts as one, by group; positive.
+        references: Of every group, what its scores are compared with.
     """
 
-    units: Mapping[float, float]
+    units: Mapping[Group, float]
     references: Mapping[Group, float]
 
     @classmethod
@@ -86,26 +90,27 @@ class ScoreScale:
             )
             for group in members
         }
-        noise: dict[float, list[float]] = {}
+        noise: dict[Group, list[float]] = {}
         for group, error in zip(groups, errors, strict=True):
-            noise.setdefault(group[0], []).append(error)
+            noise.setdefault(group, []).append(error)
+        common: dict[float, float] = {}
+        for study in {group[0] for group in members}:
+            mine = [group for group in members if group[0] == study]
+            measured = median(error for group in mine for error in noise[group])
+            common[study] = max(_typical_distance([members[group] for group in mine]), measured)
+        fallback = next((unit for unit in common.values() if unit > 0), 1.0)
         units = {
-            study: max(
-                _unit([found for group, found in members.items() if group[0] == study]) or 0.0,
-                median(measured),
-            )
-            for study, measured in noise.items()
+            group: _unit(found, median(noise[group]), common[group[0]] or fallback) for group, found in members.items()
         }
-        fallback = next((unit for unit in units.values() if unit > 0), 1.0)
-        return cls({study: unit if unit > 0 else fallback for study, unit in units.items()}, references)
+        return cls(units, references)
 
-    def unit(self, study: float = 0.0) -> float:
-        """Score difference that counts as one."""
-        return self.units.get(study) or next(iter(self.units.values()), 1.0)
+    def unit(self, group: Group = TARGET) -> float:
+        """Score difference that counts as one in a group, or in the one of its study that comes nearest."""
+        return self.units[_nearest(group, self.units)]
 
     def value(self, group: Group, score: float) -> tuple[float, float]:
         """A score on the scale, and the scale's slope there (value per score)."""
-        unit = self.unit(group[0])
+        unit = self.unit(group)
         distance = (score - self.reference(group)) / unit
         if distance >= 0:
             return distance, 1 / unit
@@ -121,7 +126,7 @@ class ScoreScale:
         """
         found = np.asarray(list(values), dtype=float)
         distance = np.where(found >= 0, found, -np.expm1(-found.clip(-LOWEST, 0.0)))
-        return self.reference(group) + self.unit(group[0]) * distance
+        return self.reference(group) + self.unit(group) * distance
 
     def median_and_deviation(self, group: Group, mean: float, deviation: float) -> tuple[float, float]:
         """Of the score whose value is normal with this mean and deviation: its median, and how far one deviation is up.
@@ -133,18 +138,43 @@ class ScoreScale:
 
     def reference(self, group: Group) -> float:
         """That of a group, or of the one of its study that comes nearest."""
-        if group in self.references:
-            return self.references[group]
-        known = [other for other in self.references if other[0] == group[0]] or list(self.references)
-        return self.references[min(known, key=lambda other: (abs(other[1] - group[1]), abs(other[2] - group[2])))]
+        return self.references[_nearest(group, self.references)]
 
 
-def _unit(groups: Sequence[Sequence[float]]) -> float | None:
-    """Typical distance between the best and the upper quartile; None if all scores of every group are equal."""
+def _nearest(group: Group, known: Mapping[Group, float]) -> Group:
+    """The known group that comes nearest: of the same study if there is one, then by size, then by length."""
+    if group in known:
+        return group
+    return min(known, key=lambda other: (other[0] != group[0], abs(other[1] - group[1]), abs(other[2] - group[2])))
+
+
+def _unit(scores: Sequence[float], error: float, common: float) -> float:
+    """What counts as one in a group, given what does in all of its study.
+
+    Args:
+        scores: Of the group.
+        error: Their standard error.
+        common: Of all groups; positive.
+    """
+    own = max(_distance(scores), error)
+    if own <= EQUAL * common:
+        return common
+    share = (len(scores) - 1) / (len(scores) - 1 + COMMON_SCORES)
+    return math.exp(share * math.log(own) + (1 - share) * math.log(common))
+
+
+def _typical_distance(groups: Sequence[Sequence[float]]) -> float:
+    """Median over the groups, of large ones if there are any; 0 if all scores of every group are equal."""
     least = EQUAL * max(max(found) - min(found) for found in groups)
-    large = [max(found) - float(np.quantile(found, QUANTILE)) for found in groups if len(found) >= LARGE_GROUP]
-    distances = [distance for distance in large if distance > least]
-    if distances:
-        return median(distances)
-    apart = [max(found) - score for found in groups for score in found if max(found) - score > least]
-    return median(apart) if apart else None
+    for enough in (LARGE_GROUP, 2):
+        distances = [_distance(found) for found in groups if len(found) >= enough]
+        apart = [distance for distance in distances if distance > least]
+        if apart:
+            return median(apart)
+    return 0.0
+
+
+def _distance(scores: Sequence[float]) -> float:
+    """How far the better half of the other scores is below the best one, on average; 0 for a single score."""
+    best, *others = sorted(scores, reverse=True)
+    return best - fmean(others[: max(1, len(others) // 2)]) if others else 0.0

@@ -14,12 +14,13 @@ import torch
 from scipy.stats import hypergeom, norm
 from threadpoolctl import threadpool_limits
 
-from jfhpo_core.optimizer.beliefs import NUMERICAL_ERRORS, TARGET, Beliefs
+from jfhpo_core.optimizer.beliefs import NUMERICAL_ERRORS, Beliefs
 from jfhpo_core.optimizer.candidates import ranked_configurations
 from jfhpo_core.optimizer.forecast import Quality, forecast_quality, with_more
 from jfhpo_core.optimizer.importance import Estimate, Importance, expected_draws, importances, interactions
 from jfhpo_core.optimizer.observations import went_wrong
 from jfhpo_core.optimizer.rank_agreement import most_telling, size_agreements
+from jfhpo_core.optimizer.score_scale import TARGET
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.why_records import Boundary, Change, Choice, Constraint, Front, More, Proxy, Why
 from jfhpo_core.report.why_sentences import NOTABLE, SIGNIFICANCE, sections

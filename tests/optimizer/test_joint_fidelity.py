@@ -19,7 +19,7 @@ from jfhpo_core.optimizer.allocation import Priced
 from jfhpo_core.optimizer.beliefs import Beliefs
 from jfhpo_core.optimizer.candidates import Candidate, candidate_inputs
 from jfhpo_core.optimizer.cost import CostModel
-from jfhpo_core.optimizer.joint_fidelity import FINISHED_FIRST, JointFidelity
+from jfhpo_core.optimizer.joint_fidelity import FINISHED_FIRST, PAYS_AFTER, JointFidelity
 from jfhpo_core.optimizer.paper import PaperStrategy
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.run.dispatch import InlineDispatcher
@@ -353,7 +353,7 @@ def test_trainings_that_cannot_matter_any_more_are_stopped(tmp_path: Path) -> No
         (done.committed, bool(done.segment.floors)) for trial in result.trials for done in trial.segments
          if trial.model == "large" and done in chosen
     )  # fmt: skip
-    assert not any(floors for _, floors in on_target[:FINISHED_FIRST]), "the first full runs correct the model"
+    assert not any(floors for _, floors in on_target[:FINISHED_FIRST]), "the first full run corrects the model"
     assert any(floors for _, floors in on_target)
 
 
@@ -362,7 +362,7 @@ def test_it_goes_on_as_long_as_some_full_run_is_expected_to_bring_its_price(comp
     study, history = completed.study, History.of(completed.study, completed.trials)
     beliefs = Beliefs.form(history)
     assert beliefs is not None
-    assert len(history.finished) >= FINISHED_FIRST
+    assert len(history.finished) >= PAYS_AFTER
     tried = [trial.configuration for trial in history.search[:8]]
     runs = [Candidate(item, "large", 0, study.spec.fidelity.horizon_prompts, len(history.trials)) for item in tried]
     means, deviations = beliefs.values(beliefs.at_target(tried))

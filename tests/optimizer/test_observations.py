@@ -73,9 +73,9 @@ def test_rows_become_values_on_the_scale_with_their_slopes(study: Study) -> None
     rows = rows_of(study, *trials)
     scale = scale_of(rows)
     data = observe(rows, scale, study.space.dimension)
-    assert scale.unit() == pytest.approx(0.8 - 0.7)
-    assert data.values.tolist() == pytest.approx([-np.log1p(d / 0.1) for d in (0.6, 0.3, 0.2, 0.1, 0.0)])
-    slopes = [1 / (0.1 + d) for d in (0.6, 0.3, 0.2, 0.1, 0.0)]
+    assert scale.unit() == pytest.approx(0.15)
+    assert data.values.tolist() == pytest.approx([-np.log1p(d / 0.15) for d in (0.6, 0.3, 0.2, 0.1, 0.0)])
+    slopes = [1 / (0.15 + d) for d in (0.6, 0.3, 0.2, 0.1, 0.0)]
     assert data.variances.tolist() == pytest.approx([4e-4 * slope**2 for slope in slopes])
 
 
@@ -184,11 +184,12 @@ def test_rows_come_in_the_order_of_their_commits(study: Study) -> None:
     assert [row.order[0] for row in rows] == [1, 2, 3]
 
 
-def test_long_curves_are_thinned_to_a_few_points_with_the_last_one(tmp_path: Path) -> None:
+def test_long_curves_are_thinned_to_a_few_points_with_the_first_and_the_last_one(tmp_path: Path) -> None:
     study = simulated_study(tmp_path, fidelity={"horizon_prompts": 480, "rungs": 15})
     curve = [0.1, *(0.2 + 0.02 * place for place in range(15))]
     rows = rows_of(study, trained(study, middle(study), "small", curve))
     assert len(rows) == CURVE_POINTS
+    assert rows[0].score == pytest.approx(curve[1])
     assert rows[-1].score == pytest.approx(curve[-1])
     steps = np.diff(shares(rows))
     assert float(steps.max() - steps.min()) < 0.1

@@ -1,0 +1,95 @@
+"""What is trained before the model is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jfhpo_core.optimizer.cost import CostModel
+from jfhpo_core.optimizer.initial_design import InitialDesign
+from jfhpo_core.optimizer.observations import observed_rows
+from jfhpo_core.run.dispatch import InlineDispatcher
+from jfhpo_core.run.search import run_search
+from jfhpo_core.store.ledger import MemoryLedger
+from jfhpo_core.study.history import History
+from jfhpo_core.study.resolved import Study, resolve
+from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.trial import Trial
+
+RECIPE = {"learning_rate": 1e-4}
+"""A baseline within the space."""
+
+
+def study_of(tmp_path: Path, size_exponent: float = 1.0, **changes: Any) -> Study:
+    """Models of which the smallest has a sixth of the target's parameters, and that share to a power of its cost."""
+    raw: dict[str, Any] = {
+        "study": "design",
+        "family": [
+            {"name": "small", "path": "simulated", "parameters": 100_000},
+            {"name": "large", "path": "simulated", "parameters": 600_000},
+        ],
+        "target": "large",
+        "task": "instruct",
+        "trainer": {"name": "simulated", "settings": {"size_exponent": size_exponent}},
+        "space": "tiny",
+        "baselines": [{"name": "recipe", "configuration": RECIPE}],
+        "budget": {"trial_seconds": 300, "max_parallel": 1, "initial_share": 0.9},
+        "stopping": {"rules": "none"},
+        "strategy": {"name": "jfhpo", "settings": {"prior": "none"}},
+        "seeds": {"search": 0, "training": [0]},
+        "tracking": {"workspace": str(tmp_path)},
+    }
+    return resolve(StudySpec.model_validate(raw | changes))
+
+
+def designed(study: Study) -> list[Trial]:
+    """The trials of the initial design of a search, in their order."""
+    result = run_search(study, MemoryLedger(), InlineDispatcher(1))
+    return [
+        trial
+        for trial in result.trials
+        if trial.segments and trial.segments[0].segment.suggestion.source == "jfhpo/initial-design"
+    ]
+
+
+def reached(trial: Trial) -> int:
+    return trial.segments[0].end_step * trial.prompts_per_step
+
+
+def test_on_a_proxy_the_recipe_is_compared_with_short_and_with_long_runs(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    trials = designed(study)
+    levels = study.spec.fidelity.levels
+    assert {trial.model for trial in trials} == {"small"}
+    assert len(trials) == study.space.dimension + 1
+    assert trials[0].configuration["learning_rate"] == RECIPE["learning_rate"]
+    assert reached(trials[0]) == max(reached(trial) for trial in trials)
+    assert {reached(trial) for trial in trials[1:]} == {levels[0], reached(trials[0])}
+    history = History.of(study, trials)
+    first = levels[0] / study.spec.fidelity.horizon_prompts
+    shared = {row.inputs[-2] for row in observed_rows(history) if row.group[2] == pytest.approx(first)}
+    assert shared == {float(trial.number) for trial in trials}, "not all runs can be compared at the first rung"
+
+
+def test_where_proxies_are_hardly_cheaper_the_design_is_made_on_the_target(tmp_path: Path) -> None:
+    """Before a proxy has been timed, its price is taken to be that of its parameters."""
+    study = study_of(tmp_path, size_exponent=0.2)
+    first, *others = designed(study)
+    assert first.model == "small"
+    assert len(others) == study.space.dimension + 1
+    assert {trial.model for trial in others} == {"large"}
+    assert {reached(trial) for trial in others} == {study.spec.fidelity.levels[0]}
+    assert all(trial.configuration["learning_rate"] != RECIPE["learning_rate"] for trial in others)
+
+
+def test_a_design_that_has_begun_on_the_target_ends_there(tmp_path: Path) -> None:
+    cheap, dear = study_of(tmp_path), study_of(tmp_path, size_exponent=0.2)
+    begun = designed(dear)[1:3]
+    design = InitialDesign(None, 1, 1, 1e6, cheap.space)
+    fresh = design.following(History.of(cheap, ()), CostModel.fit(cheap, ()))
+    further = design.following(History.of(cheap, begun), CostModel.fit(cheap, ()))
+    assert fresh is not None
+    assert further is not None
+    assert (fresh[0].model, further[0].model) == ("small", "large")
