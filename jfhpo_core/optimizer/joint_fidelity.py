@@ -5,9 +5,7 @@
 2. From then on, the knowledge gradient at the target per device-second, over explicit candidates (`candidates`): new
    configurations, known configurations on other models, and continuations of paused trials, which cost only what they
    add. Every so often a full run of the target is due; expected improvement chooses it.
-3. Recommendation by the posterior mean at the target (`beliefs`). Untried configurations of which the model expects
-   more than of all tried ones may lead the ranking; nothing is recommended before validation has trained it to full
-   length.
+3. Recommendation by the posterior mean at the target (`beliefs`), of what has been trained to full length there.
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ from jfhpo_core.optimizer.candidates import (
 from jfhpo_core.optimizer.constraints import drawn_limit
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.floors import value_floors
-from jfhpo_core.optimizer.initial_design import SOURCE as INITIAL_DESIGN
 from jfhpo_core.optimizer.initial_design import InitialDesign
 from jfhpo_core.optimizer.known_optima import FILE, Expectations, expectations
 from jfhpo_core.optimizer.observations import earlier_configurations, point
@@ -110,8 +107,6 @@ class JointFidelity:
         anchors: See `InitialDesign.anchors`.
         expectation_trials: Trials after which the user's expectations begin to fade.
         pool: See `CandidateSet`, as for the next five.
-        untried: At most so many configurations that no trial has are ranked above the tried ones, where the model
-            expects more of them; validation trains them.
         acquisition: Name of what says the worth of a segment: see `jfhpo_core.optimizer.acquisitions`.
         stop_gain: The least gain in score for which another full run of the target would be paid. The search ends when
             no full run is expected to bring its price; see `pays`. 0: it spends its budget.
@@ -132,7 +127,6 @@ class JointFidelity:
     known: Count = 8
     continued: Count = 24
     replicated: Count = 4
-    untried: Count = 3
     acquisition: str = "knowledge-gradient"
     stop_gain: float = 0.0
     target_share: Share = 0.5
@@ -164,7 +158,7 @@ class JointFidelity:
         design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected.space)
         first = None if compared else design.following(history, costs)
         if first is not None:
-            proposal = _propose(costs, *first, source=INITIAL_DESIGN)
+            proposal = _propose(costs, *first, source="jfhpo/initial-design")
             return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
         random = np.random.default_rng(seed)
         drawn = drawn_limit(history, random)
@@ -212,12 +206,9 @@ class JointFidelity:
             return RandomSearch().rank(study, trials)
         if beliefs is None:
             return []
-        ranked = ranked_configurations(beliefs)
-        if self.untried and ranked:
-            ranked = self._better_untried(beliefs, ranked) + ranked
         return [
             Recommendation(item.configuration, *beliefs.score(item.mean, item.deviation), item.respected)
-            for item in ranked
+            for item in ranked_configurations(beliefs)
         ]
 
     def pays(self, beliefs: Beliefs, items: Sequence[Priced], full_seconds: float) -> bool:
@@ -292,13 +283,6 @@ class JointFidelity:
     @property
     def _candidates(self) -> CandidateSet:
         return CandidateSet(self.pool, self.fresh, self.local, self.known, self.continued, self.replicated)
-
-    def _better_untried(self, beliefs: Beliefs, ranked: Sequence[Expectation]) -> list[Expectation]:
-        """Untried configurations that are expected to be better than all that were tried."""
-        seed = [beliefs.history.study.spec.seeds.search, len(beliefs.surrogate.observations)]
-        best = [item.configuration for item in ranked[: self.known]]
-        new = self._candidates.new_configurations(beliefs, best, np.random.default_rng(seed))
-        return [item for item in by_value(beliefs, new)[: self.untried] if item.worth > ranked[0].worth]
 
     def expectations(self, study: Study) -> Expectations:
         """What the search begins with, before anything is trained."""

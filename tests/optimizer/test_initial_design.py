@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from jfhpo_core.optimizer.cost import CostModel
-from jfhpo_core.optimizer.initial_design import InitialDesign
 from jfhpo_core.optimizer.observations import observed_rows
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
@@ -22,8 +20,7 @@ RECIPE = {"learning_rate": 1e-4}
 """A baseline within the space."""
 
 
-def study_of(tmp_path: Path, size_exponent: float = 1.0, **changes: Any) -> Study:
-    """Models of which the smallest has a sixth of the target's parameters, and that share to a power of its cost."""
+def study_of(tmp_path: Path, **changes: Any) -> Study:
     raw: dict[str, Any] = {
         "study": "design",
         "family": [
@@ -32,7 +29,7 @@ def study_of(tmp_path: Path, size_exponent: float = 1.0, **changes: Any) -> Stud
         ],
         "target": "large",
         "task": "instruct",
-        "trainer": {"name": "simulated", "settings": {"size_exponent": size_exponent}},
+        "trainer": "simulated",
         "space": "tiny",
         "baselines": [{"name": "recipe", "configuration": RECIPE}],
         "budget": {"trial_seconds": 300, "max_parallel": 1, "initial_share": 0.9},
@@ -71,25 +68,3 @@ def test_on_a_proxy_the_recipe_is_compared_with_short_and_with_long_runs(tmp_pat
     first = levels[0] / study.spec.fidelity.horizon_prompts
     shared = {row.inputs[-2] for row in observed_rows(history) if row.group[2] == pytest.approx(first)}
     assert shared == {float(trial.number) for trial in trials}, "not all runs can be compared at the first rung"
-
-
-def test_where_proxies_are_hardly_cheaper_the_design_is_made_on_the_target(tmp_path: Path) -> None:
-    """Before a proxy has been timed, its price is taken to be that of its parameters."""
-    study = study_of(tmp_path, size_exponent=0.2)
-    first, *others = designed(study)
-    assert first.model == "small"
-    assert len(others) == study.space.dimension + 1
-    assert {trial.model for trial in others} == {"large"}
-    assert {reached(trial) for trial in others} == {study.spec.fidelity.levels[0]}
-    assert all(trial.configuration["learning_rate"] != RECIPE["learning_rate"] for trial in others)
-
-
-def test_a_design_that_has_begun_on_the_target_ends_there(tmp_path: Path) -> None:
-    cheap, dear = study_of(tmp_path), study_of(tmp_path, size_exponent=0.2)
-    begun = designed(dear)[1:3]
-    design = InitialDesign(None, 1, 1, 1e6, cheap.space)
-    fresh = design.following(History.of(cheap, ()), CostModel.fit(cheap, ()))
-    further = design.following(History.of(cheap, begun), CostModel.fit(cheap, ()))
-    assert fresh is not None
-    assert further is not None
-    assert (fresh[0].model, further[0].model) == ("small", "large")
