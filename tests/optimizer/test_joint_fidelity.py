@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -203,10 +203,7 @@ def test_the_paper_strategy_never_looks_beyond_its_proxy_before_validation(tmp_p
 
 @pytest.mark.slow
 def test_it_beats_random_search_at_equal_cost(tmp_path: Path) -> None:
-    """What a search typically ends with, on a landscape whose best learning rate moves far; the recipe learns nothing.
-
-    The median, because about one search in six does not leave the level of the untrained model.
-    """
+    """On a landscape whose best learning rate moves with size; the recipe there learns nothing."""
     own = simulated(tmp_path)
     recipe = {"name": "recipe", "configuration": own.space.restrict(own.complete({}))}
     scores: dict[str, float] = {}
@@ -216,7 +213,6 @@ def test_it_beats_random_search_at_equal_cost(tmp_path: Path) -> None:
                 simulated(
                     tmp_path / f"{name}{seed}",
                     strategy=name,
-                    trainer={"name": "simulated", "settings": {"size_shift": -0.7}},
                     budget={"trial_seconds": 300, "max_parallel": 2},
                     seeds={"search": seed, "training": [seed]},
                     baselines=[recipe],
@@ -224,7 +220,7 @@ def test_it_beats_random_search_at_equal_cost(tmp_path: Path) -> None:
             )[0]
             for seed in range(6)
         ]
-        scores[name] = median(true_final(result) for result in results)
+        scores[name] = mean(true_final(result) for result in results)
     assert scores["jfhpo"] > scores["random"]
 
 
