@@ -72,8 +72,7 @@ The untouched half has been measured twice, with other seeds each time: before [
 29](../decisions/0029-comparable-runs.md) (seeds 2001 to 2010; on average 0.71, 0.49 and 0.36 of the recipe's regret at
 a cost of 3, 6 and 10), and after it (2011 to 2015, with `gp`, `hyperband` and `random` on the same seeds), which is
 what its rows show. Nothing in the decision was chosen by the first measurement of that half. The rows of `jfhpo` on the
-tuning half and on the recorded runs are from before.
-"""
+tuning half and on the recorded runs are from before."""
 
 RULES = """\
 All strategies get the same space, cost law and credit for checkpoints, and may stop and continue runs at the same

@@ -1,7 +1,8 @@
 """The joint-fidelity strategy: which configuration to train next, on which model, up to which step.
 
-1. The recipes have been trained on the target. `initial_design`: they and Sobol configurations on the smallest proxy;
-   none with earlier studies, which say more.
+1. The recipes have been trained on the target; so is what is expected to be best, in the middle of its range where
+   nothing is. `initial_design`: recipes and Sobol configurations on the smallest proxy. Neither with earlier studies,
+   which say more.
 2. From then on, the knowledge gradient at the target per device-second, over explicit candidates (`candidates`): new
    configurations, known configurations on other models, and continuations of paused trials, which cost only what they
    add. Every so often a full run of the target is due; expected improvement chooses it.
@@ -73,6 +74,9 @@ FINISHED_FIRST = 1
 
 PAYS_AFTER = 2
 """Full runs of the target that are finished before it is asked whether another would pay."""
+
+EXPECTED = "expected"
+"""Source of a run of what is expected before anything is trained."""
 
 KNOWN_OPTIMUM = "known-optimum"
 """Source of a run of what is said to be best."""
@@ -156,9 +160,10 @@ class JointFidelity:
         allocation, budget = Allocation.of(history, costs, compared=compared), study.spec.budget
         seconds = budget.initial_share * budget.device_seconds
         design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected.space)
-        first = None if compared else design.following(history, costs)
-        if first is not None:
-            proposal = _propose(costs, *first, source="jfhpo/initial-design")
+        first = None if compared else _first_run(history, costs, expected.space, remaining_seconds)
+        designed = design.following(history, costs) if first is None and not compared else None
+        proposal = first or (_propose(costs, *designed, source="jfhpo/initial-design") if designed else None)
+        if proposal is not None:
             return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
         random = np.random.default_rng(seed)
         drawn = drawn_limit(history, random)
@@ -312,6 +317,26 @@ class JointFidelity:
             return 0.0
         nearest = ladder.size_coordinate(ladder.proxies[-1].name)
         return max(self.target_share, 1 - beliefs.surrogate.shared_share(nearest))
+
+
+def _first_run(history: History, costs: CostModel, expected: Space, remaining_seconds: float) -> Proposal | None:
+    """A full run of what is expected, in the middle of its range where nothing is: ranges lie around what is meant.
+
+    None if it or anything else of the search has been trained on the target, or if it cannot be paid.
+    """
+    study = history.study
+    target = study.ladder.target.name
+    configuration = expected_configuration(expected) or study.space.middle()
+    on_target = [trial for trial in history.trials if trial.model == target]
+    known = {configuration_key(trial.configuration) for trial in on_target}
+    if configuration_key(history.canonical(configuration)) in known or any(t.purpose == "search" for t in on_target):
+        return None
+    candidate = Candidate(configuration, target, 0, study.spec.fidelity.horizon_prompts, len(history.trials))
+    why = (
+        "what is expected to be best, before anything is known: values that are expected, else the middle of the range"
+    )
+    proposal = _propose(costs, candidate, why, source=f"jfhpo/{EXPECTED}")
+    return proposal if (proposal.suggestion.expected_cost_seconds or 0.0) <= remaining_seconds else None
 
 
 def _favourites(beliefs: Beliefs, expected: Space) -> list[Configuration]:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.observations import observed_rows
+from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
@@ -68,3 +70,30 @@ def test_on_a_proxy_the_recipe_is_compared_with_short_and_with_long_runs(tmp_pat
     first = levels[0] / study.spec.fidelity.horizon_prompts
     shared = {row.inputs[-2] for row in observed_rows(history) if row.group[2] == pytest.approx(first)}
     assert shared == {float(trial.number) for trial in trials}, "not all runs can be compared at the first rung"
+
+
+def test_the_first_run_of_the_target_is_what_is_expected_else_the_middle_of_the_ranges(tmp_path: Path) -> None:
+    plain = study_of(tmp_path)
+    costs = CostModel.fit(plain, ())
+    remaining = 2 * costs.estimate(plain.space.middle(), "large", 0, plain.spec.fidelity.horizon_prompts).seconds
+    strategy = load_strategy(plain)
+    first = strategy.suggest(plain, (), remaining, 0)
+    assert first is not None
+    assert (first.model, first.stop_prompts) == ("large", plain.spec.fidelity.horizon_prompts)
+    assert first.configuration == plain.space.middle()
+
+    rate = {"type": "float", "low": 1e-5, "high": 1e-2, "scale": "log", "expected": 2e-3}
+    told = study_of(tmp_path, space={"learning_rate": rate, "kl_coefficient": {"type": "float", "low": 0, "high": 0.1}})
+    first = load_strategy(told).suggest(told, (), remaining, 0)
+    assert first is not None
+    assert first.configuration["learning_rate"] == pytest.approx(2e-3)
+    assert first.configuration["kl_coefficient"] == pytest.approx(told.space.middle()["kl_coefficient"])
+
+    short = strategy.suggest(plain, (), remaining / 3, 0)
+    assert short is not None
+    assert short.model == "small", "what cannot be paid is not begun"
+    recipe = study_of(tmp_path, baselines=[{"name": "recipe", "configuration": plain.space.middle()}])
+    known = run_search(recipe, MemoryLedger(), InlineDispatcher(1))
+    assert recipe.space.middle() not in [
+        trial.configuration for trial in known.trials if trial.purpose == "search" and trial.model == "large"
+    ]

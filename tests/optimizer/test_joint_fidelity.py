@@ -48,11 +48,11 @@ NO_REASON = Suggestion(source="test", explanation="test")
 
 
 def simulated(tmp_path: Path, **changes: Any) -> Study:
-    """A study of three simulated models, 0.1M to 0.6M parameters."""
+    """A study of three simulated models, 0.02M to 0.6M parameters."""
     raw: dict[str, Any] = {
         "study": "optimizer-test",
         "family": [
-            {"name": "small", "path": "simulated", "parameters": 100_000},
+            {"name": "small", "path": "simulated", "parameters": 20_000},
             {"name": "medium", "path": "simulated", "parameters": 300_000},
             {"name": "large", "path": "simulated", "parameters": 600_000},
         ],
