@@ -71,8 +71,9 @@ from {first} on are published; they draw the noise of evaluations and the strate
 The untouched half has been measured twice, with other seeds each time: before [decision
 29](../decisions/0029-comparable-runs.md) (seeds 2001 to 2010; on average 0.71, 0.49 and 0.36 of the recipe's regret at
 a cost of 3, 6 and 10), and after it (2011 to 2015, with `gp`, `hyperband` and `random` on the same seeds), which is
-what its rows show. Nothing in the decision was chosen by the first measurement of that half. The rows of `jfhpo` on the
-tuning half and on the recorded runs are from before."""
+what its rows show. Nothing in points 1 to 5 of the decision was chosen by a measurement of that half. Point 6, that the
+first run is the middle of the ranges, came later and is not in these figures; `hyperband` begins with that middle, as
+SMAC does by default, with every seed. The rows of `jfhpo` on the tuning half and on the recorded runs are older."""
 
 RULES = """\
 All strategies get the same space, cost law and credit for checkpoints, and may stop and continue runs at the same

@@ -78,7 +78,10 @@ QUIET: dict[str, Any] = {"overwrite": True, "logging_level": False}
 
 @dataclass(frozen=True)
 class Hyperband(SuccessiveHalving):
-    """The strategy `hyperband`: Hyperband's brackets over random configurations (arXiv 1603.06560)."""
+    """The strategy `hyperband`: Hyperband's brackets over the middle of the space, then random ones (arXiv 1603.06560).
+
+    The middle comes first because SMAC's facade begins with it.
+    """
 
     name: ClassVar[str] = "hyperband"
 

@@ -152,6 +152,13 @@ def measured(study: Study, largest: int | None = None) -> Iterator[Finding]:
                 Level.OK, "untrained",
                 f"{model.name} scores {base.score:.3f} ± {base.standard_error:.3f} on {base.samples}{shown}",
             )  # fmt: skip
+            if base.score == 0:
+                message = (
+                    f"{model.name} gets no reward for any of {base.samples} completions, and without any there is "
+                    "nothing to learn from: look whether the reward takes answers like those above, and train the "
+                    "model on some right answers first if it never gives one"
+                )
+                yield Finding(Level.WARNING, "untrained", message)
             if found.warning is not None:
                 yield Finding(Level.WARNING, "untrained", found.warning)
 

@@ -359,6 +359,16 @@ def test_case_21_a_beginning_of_text_that_models_were_not_pretrained_with() -> N
     assert "set trainer.settings.bos: never" in warned.message
 
 
+@pytest.mark.parametrize(
+    ("rewards", "warns"), [("[0.0] * len(completions)", True), ("[1.0] * len(completions)", False)]
+)
+def test_a_model_that_never_gets_a_reward_is_warned_of(own: Own, rewards: str, warns: bool) -> None:
+    own.reward(f"def reward(completions, **_):\n    return {rewards}\n")
+    spec = parse_study(json.dumps({**STUDY, "task": own.task, "evaluation": {"prompts": 8}}), folder=own.folder)
+    messages = [one.message for one in measured(resolve(spec)) if one.level is Level.WARNING]
+    assert any("gets no reward for any of" in message for message in messages) == warns
+
+
 def test_case_22_a_choice_has_no_null(own: Own) -> None:
     space = {"max_grad_norm": {"type": "choice", "values": [None, 1.0]}}
     with pytest.raises(

@@ -82,7 +82,7 @@ def test_the_first_run_of_the_target_is_what_is_expected_else_the_middle_of_the_
     assert (first.model, first.stop_prompts) == ("large", plain.spec.fidelity.horizon_prompts)
     assert first.configuration == plain.space.middle()
 
-    rate = {"type": "float", "low": 1e-5, "high": 1e-2, "scale": "log", "expected": 2e-3}
+    rate = {"type": "float", "low": 1e-5, "high": 1e-2, "log": True, "expected": 2e-3}
     told = study_of(tmp_path, space={"learning_rate": rate, "kl_coefficient": {"type": "float", "low": 0, "high": 0.1}})
     first = load_strategy(told).suggest(told, (), remaining, 0)
     assert first is not None
