@@ -96,7 +96,7 @@ def test_a_cancelled_search_frees_its_workers_and_the_run_that_queued_behind_it_
 @pytest.mark.slow
 def test_a_person_approves_the_target_run_and_the_page_shows_the_result(prefect: Prefect) -> None:
     study = write_study(
-        prefect, "gated", cluster={"address": "inline"}, strategy={"name": "jfhpo", "settings": {"initial_trials": 4}},
+        prefect, "gated", cluster={"address": "inline"}, strategy={"name": "paper", "settings": {"initial_trials": 4}},
         budget={"trial_seconds": 100, "max_parallel": 1},
     )  # fmt: skip
     run = prefect.submit(study=study, approve_target=True)

@@ -194,14 +194,14 @@ def test_a_larger_budget_continues_a_finished_study(tmp_path: Path) -> None:
 def test_a_larger_budget_is_searched_on_after_validation(tmp_path: Path) -> None:
     ledger = MemoryLedger()
     small, large = (
-        simulated_study(tmp_path, strategy="jfhpo", budget={"trial_seconds": seconds, "max_parallel": 1})
+        simulated_study(tmp_path, strategy="paper", budget={"trial_seconds": seconds, "max_parallel": 1})
         for seconds in (100, 250)
     )
     first = run_search(small, ledger, InlineDispatcher())
     assert VALIDATION in sources(first)
     second = run_search(large, ledger, InlineDispatcher())
     assert second.spent_seconds > first.spent_seconds + 75
-    assert sources(second).count("jfhpo/knowledge-gradient") > sources(first).count("jfhpo/knowledge-gradient")
+    assert sources(second).count("paper/expected-improvement") > sources(first).count("paper/expected-improvement")
 
 
 class LosingDispatcher(InlineDispatcher):

@@ -92,7 +92,7 @@ def mutated_values(draw: st.DrawFn) -> Any:
         elif change == "move":
             place[key] = copy.deepcopy(draw(st.sampled_from(places)))
         else:
-            place[key] = draw(HOSTILE)
+            place[key] = copy.deepcopy(draw(HOSTILE))  # else a value could come to hold itself
         if not data:
             break
     return data
