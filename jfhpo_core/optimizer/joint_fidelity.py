@@ -75,9 +75,6 @@ FINISHED_FIRST = 1
 PAYS_AFTER = 2
 """Full runs of the target that are finished before it is asked whether another would pay."""
 
-EXPECTED = "expected"
-"""Source of a run of what is expected before anything is trained."""
-
 KNOWN_OPTIMUM = "known-optimum"
 """Source of a run of what is said to be best."""
 
@@ -158,13 +155,14 @@ class JointFidelity:
         # There has to be something to form beliefs from.
         compared = expected.compared and bool(study.earlier or history.recipes)
         allocation, budget = Allocation.of(history, costs, compared=compared), study.spec.budget
-        seconds = budget.initial_share * budget.device_seconds
-        design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected.space)
-        first = None if compared else _first_run(history, costs, expected.space, remaining_seconds)
-        designed = design.following(history, costs) if first is None and not compared else None
-        proposal = first or (_propose(costs, *designed, source="jfhpo/initial-design") if designed else None)
-        if proposal is not None:
-            return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
+        if not compared:
+            proposal = _first_run(history, costs, expected.space, remaining_seconds)
+            seconds = budget.initial_share * budget.device_seconds
+            design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected.space)
+            if proposal is None and (designed := design.following(history, costs)) is not None:
+                proposal = _propose(costs, *designed, source="jfhpo/initial-design")
+            if proposal is not None:
+                return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
         random = np.random.default_rng(seed)
         drawn = drawn_limit(history, random)
         try:
@@ -335,7 +333,7 @@ def _first_run(history: History, costs: CostModel, expected: Space, remaining_se
     why = (
         "what is expected to be best, before anything is known: values that are expected, else the middle of the range"
     )
-    proposal = _propose(costs, candidate, why, source=f"jfhpo/{EXPECTED}")
+    proposal = _propose(costs, candidate, why, source="jfhpo/expected")
     return proposal if (proposal.suggestion.expected_cost_seconds or 0.0) <= remaining_seconds else None
 
 

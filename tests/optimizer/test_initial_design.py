@@ -14,33 +14,24 @@ from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.history import History
-from jfhpo_core.study.resolved import Study, resolve
-from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Trial
+from tests.studies import simulated_study
 
-RECIPE = {"learning_rate": 1e-4}
-"""A baseline within the space."""
+RECIPE_RATE = 1e-4
+"""Learning rate of the baseline of `simulated_study`."""
 
 
 def study_of(tmp_path: Path, **changes: Any) -> Study:
-    raw: dict[str, Any] = {
-        "study": "design",
-        "family": [
-            {"name": "small", "path": "simulated", "parameters": 100_000},
-            {"name": "large", "path": "simulated", "parameters": 600_000},
-        ],
-        "target": "large",
-        "task": "instruct",
-        "trainer": "simulated",
-        "space": "tiny",
-        "baselines": [{"name": "recipe", "configuration": RECIPE}],
-        "budget": {"trial_seconds": 300, "max_parallel": 1, "initial_share": 0.9},
-        "stopping": {"rules": "none"},
-        "strategy": {"name": "jfhpo", "settings": {"prior": "none"}},
-        "seeds": {"search": 0, "training": [0]},
-        "tracking": {"workspace": str(tmp_path)},
-    }
-    return resolve(StudySpec.model_validate(raw | changes))
+    """One that knows nothing before, and whose design may take nearly all of the budget."""
+    return simulated_study(
+        tmp_path,
+        fidelity={"horizon_prompts": 960, "rungs": 5},
+        budget={"trial_seconds": 300, "max_parallel": 1, "initial_share": 0.9},
+        stopping={"rules": "none"},
+        strategy={"name": "jfhpo", "settings": {"prior": "none"}},
+        **changes,
+    )
 
 
 def designed(study: Study) -> list[Trial]:
@@ -63,7 +54,7 @@ def test_on_a_proxy_the_recipe_is_compared_with_short_and_with_long_runs(tmp_pat
     levels = study.spec.fidelity.levels
     assert {trial.model for trial in trials} == {"small"}
     assert len(trials) == study.space.dimension + 1
-    assert trials[0].configuration["learning_rate"] == RECIPE["learning_rate"]
+    assert trials[0].configuration["learning_rate"] == RECIPE_RATE
     assert reached(trials[0]) == max(reached(trial) for trial in trials)
     assert {reached(trial) for trial in trials[1:]} == {levels[0], reached(trials[0])}
     history = History.of(study, trials)
