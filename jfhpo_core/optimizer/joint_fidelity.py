@@ -152,17 +152,15 @@ class JointFidelity:
         expected = self.expectations(study)
         if _is_refuted(history):
             expected = Expectations(study.space, compared=False)
-        # There has to be something to form beliefs from.
-        compared = expected.compared and bool(study.earlier or history.recipes)
-        allocation, budget = Allocation.of(history, costs, compared=compared), study.spec.budget
-        if not compared:
-            proposal = _first_run(history, costs, expected.space, remaining_seconds)
+        allocation, budget = Allocation.of(history, costs, compared=expected.compared), study.spec.budget
+        proposal = None if study.earlier else _first_run(history, costs, expected, remaining_seconds)
+        if proposal is None and not expected.compared:
             seconds = budget.initial_share * budget.device_seconds
             design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected.space)
-            if proposal is None and (designed := design.following(history, costs)) is not None:
+            if (designed := design.following(history, costs)) is not None:
                 proposal = _propose(costs, *designed, source="jfhpo/initial-design")
-            if proposal is not None:
-                return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
+        if proposal is not None:
+            return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
         random = np.random.default_rng(seed)
         drawn = drawn_limit(history, random)
         try:
@@ -180,7 +178,7 @@ class JointFidelity:
         )
         # What might not fit is not begun: it would be paid with what is held back to finish the best. Where there is no
         # better use of the budget than the first full run, it is enough that it should fit.
-        first_run = compared and not any(_sets_a_mark(history, trial) for trial in history.on_target)
+        first_run = expected.compared and not any(_sets_a_mark(history, trial) for trial in history.on_target)
         estimates = [
             (item, costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts))
             for item in candidates
@@ -267,10 +265,7 @@ class JointFidelity:
         best = int(worth.argmax())
         if offer.due and not any(_sets_a_mark(history, trial) for trial in history.on_target):
             # The first full run is the best guess: where little is known, improvement is expected at the edges.
-            if expected.compared and not history.study.earlier:
-                source, best = KNOWN_OPTIMUM, int((beliefs.accepted(inputs) * weights).argmax())
-            else:
-                source, best = "best-expectation", int(beliefs.worth(_at_target(beliefs, candidates)).argmax())
+            source, best = "best-expectation", int(beliefs.worth(_at_target(beliefs, candidates)).argmax())
         unit = beliefs.scale.unit()
         return _Choice(offer.items[best], source, float(gains[best]) * unit, float(worth[best]) * unit)
 
@@ -317,24 +312,32 @@ class JointFidelity:
         return max(self.target_share, 1 - beliefs.surrogate.shared_share(nearest))
 
 
-def _first_run(history: History, costs: CostModel, expected: Space, remaining_seconds: float) -> Proposal | None:
+def _first_run(history: History, costs: CostModel, expected: Expectations, remaining_seconds: float) -> Proposal | None:
     """A full run of what is expected, in the middle of its range where nothing is: ranges lie around what is meant.
 
-    None if it or anything else of the search has been trained on the target, or if it cannot be paid.
+    If it costs too much, with other choices: as few as may be, the nearest to what is expected. None if none can be paid, or if one
+    of them or anything else of the search has been trained on the target.
     """
     study = history.study
-    target = study.ladder.target.name
-    configuration = expected_configuration(expected) or study.space.middle()
+    target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
+    best = expected_configuration(expected.space) or study.space.middle()
     on_target = [trial for trial in history.trials if trial.model == target]
     known = {configuration_key(trial.configuration) for trial in on_target}
-    if configuration_key(history.canonical(configuration)) in known or any(t.purpose == "search" for t in on_target):
+    if configuration_key(history.canonical(best)) in known or any(trial.purpose == "search" for trial in on_target):
         return None
-    candidate = Candidate(configuration, target, 0, study.spec.fidelity.horizon_prompts, len(history.trials))
+    choices = with_other_choices(study.space, best)
+    near = expected.space.log_expectation(np.array([study.space.encode(item) for item in choices]))
+    source = f"jfhpo/{KNOWN_OPTIMUM if expected.compared else 'expected'}"
     why = (
         "what is expected to be best, before anything is known: values that are expected, else the middle of the range"
     )
-    proposal = _propose(costs, candidate, why, source="jfhpo/expected")
-    return proposal if (proposal.suggestion.expected_cost_seconds or 0.0) <= remaining_seconds else None
+    changes = [sum(item[name] != value for name, value in best.items() if name in item) for item in choices]
+    for index in np.lexsort((changes, -near)):
+        candidate = Candidate(choices[index], target, 0, horizon, len(history.trials))
+        proposal = _propose(costs, candidate, why, source=source)
+        if (proposal.suggestion.expected_cost_seconds or 0.0) <= remaining_seconds:
+            return proposal
+    return None
 
 
 def _favourites(beliefs: Beliefs, expected: Space) -> list[Configuration]:

@@ -80,7 +80,11 @@ def test_the_first_run_of_the_target_is_what_is_expected_else_the_middle_of_the_
     assert first.configuration["learning_rate"] == pytest.approx(2e-3)
     assert first.configuration["kl_coefficient"] == pytest.approx(told.space.middle()["kl_coefficient"])
 
-    short = strategy.suggest(plain, (), remaining / 3, 0)
+    cheaper = strategy.suggest(plain, (), remaining / 3, 0)
+    assert cheaper is not None
+    differing = {name for name, value in cheaper.configuration.items() if value != plain.space.middle()[name]}
+    assert (cheaper.model, differing) == ("large", {"n_samples"}), "the middle costs too much: fewer completions do not"
+    short = strategy.suggest(plain, (), remaining / 50, 0)
     assert short is not None
     assert short.model == "small", "what cannot be paid is not begun"
     recipe = study_of(tmp_path, baselines=[{"name": "recipe", "configuration": plain.space.middle()}])
