@@ -315,8 +315,8 @@ class JointFidelity:
 def _first_run(history: History, costs: CostModel, expected: Expectations, remaining_seconds: float) -> Proposal | None:
     """A full run of what is expected, in the middle of its range where nothing is: ranges lie around what is meant.
 
-    If it costs too much, with other choices: as few as may be, the nearest to what is expected. None if none can be paid, or if one
-    of them or anything else of the search has been trained on the target.
+    If it costs too much, with other choices: as few as may be, the nearest to what is expected. None if none can be
+    paid, or if this or anything else of the search has been trained on the target.
     """
     study = history.study
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
