@@ -13,7 +13,7 @@ from benchmarks.analysis import Results
 from benchmarks.foreign.commands import app as foreign
 from benchmarks.foreign.settings import RECORDED
 from benchmarks.landscapes import LANDSCAPES
-from benchmarks.timing import FILE, Timing, measure
+from benchmarks.timing import FILE, OBSERVATIONS, TIMINGS, measure
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.add_typer(foreign, name="foreign")
@@ -100,7 +100,8 @@ def write_report(
     if missing:
         raise typer.BadParameter(f"no results of {missing[0]!r} in {results}; `python -m benchmarks run` makes them")
     timed = results / FILE
-    summary = Timing.model_validate_json(timed.read_text(encoding="utf-8")).summary() if timed.exists() else None
+    timings = TIMINGS.validate_json(timed.read_bytes()) if timed.exists() else ()
+    summary = "; ".join(item.summary() for item in timings) or None
     report.write({name: found[name] for name in wanted}, own, folder, summary)
 
 
@@ -174,11 +175,14 @@ def timing(
     stock: Annotated[int, typer.Option(min=0, help="Suggestions of BoTorch's qMultiFidelityKnowledgeGradient.")] = 3,
     results: Folder = store.RESULTS,
 ) -> None:
-    """Time suggestions at 200 observations, 8 hyperparameters, 3 sizes and 15 levels."""
-    measured = measure(strategy, suggestions, stock)
+    """Time suggestions at 200 and 1,000 observations, 8 hyperparameters, 3 sizes and 15 levels."""
+    first, *further = OBSERVATIONS
+    measured = [measure(strategy, first, suggestions, stock)]
+    measured += [measure(strategy, observations, suggestions, 0) for observations in further]
     results.mkdir(parents=True, exist_ok=True)
-    (results / FILE).write_text(f"{measured.model_dump_json(indent=1)}\n", encoding="utf-8")
-    print(measured.summary())
+    (results / FILE).write_bytes(TIMINGS.dump_json(tuple(measured), indent=1) + b"\n")
+    for item in measured:
+        print(item.summary())
 
 
 @app.command("prices")

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
-from benchmarks.timing import OBSERVATIONS, Timing, measure
+from benchmarks.timing import TIMINGS, Timing, measure
 
 
-def test_suggestions_are_timed_from_two_hundred_observations_on() -> None:
-    timing = measure("random", suggestions=3, stock=0)
+def test_suggestions_are_timed_from_as_many_observations_on_as_are_asked_for() -> None:
+    timing = measure("random", observations=200, suggestions=3, stock=0)
     assert len(timing.suggestions) == 3
-    assert timing.observations[0] == OBSERVATIONS
-    assert OBSERVATIONS < timing.observations[1] <= OBSERVATIONS + 2 * 15  # at most all 15 levels of two trials
+    assert timing.observations[0] == 200
+    assert 200 < timing.observations[1] <= 200 + 2 * 15  # at most all 15 levels of two trials
     assert "random: median" in timing.summary()
-    assert "not measured" in timing.summary()
+    assert "stock" not in timing.summary()
+    assert TIMINGS.validate_json(TIMINGS.dump_json((timing,))) == (timing,)
 
 
 def test_the_summary_gives_percentiles() -> None:
