@@ -193,6 +193,19 @@ def check_prices(
     prices.write(folder)
 
 
+@app.command("stopping")
+def stopping_rule(
+    seeds: Annotated[str, typer.Option(help="1000:1020 or 3,5,8. Tuning: 0 to 99; publication: from 1000.")] = "0:3",
+    workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
+    folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
+    file: Annotated[Path, typer.Option("--results", help="File of the results.")] = store.RESULTS / "stopping.jsonl",
+) -> None:
+    """Compare when `stop_gain` ends a search with the best fixed cost, and write the page of the docs."""
+    from benchmarks import stopping
+
+    stopping.write(stopping.run(_seeds(seeds), workers, file), folder)
+
+
 @app.command("recipe")
 def recipes(
     limit: Annotated[int | None, typer.Option(min=0, help="Do at most so many of the missing cases.")] = None,

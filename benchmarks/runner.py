@@ -251,7 +251,7 @@ def run(
     say(f"{len(todo)} runs to do, {len(runs) - len(todo)} done before")
     failed = 0
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # read by the workers when they import torch
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_prepare_worker) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=prepare_worker) as pool:
         running = {
             pool.submit(
                 run_one, item.strategy, item.settings, item.landscape, item.seed, item.label, item.changes
@@ -279,7 +279,8 @@ def run(
     return failed
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
+    """In a process of a pool: one thread, low priority, few warnings."""
     warnings.simplefilter("ignore", NumericalWarning)  # of BoTorch's models: hundreds of lines between the results
     os.nice(NICENESS)
     torch.set_num_threads(1)

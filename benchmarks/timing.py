@@ -1,4 +1,4 @@
-"""Seconds per suggestion at 200 and at 1,000 observations, with BoTorch's stock multi-fidelity knowledge gradient beside ours."""
+"""Seconds per suggestion at 200 and 1,000 observations, with BoTorch's stock knowledge gradient beside ours."""
 
 from __future__ import annotations
 

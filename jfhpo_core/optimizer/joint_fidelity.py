@@ -110,7 +110,7 @@ class JointFidelity:
         pool: See `CandidateSet`, as for the next five.
         acquisition: Name of what says the worth of a segment: see `jfhpo_core.optimizer.acquisitions`.
         stop_gain: The least gain in score for which another full run of the target would be paid. The search ends when
-            no full run is expected to bring its price; see `pays`. 0: it spends its budget.
+            no full run is expected to bring its price; see `worth_of_going_on`. 0: it spends its budget.
         target_share: Full runs of the target are due so often that they take this share of the spending: see
             `allocation`.
         prior: What is known of hyperparameters before the search, see `known_optima`: "shipped", "none", or a JSON
@@ -213,29 +213,14 @@ class JointFidelity:
         ]
 
     def pays(self, beliefs: Beliefs, items: Sequence[Priced], full_seconds: float) -> bool:
-        """Whether some full run of the target is expected to bring more than its price, in units of the score.
-
-        A run of usual length costs `stop_gain`, a longer one more. To stop when the expected improvement of none is
-        above its price is to stop when no Gittins index of Pandora's box exceeds the best score found: optimal for
-        independent boxes, and in expectation never worse than to stop at once. Asked once some full runs have finished.
+        """Whether some full run of the target is worth more than `stop_gain`: see `worth_of_going_on`.
 
         Args:
             beliefs: What is known.
             items: What could be bought.
             full_seconds: Price of a full run of usual length.
-
-        References:
-            Xie et al. (2024), Cost-aware Bayesian optimization via the Pandora's box Gittins index; Xie et al. (2025),
-            Cost-aware stopping for Bayesian optimization.
         """
-        study = beliefs.history.study
-        runs = [item for item in items if is_full_run(study, item.candidate)]
-        if not self.stop_gain or not runs or len(beliefs.history.finished) < PAYS_AFTER:
-            return True
-        candidates = [item.candidate for item in runs]
-        gains = _expected_improvement(beliefs, candidates) * beliefs.accepted(candidate_inputs(study, candidates))
-        prices = torch.tensor([item.seconds for item in runs], dtype=torch.double) * self.stop_gain / full_seconds
-        return bool((gains * beliefs.scale.unit() > prices).any())
+        return not self.stop_gain or worth_of_going_on(beliefs, items, full_seconds) > self.stop_gain
 
     def _choose(
         self,
@@ -332,12 +317,41 @@ def _first_run(history: History, costs: CostModel, expected: Expectations, remai
         "what is expected to be best, before anything is known: values that are expected, else the middle of the range"
     )
     changes = [sum(item[name] != value for name, value in best.items() if name in item) for item in choices]
-    for index in np.lexsort((changes, -near)):
+    for index in np.lexsort((np.array(changes), -near)):
         candidate = Candidate(choices[index], target, 0, horizon, len(history.trials))
         proposal = _propose(costs, candidate, why, source=source)
         if (proposal.suggestion.expected_cost_seconds or 0.0) <= remaining_seconds:
             return proposal
     return None
+
+
+def worth_of_going_on(beliefs: Beliefs, items: Sequence[Priced], full_seconds: float) -> float:
+    """Score that some full run of the target should gain for the price of one of usual length; the most of all of them.
+
+    To stop when this falls below what such a run may cost, in units of the score, is to stop when no Gittins index of
+    Pandora's box exceeds the best score found: optimal for independent boxes, and in expectation never worse than to
+    stop at once.
+
+    Args:
+        beliefs: What is known.
+        items: What could be bought.
+        full_seconds: Price of a full run of usual length.
+
+    Returns:
+        Infinity as long as few have finished, or if none is to be had.
+
+    References:
+        Xie et al. (2024), Cost-aware Bayesian optimization via the Pandora's box Gittins index; Xie et al. (2025),
+        Cost-aware stopping for Bayesian optimization.
+    """
+    study = beliefs.history.study
+    runs = [item for item in items if is_full_run(study, item.candidate)]
+    if not runs or len(beliefs.history.finished) < PAYS_AFTER:
+        return math.inf
+    candidates = [item.candidate for item in runs]
+    gains = _expected_improvement(beliefs, candidates) * beliefs.accepted(candidate_inputs(study, candidates))
+    lengths = torch.tensor([item.seconds for item in runs], dtype=torch.double) / full_seconds
+    return float((gains / lengths).max()) * beliefs.scale.unit()
 
 
 def _favourites(beliefs: Beliefs, expected: Space) -> list[Configuration]:
