@@ -4,11 +4,14 @@ A point is a row (x, z, t, trial, study): hyperparameters x in the unit cube, z 
 parameters) <= 0, the share t of the full horizon, the number of the run it belongs to, and the study (0 is this one).
 What is modelled are scores on the scale of `score_scale`, which has no units:
 
-    value(x, z, t) = c + offset(z, t) + a(t) [ shared(x + beta z) + residual(x, z) + seed(trial) ]
+    value(x, z, t) = c + offset(z, t) + a(t) [ arch(x + beta z) + shared(x + beta z) + residual(x, z) + seed(trial) ]
 
 * `offset` is a level for each size and length: how high scores are there says nothing about a configuration.
 * `a` lets configurations lie closer together early in a run: a(t) = exp(-growth (1 - t)). A Matern-5/2 correlation over
   t multiplies `shared` and `residual`, for curves that cross.
+* `arch` expects less towards both ends of the range of what is marked `shifts_with_size`, as of the learning rate: with
+  too small a rate nothing is learned, with too large a one runs collapse. Without it the ends, where a Gaussian process
+  knows least, are tried again and again. How much less is fitted.
 * `shared` is a Matern-5/2 process common to all sizes. `beta` moves the best learning rate (and what else is marked
   `shifts_with_size`) linearly in log parameters: the scaling that recipes for different sizes show.
 * `residual` is a Wiener process in |z|: nothing at the target, and the further away a model is the more it may differ;
@@ -100,7 +103,13 @@ SEED_VARIANCE = Prior(math.log(0.02), 1.0)
 SHIFT = Prior(0.0, 0.15)
 """In units of the unit cube per factor of ten in parameters."""
 
+ARCH = Prior(math.log(1.0), 0.7)
+"""How far a value falls from the middle of a range to its ends; see decision 31."""
+
 MEAN_VALUE = Prior(-1.0, 1.0)
+MEAN_SQUARE = 1 / 3
+"""Of the distance from the middle to a point of the range, in halves of it: the arch is zero on average."""
+
 RELATION = Prior(1.5, 1.5)
 """Logit of the correlation with an earlier study; its mean is a correlation of 0.82."""
 
@@ -145,6 +154,7 @@ class JointStructure:
             "mean": (MEAN_VALUE, 1),
             "relation": (RELATION, earlier),
             "shift": (SHIFT, len(self.shifting)),
+            "arch": (ARCH, len(self.shifting)),
             "lengthscales": (LENGTHSCALE, dimension),
         }
         self.slices: dict[str, slice] = {}
@@ -174,8 +184,12 @@ class JointStructure:
         return torch.exp(-self.value(parameters, "growth") * (1 - progress))
 
     def mean(self, parameters: Tensor, inputs: Tensor) -> Tensor:
-        """Prior mean c at inputs (..., n, d + 4), shape (..., n)."""
-        mean: Tensor = self.value(parameters, "mean") + torch.zeros_like(inputs[..., 0])
+        """Prior mean c + a(t) arch(x + beta z) at inputs (..., n, d + 4), shape (..., n)."""
+        x, progress = inputs[..., : self.dimension + 1], inputs[..., self.dimension + 1]
+        height = self.value(parameters, "arch").exp().unsqueeze(-2)
+        from_middle = 2 * self._shifted(parameters, x)[..., self.shifting] - 1
+        arch = (height * (MEAN_SQUARE - from_middle.square())).sum(-1)
+        mean: Tensor = self.value(parameters, "mean") + self.amplitude(parameters, progress) * arch
         return mean
 
     def _shifted(self, parameters: Tensor, inputs: Tensor) -> Tensor:

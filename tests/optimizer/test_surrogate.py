@@ -217,6 +217,46 @@ def test_the_mode_is_better_than_the_prior_mean_and_the_draws_surround_it() -> N
     assert max(draws) <= mode + 0.1
 
 
+def test_the_ends_of_a_learning_rates_range_are_expected_to_be_worse_than_its_middle() -> None:
+    structure = JointStructure(DIMENSION, (0,))
+    parameters = structure.prior_mean.clone()
+    parameters[structure.slices["arch"]] = math.log(1.5)
+    grid = torch.full((101, DIMENSION + 4), 0.5, dtype=torch.double)
+    grid[:, 0], grid[:, DIMENSION], grid[:, DIMENSION + 1] = torch.linspace(0, 1, 101), 0.0, 1.0
+    mean = structure.mean(parameters, grid)
+    assert float(mean[50] - mean[0]) == pytest.approx(1.5)
+    assert float(mean[50] - mean[-1]) == pytest.approx(1.5)
+    assert float(torch.trapezoid(mean, dx=0.01)) == pytest.approx(float(parameters[structure.slices["mean"]]), abs=1e-3)
+
+    parameters[structure.slices["shift"]] = 0.2
+    proxy = grid.clone()
+    proxy[:, DIMENSION] = -1.0
+    assert int(structure.mean(parameters, proxy).argmax()) == 70, "the best rate of a model of a tenth is higher"
+    early = proxy.clone()
+    early[:, DIMENSION + 1] = 0.25
+    assert float(structure.mean(parameters, early).std()) < 0.9 * float(structure.mean(parameters, proxy).std())
+    others = grid.clone()
+    others[:, 0], others[:, 1] = 0.5, torch.linspace(0, 1, 101)
+    assert float(structure.mean(parameters, others).std()) == 0, "what does not move with size has no arch"
+    without = JointStructure(DIMENSION, ())
+    assert float(without.mean(without.prior_mean, grid).std()) == 0
+
+
+@pytest.mark.parametrize("peak", [0.3, 0.97], ids=["inside", "at an end"])
+def test_an_arch_that_is_not_there_is_overruled(peak: float) -> None:
+    """Of thirty runs of the target; the best rate lies where it lies."""
+    data = observations(30)
+    data.inputs[:, DIMENSION] = 0.0
+    data.inputs[:, DIMENSION + 1] = 1.0
+    values = -8 * (data.inputs[:, 0] - peak).square()
+    model = model_of(Observations(data.inputs, values, data.variances))
+    grid = torch.full((101, DIMENSION + 4), 0.5, dtype=torch.double)
+    grid[:, 0], grid[:, DIMENSION], grid[:, DIMENSION + 1] = torch.linspace(0, 1, 101), 0.0, 1.0
+    grid[:, DIMENSION + 2], grid[:, DIMENSION + 3] = ANY_SEED, 0.0
+    means, _ = model.mean_and_deviation(grid)
+    assert float(means.argmax()) / 100 == pytest.approx(peak, abs=0.06)
+
+
 def test_the_best_learning_rate_is_learned_to_move_with_size() -> None:
     """Data whose optimum moves by -0.2 per decade; beta must move against it, so that the shared optimum is common."""
     random = np.random.default_rng(0)
