@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
+from jfhpo.machine import LOCAL, address_of, lacks_gpus
 from jfhpo.session import INLINE, informed, recorded
 from jfhpo_core.errors import JfhpoError, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
@@ -48,10 +48,12 @@ def _ledger(study: Study) -> Finding:
 def _ray(study: Study) -> Finding:
     """Whether the cluster answers and has what the study asks of it."""
     spec = study.spec
-    address = os.environ.get("RAY_ADDRESS", "local") if spec.cluster.address == "auto" else spec.cluster.address
+    address = address_of(spec.cluster)
     if address == INLINE:
         return Finding(Level.OK, "ray", "not used: trials run in the driver's own process")
-    if address == "local":
+    if (lack := lacks_gpus(spec.cluster)) is not None:
+        return Finding(Level.FAILURE, "ray", lack)
+    if address == LOCAL:
         return Finding(Level.OK, "ray", "a private instance on this machine will be started")
     from jfhpo_core.run.ray_instance import cluster_resources
 
