@@ -663,9 +663,17 @@ class StudySpec(_Section):
         here, there = (dict(_leaves(spec.meaning())) for spec in (self, other))
         return [name for name in {**here, **there} if here.get(name, ABSENT) != there.get(name, ABSENT)]
 
+    def to_data(self) -> dict[str, Any]:
+        """The complete study, defaults included, as JSON data of a study file, which has no empty conditions."""
+        data = self.model_dump(mode="json")
+        for parameter in data["space"].values():
+            if not parameter["when"]:
+                del parameter["when"]
+        return data
+
     def to_yaml(self) -> str:
         """The complete study, defaults included, as YAML that `load_study` reads back to an equal study."""
-        return write_yaml(self.model_dump(mode="json"))
+        return write_yaml(self.to_data())
 
 
 _LATER_TASK_FIELDS = {

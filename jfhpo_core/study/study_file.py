@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.study.missing import missing
 from jfhpo_core.study.space import TYPE_NAMES
 from jfhpo_core.study.spec import DataSource, HubData, RewardSpec, StudySpec
 from jfhpo_core.study.yaml_text import Document, read_yaml
@@ -45,17 +46,22 @@ def read_text(path: Path) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        told = missing(path, "the folder you are in")
+        raise SpecError(f"{path}: the study file cannot be read: {told}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: the study file cannot be read: {error}") from None
 
 
-def parse_study(text: str, source: str = "study", folder: Path | None = None) -> StudySpec:
+def parse_study(text: str, source: str = "study", folder: Path | None = None, *, recorded: bool = False) -> StudySpec:
     """Read a study from YAML text.
 
     Args:
         text: YAML.
         source: Name for messages.
         folder: Relative paths in the study are relative to it; None leaves them as they are.
+        recorded: Whether a ledger has kept it: earlier versions wrote empty conditions, which a study file must not
+            have.
 
     Raises:
         SpecError: Every fault of the text, each with line, field, value and remedy.
@@ -65,7 +71,7 @@ def parse_study(text: str, source: str = "study", folder: Path | None = None) ->
         raise SpecError(
             f"{source}: a study file is a mapping that begins with `study: NAME`; `jfhpo schema` lists the fields"
         )
-    spec = validate_study(document, source)
+    spec = _validate(document, source) if recorded else validate_study(document, source)
     return resolve_paths(spec, folder) if folder is not None else spec
 
 
@@ -75,6 +81,24 @@ def validate_study(document: Document, source: str) -> StudySpec:
     Raises:
         SpecError: One line per faulty place.
     """
+    _refuse_empty_conditions(document, source)
+    return _validate(document, source)
+
+
+def _refuse_empty_conditions(document: Document, source: str) -> None:
+    """An empty condition reads as if it meant something, and means the same as none."""
+    space = document.data.get("space")
+    for name, parameter in space.items() if isinstance(space, dict) else ():
+        if isinstance(parameter, dict) and parameter.get("when") == {}:
+            line, field = document.locate(["space", name, "when"])
+            place = f"{source}: {field}" if line is None else f"{source}, line {line}: {field}"
+            raise SpecError(
+                f"{place} = {{}}: a condition without a hyperparameter holds always; remove it, or name a choice and "
+                "its values, as in {scheduler: [cosine]}"
+            )
+
+
+def _validate(document: Document, source: str) -> StudySpec:
     try:
         return StudySpec.model_validate(document.data)
     except ValidationError as error:

@@ -14,6 +14,7 @@ from jfhpo_core.study.hyperparameters import default_spaces
 from jfhpo_core.study.operational import OPERATIONAL
 from jfhpo_core.study.spec import StudySpec, TrainerSpec, study_schema
 from jfhpo_core.study.study_file import load_study, parse_study
+from jfhpo_core.study.yaml_text import write_yaml
 
 STUDY = """\
 # A comment, so that lines and fields differ.
@@ -95,6 +96,15 @@ def test_levels(fidelity: str, levels: tuple[int, ...]) -> None:
 def test_a_study_written_as_yaml_reads_back_equal() -> None:
     spec = parse_study(STUDY)
     assert parse_study(spec.to_yaml()) == spec
+
+
+def test_an_empty_condition_is_refused_but_in_studies_that_a_ledger_has_kept() -> None:
+    spec = parse_study(STUDY)
+    kept = write_yaml(spec.model_dump(mode="json"))
+    assert "when: {}" in kept
+    with pytest.raises(SpecError, match=r"space\.\w+\.when = {}: .* remove it, or name a choice"):
+        parse_study(kept)
+    assert parse_study(kept, recorded=True) == spec
 
 
 LINES = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=30)
@@ -292,6 +302,12 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes | 
         path.write_bytes(content)
     with pytest.raises(SpecError, match=r"study\.yaml: the study file cannot be read"):
         load_study(path)
+
+
+def test_a_study_file_that_is_not_there_is_refused_with_what_is(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").touch()
+    with pytest.raises(SpecError, match=r"there is 'study\.yaml'; correct the path .* the folder you are in"):
+        load_study(tmp_path / "sudy.yml")
 
 
 def test_a_folder_is_no_study_file(tmp_path: Path) -> None:
