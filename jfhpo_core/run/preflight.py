@@ -17,8 +17,9 @@ from pathlib import Path
 from jfhpo_core import embedded
 from jfhpo_core.errors import JfhpoError, SpecError
 from jfhpo_core.run.family import examine_family, load_tokenizer
-from jfhpo_core.run.untrained import is_at_hand, measure, sample
+from jfhpo_core.run.untrained import measure, sample
 from jfhpo_core.study.data import columns_of, is_conversational
+from jfhpo_core.study.models import is_at_hand
 from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_overlong
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.scoring import PROCESSES

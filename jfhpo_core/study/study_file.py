@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.missing import missing
+from jfhpo_core.study.models import HUB_NAME
 from jfhpo_core.study.space import TYPE_NAMES
 from jfhpo_core.study.spec import DataSource, HubData, RewardSpec, StudySpec
 from jfhpo_core.study.yaml_text import Document, read_yaml
@@ -122,14 +123,17 @@ def with_lines(path: Path) -> Iterator[None]:
 def resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:
     """Make the study's own files absolute, so that workers in other folders find them.
 
-    What names no existing folder where a name on the hub may stand is left alone.
+    Where a name on the hub may stand, only what may be one is left alone: neither a path by its form, nor something in
+    a folder that exists.
     """
 
     def absolute(path: str) -> str:
         return str((folder / Path(path).expanduser()).resolve())
 
     def found(name: str) -> str:
-        return absolute(name) if (folder / Path(name).expanduser()).exists() else name
+        path = folder / Path(name).expanduser()
+        beside = "/" in name and path.parent.is_dir()
+        return absolute(name) if path.exists() or beside or not HUB_NAME.fullmatch(name) else name
 
     def data(source: DataSource | None) -> DataSource | None:
         if isinstance(source, HubData):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ def test_levels(fidelity: str, levels: tuple[int, ...]) -> None:
 def test_a_study_written_as_yaml_reads_back_equal() -> None:
     spec = parse_study(STUDY)
     assert parse_study(spec.to_yaml()) == spec
+
+
+@pytest.mark.parametrize("name", ["llm", "tiny"])
+def test_a_default_space_leaves_out_what_is_fixed(name: str) -> None:
+    fixed = {"prompts_per_step": 32, "mini_batches": 4, "temperature": 1.0}
+    data = yaml.safe_load(STUDY) | {"space": name, "trainer": {"name": "simulated", "fixed": fixed}}
+    spec = parse_study(json.dumps(data))
+    assert list(spec.space) == [known for known in default_spaces()[name] if known not in fixed]
 
 
 def test_an_empty_condition_is_refused_but_in_studies_that_a_ledger_has_kept() -> None:
@@ -222,7 +231,7 @@ BAD = {
     ),
     "fixed and searched": (
         changed("temperature: 0.9", "learning_rate: 1e-4"),
-        11, "trainer.fixed.learning_rate", "", "remove one of the two",
+        11, "trainer.fixed.learning_rate", "", "remove it, or space.learning_rate",
     ),
     "baselines of one name": (
         STUDY + "  - {name: recipe, configuration: {}}\n", 20, "baselines", "'recipe', 'recipe'", "differ",
