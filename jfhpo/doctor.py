@@ -9,7 +9,7 @@ from jfhpo.session import INLINE, informed, recorded
 from jfhpo_core.errors import JfhpoError, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.text import without_credentials
-from jfhpo_core.run.preflight import examine
+from jfhpo_core.run.preflight import doubts, examine
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.trainers.base import Finding, Level
@@ -26,6 +26,7 @@ def diagnose(spec: StudySpec) -> Iterator[Finding]:
     sizes = ", ".join(f"{model.name} ({model.parameters:,})" for model in study.ladder.models)
     yield Finding(Level.OK, "study", f"{spec.study}: {sizes}; trainer {spec.trainer.name}")
     yield from examine(study)
+    yield from doubts(study)
     yield _ledger(study)
     yield _ray(study)
 
