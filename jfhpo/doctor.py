@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
+from jfhpo.machine import LOCAL, address_of, lacks_gpus
 from jfhpo.session import INLINE, informed, recorded
 from jfhpo_core.errors import JfhpoError, LedgerError
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.text import without_credentials
-from jfhpo_core.run.preflight import examine
+from jfhpo_core.run.preflight import doubts, examine
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.trainers.base import Finding, Level
@@ -26,6 +26,7 @@ def diagnose(spec: StudySpec) -> Iterator[Finding]:
     sizes = ", ".join(f"{model.name} ({model.parameters:,})" for model in study.ladder.models)
     yield Finding(Level.OK, "study", f"{spec.study}: {sizes}; trainer {spec.trainer.name}")
     yield from examine(study)
+    yield from doubts(study)
     yield _ledger(study)
     yield _ray(study)
 
@@ -48,10 +49,12 @@ def _ledger(study: Study) -> Finding:
 def _ray(study: Study) -> Finding:
     """Whether the cluster answers and has what the study asks of it."""
     spec = study.spec
-    address = os.environ.get("RAY_ADDRESS", "local") if spec.cluster.address == "auto" else spec.cluster.address
+    address = address_of(spec.cluster)
     if address == INLINE:
         return Finding(Level.OK, "ray", "not used: trials run in the driver's own process")
-    if address == "local":
+    if (lack := lacks_gpus(spec.cluster)) is not None:
+        return Finding(Level.FAILURE, "ray", lack)
+    if address == LOCAL:
         return Finding(Level.OK, "ray", "a private instance on this machine will be started")
     from jfhpo_core.run.ray_instance import cluster_resources
 

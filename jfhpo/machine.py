@@ -1,14 +1,20 @@
-"""How many devices the machine or cluster of a study has, and whether they are enough; asked by `plan`."""
+"""Which devices the machine or cluster of a study has, and whether they are enough; asked by `plan` and `doctor`."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from jfhpo.session import INLINE
 from jfhpo_core.errors import JfhpoError, SpecError
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import ClusterSpec
+
+LOCAL = "local"
+
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+"""Of the kernel: a folder for each GPU, whether or not the torch that is installed here could use it."""
 
 
 def with_counted_devices(study: Study) -> Study:
@@ -42,11 +48,27 @@ def with_counted_devices(study: Study) -> Study:
     return replace(study, spec=study.spec.model_copy(update={"cluster": counted}))
 
 
+def address_of(cluster: ClusterSpec) -> str:
+    """Where trials will run: 'inline', 'local', or the address of a cluster."""
+    return (os.environ.get("RAY_ADDRESS") or LOCAL) if cluster.address == "auto" else cluster.address
+
+
+def lacks_gpus(cluster: ClusterSpec) -> str | None:
+    """What to say if trials want GPUs, would run on this machine, and it has none."""
+    if cluster.gpus_per_device == 0 or address_of(cluster) != LOCAL or _gpus(cluster) or any(NVIDIA.glob("*")):
+        return None
+    return (
+        f"cluster.gpus_per_device is {cluster.gpus_per_device:g}, no address of a cluster is given, and this machine "
+        "has no GPU: a search begun here would be refused. Run it where there are GPUs, give the address of a cluster "
+        "(cluster.address, or RAY_ADDRESS in the environment), or train on CPUs (leave gpus_per_device out)"
+    )
+
+
 def _gpus(cluster: ClusterSpec) -> float | None:
     if cluster.gpus_per_device == 0:
         return None
-    address = os.environ.get("RAY_ADDRESS", "local") if cluster.address == "auto" else cluster.address
-    if address in ("local", INLINE):
+    address = address_of(cluster)
+    if address in (LOCAL, INLINE):
         import torch
 
         return float(torch.cuda.device_count())

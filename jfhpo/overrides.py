@@ -26,7 +26,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> StudySpec:
     spec = load_study(path)
     if not overrides:
         return spec
-    data = spec.model_dump(mode="json")
+    data = spec.to_data()
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:

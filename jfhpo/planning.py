@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jfhpo.machine import with_counted_devices
+from jfhpo.machine import lacks_gpus, with_counted_devices
 from jfhpo.places import check_places
 from jfhpo.session import informed, recorded
 from jfhpo_core.optimizer.forecast import Forecast, Quality, forecast, forecast_quality, parse_more, with_more
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.run.outcome import SearchResult
-from jfhpo_core.run.preflight import refuse_unusable
+from jfhpo_core.run.preflight import doubts, refuse_unusable
 from jfhpo_core.run.standing import rank
 from jfhpo_core.study.resolved import Study, resolve
 from jfhpo_core.study.spec import StudySpec
-from jfhpo_core.trainers.base import Finding
+from jfhpo_core.trainers.base import Finding, Level
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def plan(spec: StudySpec, more: str | None = None) -> Plan:
     study = informed(resolve(spec), notes.append)
     check_places(spec)
     study = with_counted_devices(study)
-    findings = refuse_unusable(study)
+    findings = [*refuse_unusable(study), *doubts(study)]
+    if (lack := lacks_gpus(spec.cluster)) is not None:
+        findings.append(Finding(Level.WARNING, "gpus", lack))
     larger = with_more(study, parse_more(more)) if more is not None else None
     ledger = recorded(study)
     if ledger is not None:

@@ -22,7 +22,7 @@ from jfhpo_core.report.why import Why, why
 from jfhpo_core.run.dispatch import Dispatcher, InlineDispatcher
 from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.run.planning import Phase, patience, plan_next
-from jfhpo_core.run.preflight import DOCTOR_PARAMETERS, measured, refuse_unusable, trains_models
+from jfhpo_core.run.preflight import DOCTOR_PARAMETERS, doubts, measured, refuse_unusable, trains_models
 from jfhpo_core.run.scheduler import POOL
 from jfhpo_core.run.search import Progress, run_search
 from jfhpo_core.run.standing import rank
@@ -138,7 +138,7 @@ def _rehearse(study: Study, on_status: Callable[[str], None], on_note: Callable[
     findings = refuse_unusable(study)
     if recorded(study) is not None:
         return
-    for finding in findings:
+    for finding in (*findings, *doubts(study)):
         if finding.level is Level.WARNING:
             on_note(f"{finding.level}: {finding.message}")
     on_status("scoring the untrained models")

@@ -55,7 +55,8 @@ def refuse_other_meaning(client: MlflowClient, run: Run, study: StudySpec) -> No
     with tempfile.TemporaryDirectory(prefix="jfhpo-") as folder:
         try:
             path = Path(client.download_artifacts(run.info.run_id, "study.yaml", folder))
-            recorded = parse_study(path.read_text(encoding="utf-8"), f"study {study.study!r} in the ledger")
+            text = path.read_text(encoding="utf-8")
+            recorded = parse_study(text, f"study {study.study!r} in the ledger", recorded=True)
         except (MlflowException, OSError, SpecError):
             raise LedgerError(mismatch_message(study.study)) from None
     if recorded.identity() != study.identity():

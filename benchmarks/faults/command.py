@@ -49,6 +49,9 @@ COMMITTED = re.compile(r" spent, about .* \| #\d+ ")
 """A line of `jfhpo search --plain` about a segment that is committed."""
 
 LOCKED_SECONDS = (55.0, 65.0)
+RECORDING_SECONDS = 3600.0
+"""For writing down 1,000 trials, which takes minutes on a machine that is busy."""
+
 MANY_TRIALS = 1000
 MANY_SECONDS = 3.0
 """What such a trial has cost."""
@@ -447,7 +450,7 @@ def _many_data(folder: Path, *, more: bool) -> dict[str, Any]:
 def _many() -> tempfile.TemporaryDirectory[str]:
     """A folder with 1,000 trials on record: searched in memory, and written down as a search writes them."""
     kept = tempfile.TemporaryDirectory(prefix="jfhpo-many-")
-    in_process(_record_many, Path(kept.name))
+    in_process(_record_many, Path(kept.name), patience_seconds=RECORDING_SECONDS)
     return kept
 
 

@@ -93,13 +93,14 @@ def is_alive(pid: int) -> bool:
     return any(pid == one for one, _, _ in _processes())
 
 
-def in_process(call: Callable[..., Any], *arguments: Any) -> Any:
+def in_process(call: Callable[..., Any], *arguments: Any, patience_seconds: float = PATIENCE_SECONDS) -> Any:
     """Call in a process of its own, so that no connection to a database is carried into the next one."""
     here, there = SERVER.Pipe(duplex=False)
     process = SERVER.Process(target=_send, args=(there, call, arguments))
     process.start()
-    if not here.poll(PATIENCE_SECONDS):
-        raise JfhpoError("the ledger cannot be read")
+    if not here.poll(patience_seconds):
+        process.kill()
+        raise JfhpoError(f"the ledger was not read or written within {patience_seconds:.0f} s")
     result = here.recv()
     process.join()
     return result

@@ -11,9 +11,10 @@ from jfhpo.display.words import describe_end, describe_untrained, duration, show
 from jfhpo_core.optimizer.cost import CostEstimate
 from jfhpo_core.optimizer.forecast import Forecast, Quality, forecast, forecast_quality, scaled
 from jfhpo_core.optimizer.strategy import Strategy, load_strategy
+from jfhpo_core.run.preflight import told_before_trials
 from jfhpo_core.run.search import Progress
 from jfhpo_core.run.standing import rank
-from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.resolved import Study, base_scores
 from jfhpo_core.study.trial import Evaluation, Trial
 
 QUIET_SECONDS = 30.0
@@ -58,6 +59,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._committed: dict[str, int] | None = None
+        self._untrained: set[str] = set()
         self._began = time.monotonic()
         self._charged_before = 0.0
         self._charged = 0.0
@@ -74,13 +76,16 @@ class Watch:
         ended: list[str] = []
         if self._committed is None:
             self._began, self._charged_before = time.monotonic(), charged
+            # What was measured before is told once, by the session or by an earlier call.
+            self._untrained = {*base_scores(progress.trials), *told_before_trials(progress.study)}
         else:
-            ended = [
-                line
-                for trial in progress.trials
-                for result in trial.segments[self._committed.get(trial.key, 0) :]
-                for line in (*describe_untrained(trial, result), describe_end(trial, result))
-            ]
+            for trial in progress.trials:
+                for result in trial.segments[self._committed.get(trial.key, 0) :]:
+                    untrained = describe_untrained(trial, result)
+                    if untrained and trial.model not in self._untrained:
+                        self._untrained.add(trial.model)
+                        ended += untrained
+                    ended.append(describe_end(trial, result))
         study, trials = progress.study, progress.trials
         if ended or self._forecast is None:
             self._strategy = self._strategy or load_strategy(study)

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from jfhpo_core.report.text import number, setting, signed
 from jfhpo_core.run.outcome import Comparison, SearchResult
+from jfhpo_core.run.standing import is_rewardless, runs_without_reward
 from jfhpo_core.study.history import History
 from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.resolved import Study
@@ -147,6 +148,8 @@ def _respect(row: Comparison, limits: Sequence[Limit]) -> str:
 def why_nothing(result: SearchResult) -> str:
     """Why nothing can be recommended, and what to do about it."""
     target, budget = result.study.ladder.target.name, result.study.spec.budget.device_seconds
+    if is_rewardless(result.study, result.trials):
+        return _no_reward(result)
     if result.tried:
         return _none_respects(result)
     lead = f"Nothing can be recommended: no training run of the search reached full length on {target}."
@@ -180,6 +183,18 @@ def why_nothing(result: SearchResult) -> str:
     return (
         f"{lead} {result.spent_seconds:.3g} of {budget:.3g} device-seconds are spent: raise the budget and run the "
         "same command again."
+    )
+
+
+def _no_reward(result: SearchResult) -> str:
+    """What to do if no completion ever had a reward."""
+    runs = runs_without_reward(result.study, result.trials)
+    return (
+        f"Nothing can be recommended: in none of {len(runs)} runs, {result.study.ladder.target.name} among them, any "
+        "completion had a reward other than 0, in training or on the held-out set, and without any there is nothing to "
+        "learn from. The search has ended before its budget. Read completions in the report: if right answers get no "
+        "reward, mend the reward and run the same command with --accept-changed-data; if there are none, take easier "
+        "prompts, allow longer completions, or first train the models on right answers, which makes a new study."
     )
 
 

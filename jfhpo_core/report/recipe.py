@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -97,9 +97,10 @@ def recipe(result: SearchResult, count: int) -> Recipe:
     """The recipe of a study, finished or not, for a model of `count` parameters."""
     study = result.study
     history = History.of(study, result.trials)
-    sizes = _sizes(study, history.evidence)
+    tried = _tried(study, history.evidence)
+    sizes = {model.name: model.parameters for model in study.ladder.models if tried[model.name] >= FEWEST_ON_A_SIZE}
     page = Recipe(study=study.spec.study, parameters=count, sizes=sizes)
-    if (refusal := _refusal(count, list(sizes.values()))) is not None:
+    if (refusal := _refusal(count, list(sizes.values()), tried)) is not None:
         return page.model_copy(update={"refusal": refusal, "sentences": (refusal,)})
     try:
         beliefs = Beliefs.form(history, DRAWS)
@@ -129,31 +130,32 @@ def _law(name: str, shift: Shift) -> Law:
     return Law(name=name, value=shift.value, low=shift.low, high=shift.high, factor=shift.factor)
 
 
-def _sizes(study: Study, trials: Sequence[Trial]) -> dict[str, int]:
-    """Models on which enough configurations have been evaluated or have failed."""
-    tried = {
-        model.name: {
-            configuration_key(trial.configuration) for trial in trials if trial.model == model.name and trial.segments
-        }
+def _tried(study: Study, trials: Sequence[Trial]) -> dict[str, int]:
+    """How many configurations have been evaluated or have failed, by model, small to large."""
+    return {
+        model.name: len(
+            {configuration_key(trial.configuration) for trial in trials if trial.model == model.name and trial.segments}
+        )
         for model in study.ladder.models
     }
-    return {model.name: model.parameters for model in study.ladder.models if len(tried[model.name]) >= FEWEST_ON_A_SIZE}
 
 
-def _refusal(count: int, sizes: Sequence[int]) -> str | None:
+def _refusal(count: int, sizes: Sequence[int], tried: Mapping[str, int]) -> str | None:
     """Why the sizes that were run do not tell about another one; None if they may."""
+    counts = ", ".join(f"{number} on {name}" for name, number in tried.items())
     if not sizes:
         return (
-            f"No recipe: no model has {FEWEST_ON_A_SIZE} configurations that were run. Let the search go on, then ask "
-            "again."
+            f"No recipe: no model has {FEWEST_ON_A_SIZE} configurations that were run ({counts}). Let the search go "
+            "on, or raise its budget, then ask again."
         )
     outside = max(0.0, math.log10(count / max(sizes)), math.log10(min(sizes) / count))
     if outside <= SAME_SIZE:
         return None
     if len(sizes) < 2:
         return (
-            f"No recipe for {parameters(count)} parameters: only one size was run ({parameters(sizes[0])}), which does "
-            "not tell how the best values move with size. Run a few configurations on a model of another size."
+            f"No recipe for {parameters(count)} parameters: how the best values move with size is told by "
+            f"{FEWEST_ON_A_SIZE} configurations or more on each of two sizes, and only one size has so many "
+            f"({parameters(sizes[0])}): {counts} were run. {_way_on(tried)}"
         )
     span = math.log10(max(sizes) / min(sizes))
     if outside > FARTHEST * span:
@@ -164,6 +166,16 @@ def _refusal(count: int, sizes: Sequence[int]) -> str | None:
             "outside; run a larger model first."
         )
     return None
+
+
+def _way_on(tried: Mapping[str, int]) -> str:
+    """How a second size gets its configurations."""
+    short = {name: number for name, number in tried.items() if number < FEWEST_ON_A_SIZE}
+    if not short:
+        return "Name a model of another size in `family`, which makes a new study."
+    name = max(short, key=lambda name: short[name])
+    more = f"{FEWEST_ON_A_SIZE - short[name]} more on {name}"
+    return f"Let the search go on, with a larger budget if it has ended: {more} do."
 
 
 def _sentences(study: Study, page: Recipe) -> list[str]:

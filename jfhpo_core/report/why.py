@@ -6,6 +6,7 @@ from the trials themselves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -22,6 +23,7 @@ from jfhpo_core.optimizer.observations import went_wrong
 from jfhpo_core.optimizer.rank_agreement import most_telling, size_agreements
 from jfhpo_core.optimizer.score_scale import TARGET
 from jfhpo_core.optimizer.strategy import load_strategy
+from jfhpo_core.report.text import duration
 from jfhpo_core.report.why_records import Boundary, Change, Choice, Constraint, Front, More, Proxy, Why
 from jfhpo_core.report.why_sentences import NOTABLE, SIGNIFICANCE, sections
 from jfhpo_core.run.outcome import SearchResult
@@ -41,6 +43,12 @@ MOST_BOUNDARIES = 3
 FEWEST_ON_FRONT = 2
 """Configurations without which a front has no two ends."""
 
+FALL = 0.5
+"""A run has collapsed if it lost more than this share of the best score that it had, as in the rule `reward_drop`."""
+
+CLEAR = 3.0
+"""Standard errors that such a fall must have: the best of several scores is flattered by noise."""
+
 MOST_PAIRED = 3
 """Of so many hyperparameters, the most important ones, pairs are looked at."""
 
@@ -56,7 +64,7 @@ def why(result: SearchResult) -> Why:
         if any(evaluation.step for evaluation in trial.evaluations)
     }
     needed = max(FEWEST_CONFIGURATIONS, 2 * len(study.space))
-    beliefs, lacking = None, f"{len(evaluated)} configurations have been evaluated; {needed} are needed"
+    beliefs, lacking = None, _lacking(result, len(evaluated), needed)
     if len(evaluated) >= needed:
         try:
             beliefs = Beliefs.form(history)
@@ -64,7 +72,7 @@ def why(result: SearchResult) -> Why:
             paired = [item.name for item in found if item.total.value >= NOTABLE][:MOST_PAIRED]
             together = tuple(interactions(beliefs, paired)) if beliefs is not None else ()
         except NUMERICAL_ERRORS as error:
-            beliefs, lacking = None, f"no model could be fitted to the trials ({error})"
+            beliefs, lacking = None, f"no model could be fitted to the trials ({error})."
     recommended = result.recommended.configuration if result.recommended is not None else {}
     page = Why(
         study=study.spec.study,
@@ -82,12 +90,26 @@ def why(result: SearchResult) -> Why:
             name for name in study.space if name in recommended and study.space[name].at_edge(recommended[name])
         ),
     )
-    lead = [] if beliefs is not None else [f"What matters cannot be told: {lacking}."]
+    lead = [] if beliefs is not None else [f"What matters cannot be told: {lacking}"]
     topics = {topic: tuple(said) for topic, said in sections(study, page).items()}
     topics["matters"] = (*lead, *topics["matters"])
     topics["collapse"] = topics["collapse"] or _without_boundary(_telling(trials))
     sentences = tuple(sentence for said in topics.values() for sentence in said)
     return page.model_copy(update={"topics": topics, "sentences": sentences})
+
+
+def _lacking(result: SearchResult, evaluated: int, needed: int) -> str:
+    """How many evaluated configurations there are and must be, and how to get them."""
+    text = f"{evaluated} configurations have been evaluated; {needed} are needed."
+    if not result.complete:
+        return f"{text} The study is not finished: run the search on, then ask again."
+    if not evaluated or not result.spent_seconds:
+        return f"{text} Raise the budget (`jfhpo plan` forecasts what runs cost) and run the search again."
+    more = result.spent_seconds / evaluated * max(1, needed - evaluated)
+    return (
+        f"{text} At what they have cost so far, {duration(more)} of device-time more should buy the rest: raise the "
+        f"budget by as much (`jfhpo plan --more {math.ceil(more)}s` says what to expect) and run the search again."
+    )
 
 
 def _constraints(result: SearchResult) -> list[Constraint]:
@@ -183,8 +205,18 @@ def _without_boundary(runs: Sequence[Trial]) -> tuple[str, ...]:
 
 
 def collapsed(trial: Trial) -> bool:
-    """Whether a run was stopped for what it did, or ended in values that are not finite."""
-    return went_wrong(trial) or trial.segments[-1].failure is FailureKind.NON_FINITE
+    """Whether a run was stopped for what it did, ended in values that are not finite, or lost most of its score."""
+    return went_wrong(trial) or trial.segments[-1].failure is FailureKind.NON_FINITE or _has_fallen(trial)
+
+
+def _has_fallen(trial: Trial) -> bool:
+    """Whether the last score lies clearly and far below the best one before, whatever ended the run."""
+    if len(trial.evaluations) < 2:
+        return False
+    *before, last = trial.evaluations
+    best = max(before, key=lambda evaluation: evaluation.score)
+    fall, noise = best.score - last.score, math.hypot(best.standard_error, last.standard_error)
+    return fall > max(FALL * abs(best.score), CLEAR * noise)
 
 
 def _failed_otherwise(trial: Trial) -> bool:

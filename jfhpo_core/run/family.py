@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jfhpo_core.errors import SpecError
-from jfhpo_core.study.models import Model, count_parameters
+from jfhpo_core.study.models import Model, ask_hub, count_parameters, local_fault
 from jfhpo_core.trainers.base import Finding, Level
 
 SUBJECT = "family"
@@ -38,6 +38,7 @@ def examine_family(models: tuple[Model, ...], *, chat: bool) -> Iterator[Finding
             yield found
             continue
         tokenizers[model.name] = found
+        yield from _vocabulary(model, found)
         if chat and not found.chat_template:
             yield Finding(
                 Level.FAILURE, SUBJECT,
@@ -67,7 +68,8 @@ def _wrong_kind(model: Model) -> str | None:
     """Why a folder holds no model that can be trained; None if nothing speaks against it."""
     folder = Path(model.path)
     if not folder.is_dir():
-        return None
+        fault = local_fault(model.path)
+        return None if fault is None else f"{model.path}: {fault}"
     names = {path.name for path in folder.iterdir()}
     if "config.json" not in names:
         if "adapter_config.json" in names:
@@ -92,6 +94,7 @@ def load_tokenizer(model: Model) -> Any:
     from transformers import AutoTokenizer
 
     try:
+        ask_hub(model.path)
         return AutoTokenizer.from_pretrained(model.path, padding_side="left")
     except Exception as error:  # noqa: BLE001  it raises what its dozen loaders raise
         cause = str(error).strip().split("\n")[0]
@@ -100,6 +103,21 @@ def load_tokenizer(model: Model) -> Any:
             Level.FAILURE if here else Level.WARNING, SUBJECT,
             f"model {model.name!r}: the tokenizer of {model.path} cannot be read{'' if here else ' from here'} "
             f"({type(error).__name__}: {cause})",
+        )  # fmt: skip
+
+
+def _vocabulary(model: Model, tokenizer: Any) -> Iterator[Finding]:
+    """Whether the model knows every token of its tokenizer. It may have more: embeddings are padded to round sizes."""
+    file = Path(model.path) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if isinstance(known, int) and known < needed:
+        yield Finding(
+            Level.FAILURE, SUBJECT,
+            f"model {model.name!r} knows {known} tokens (vocab_size in {file}), and its tokenizer has {needed}: a "
+            "prompt with one of the others would fail; copy the tokenizer that belongs to the model, or resize its "
+            f"embedding (resize_token_embeddings({needed})) and train that first",
         )  # fmt: skip
 
 

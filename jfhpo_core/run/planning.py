@@ -15,7 +15,13 @@ from enum import StrEnum
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Selective, Strategy
 from jfhpo_core.run.scheduler import Opening
-from jfhpo_core.run.standing import Standing, first_seed_on_target
+from jfhpo_core.run.standing import (
+    REWARDLESS_AFTER,
+    Standing,
+    first_seed_on_target,
+    is_rewardless,
+    runs_without_reward,
+)
 from jfhpo_core.study.history import History
 from jfhpo_core.study.models import steps_at
 from jfhpo_core.study.resolved import Study
@@ -98,7 +104,9 @@ def plan_next(
     remaining = spec.budget.device_seconds - _reserve(standing) - history.committed_seconds
     comparing = any(trial.purpose in ("confirmation", "random-search") for trial in trials)
     enough = REOPEN_SHARE * spec.budget.device_seconds if comparing else 0.0
-    if remaining > enough and not _hopeless(trials, give_up_after):
+    # The largest model may do what the smaller ones cannot: one run of it is made, by the validation, before the end.
+    rewardless = len(runs_without_reward(study, trials)) >= REWARDLESS_AFTER
+    if remaining > enough and not rewardless and not _hopeless(trials, give_up_after):
         proposal = _suggest(study, strategy, trials, remaining, opening)
         if proposal is None and not running and not is_timed(trials):
             # The price was a guess, and may be far too high: one segment is trained to know better.
@@ -109,6 +117,8 @@ def plan_next(
                 return step if _is_admitted(study, step, opening) else Step(Phase.SEARCH)
     if any(is_search(trial.open_segment) for trial in trials if trial.purpose == "search"):
         return Step(Phase.SEARCH)
+    if is_rewardless(study, trials):
+        return Step(Phase.VALIDATION) if running else Step(Phase.DONE)
 
     step = _validate(standing)
     if step is not None:

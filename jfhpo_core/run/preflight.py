@@ -16,9 +16,11 @@ from pathlib import Path
 
 from jfhpo_core import embedded
 from jfhpo_core.errors import JfhpoError, SpecError
+from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.run.family import examine_family, load_tokenizer
-from jfhpo_core.run.untrained import is_at_hand, measure, sample
+from jfhpo_core.run.untrained import measure, sample
 from jfhpo_core.study.data import columns_of, is_conversational
+from jfhpo_core.study.models import is_at_hand
 from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_overlong
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.scoring import PROCESSES
@@ -93,6 +95,34 @@ def refuse_unusable(study: Study) -> list[Finding]:
 def trains_models(study: Study) -> bool:
     """Whether a study's trainer gives prompts to models; others simulate, replay, or know their task themselves."""
     return hasattr(study.trainer, "prompting")
+
+
+def doubts(study: Study) -> Iterator[Finding]:
+    """What leaves a search little to gain although nothing is wrong: nothing cheaper than the target, or no budget."""
+    spec, ladder = study.spec, study.ladder
+    if not ladder.proxies and spec.fidelity.proxies is None:
+        yield Finding(
+            Level.WARNING, "family",
+            f"no model of the family is smaller than the target {ladder.target.name!r}, and larger ones are not used: "
+            "every trial runs on the target, and only shorter runs are cheaper; add smaller models of the same family, "
+            "or say by fidelity.proxies: [] that this is meant",
+        )  # fmt: skip
+    smallest, first = ladder.models[0].name, spec.fidelity.levels[0]
+    price = forecast(study, []).full_runs[smallest].seconds * first / spec.fidelity.horizon_prompts
+    if spec.budget.device_seconds < price:
+        left = "a baseline is all that" if spec.baselines else "nothing"
+        yield Finding(
+            Level.WARNING, "budget",
+            f"{spec.budget.device_seconds:.3g} device-seconds do not pay for the cheapest trial ({first} prompts on "
+            f"{smallest}, about {price:.3g}): next to nothing will be searched, and {left} can be recommended; raise "
+            "budget.gpu_hours or budget.trial_seconds",
+        )  # fmt: skip
+
+
+def told_before_trials(study: Study) -> set[str]:
+    """Models that a search measures untrained before its first trial."""
+    small = {model.name for model in study.ladder.models if model.parameters <= DOCTOR_PARAMETERS}
+    return small if trains_models(study) else set()
 
 
 def rehearse(study: Study) -> Iterator[Finding]:

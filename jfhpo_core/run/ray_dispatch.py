@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.errors import InfrastructureError, SpecError
 from jfhpo_core.run.dispatch import Event, Finished, Streamed, Suspended, request, too_large
 from jfhpo_core.run.ray_instance import check_address, import_ray, last_line, start
 from jfhpo_core.run.ray_pool import PLACEMENT_NOTICE_SECONDS, POLL_SECONDS, Worker, WorkerPool
@@ -213,7 +213,10 @@ class RayDispatcher:
             if owned:
                 start(ray, self._address)
             self._look_at_nodes()
+            self._refuse_without_gpus()
             self._workers.warm_up(str(trainer), warm)
+        except SpecError as error:
+            self._events.put(error)
         except BaseException as error:  # noqa: BLE001  whatever it is, the driver must hear of it
             remedy = "try again, or run without Ray by `cluster: {address: inline}`"
             why = version_mismatch(error) or f"{last_line(error)}; {remedy}"
@@ -225,6 +228,15 @@ class RayDispatcher:
             self._workers.close()
         if owned:
             ray.shutdown()
+
+    def _refuse_without_gpus(self) -> None:
+        """Refuse a private instance without a single device, for which nothing would ever be begun; a cluster may grow.
+
+        Raises:
+            SpecError: There is none.
+        """
+        if self._address == "local" and self._told_nodes and self._scheduler.largest == 0:
+            raise self._workers.too_few_gpus("a trial", self._cluster.gpus_per_device)
 
     def _look_at_nodes(self) -> None:
         """Tell the scheduler how many devices each node has, if Ray is to say so."""

@@ -125,11 +125,16 @@ class WorkerPool:
             SpecError: It has too few GPUs.
         """
         gpus = self._resources(job.devices)["num_gpus"]
-        if self._private and gpus > (there := self._ray.cluster_resources().get("GPU", 0.0)):
-            raise SpecError(
-                f"cluster.gpus_per_device: a trial of model {job.model!r} needs {gpus:g} GPUs and this machine has "
-                f"{there:g}; lower it (0 trains on CPUs), or give the address of a cluster"
-            )
+        if self._private and gpus > self._ray.cluster_resources().get("GPU", 0.0):
+            raise self.too_few_gpus(f"a trial of model {job.model!r}", gpus)
+
+    def too_few_gpus(self, who: str, needed: float) -> SpecError:
+        """Says that this machine has fewer GPUs than `who` needs."""
+        there = self._ray.cluster_resources().get("GPU", 0.0)
+        return SpecError(
+            f"cluster.gpus_per_device: {who} needs {needed:g} GPUs and this machine has {there:g}; lower it (0 trains "
+            "on CPUs), or give the address of a cluster (cluster.address, or RAY_ADDRESS in the environment)"
+        )
 
     def near(self, node: str) -> dict[str, Any]:
         """Options of Ray for what is to run on a node; none where nodes are not told apart."""

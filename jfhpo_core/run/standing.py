@@ -9,6 +9,7 @@ from functools import cached_property
 from statistics import fmean
 
 from jfhpo_core.optimizer.strategy import Recommendation, Strategy
+from jfhpo_core.stopping.rules import ZeroReward
 from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import (
@@ -16,6 +17,34 @@ from jfhpo_core.study.trial import (
     TrialState,
     configuration_key,
 )
+
+REWARDLESS_AFTER = 8
+"""So many runs without any reward, one of them on the target, show that there is nothing to learn from. Each of them
+has scored hundreds of completions or more."""
+
+
+def runs_without_reward(study: Study, trials: Sequence[Trial]) -> list[Trial]:
+    """Runs of which no completion had a reward, in training or on the held-out set; none once any other run had one.
+
+    Runs from before a change of data, reward or models that was accepted tell nothing.
+    """
+    if any(evaluation.score != 0 or evaluation.rewarded for trial in trials for evaluation in trial.evaluations):
+        return []
+    return [trial for trial in trials if _had_no_reward(trial) and set(study.changed) <= set(trial.changed)]
+
+
+def is_rewardless(study: Study, trials: Sequence[Trial]) -> bool:
+    """Whether a search has nothing to learn from: many runs without reward, also on the target."""
+    runs = runs_without_reward(study, trials)
+    return len(runs) >= REWARDLESS_AFTER and any(trial.model == study.ladder.target.name for trial in runs)
+
+
+def _had_no_reward(trial: Trial) -> bool:
+    """Whether a run that has no reward in its evaluations is known to have had none in training either."""
+    if trial.decision is not None and trial.decision.rule == ZeroReward.name:
+        return True
+    trained = [evaluation for evaluation in trial.evaluations if evaluation.step > 0]
+    return bool(trained) and all(evaluation.rewarded is False for evaluation in trained)
 
 
 def first_seed_on_target(history: History) -> dict[str, Trial]:

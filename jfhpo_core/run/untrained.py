@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from jfhpo_core.study.data import Prompt, Row
@@ -52,13 +51,6 @@ class Untrained:
             f"untrained {self.model} scores {mine.score:.3f} {now} a beginning-of-text token before the prompt and "
             f"{theirs.score:.3f} {then} it: set trainer.settings.bos: {'never' if self.with_bos else 'always'}"
         )
-
-
-def is_at_hand(path: str) -> bool:
-    """Whether a model is a folder, or a name of the hub that is in the local cache: looking costs no download then."""
-    from huggingface_hub import try_to_load_from_cache
-
-    return Path(path).is_dir() or isinstance(try_to_load_from_cache(path, "config.json"), str)
 
 
 def sample(model: Model, prompts: Sequence[Prompt], prompting: Prompting, max_tokens: int) -> list[str]:

@@ -210,11 +210,13 @@ def train_job(
 
 
 def _with_means(job: Job, records: Sequence[StepRecord], evaluation: Evaluation) -> Evaluation:
-    """An evaluation with what the steps since the rung before were measured by."""
+    """An evaluation with what the steps since the rung before were measured by, and whether they had any reward."""
     rungs = [steps_at(level, job.prompts_per_step) for level in job.study.fidelity.levels]
     before = max((rung for rung in rungs if rung < evaluation.step), default=0)
     since = [record for record in records if before < record.step <= evaluation.step]
-    return evaluation.model_copy(update={"training": training_means(since, job.devices, job.total_steps)})
+    rewarded = any(record.reward != 0 or record.reward_std != 0 for record in since) if since else None
+    means = training_means(since, job.devices, job.total_steps)
+    return evaluation.model_copy(update={"training": means, "rewarded": rewarded})
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.study.missing import missing
 from jfhpo_core.study.spec import DataSource, HubData
 
 Row = dict[str, Any]
@@ -75,6 +76,8 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
         text = content.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise SpecError(f"{path}: the file cannot be read: {missing(path)}") from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: the file cannot be read: {error}") from None
     if text.lstrip().startswith("["):
@@ -104,7 +107,7 @@ def _loaded_rows(source: DataSource) -> Iterator[tuple[str, Any]]:
     else:
         where = source
         if not Path(source).is_file():
-            raise SpecError(f"{source}: the file cannot be read: there is none; correct the path")
+            raise SpecError(f"{source}: the file cannot be read: {missing(source)}")
     try:
         if isinstance(source, HubData):
             loaded = datasets.load_dataset(source.hub, source.name, split=source.split, revision=source.revision)

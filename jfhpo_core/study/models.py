@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.study.missing import missing
 from jfhpo_core.study.spec import ModelSpec, StudySpec
 from jfhpo_core.study.trial import Trial
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+"""Of a model on the Hugging Face hub: 'organization/name', or the name alone."""
+
+HUB_SECONDS = 10.0
+"""For the hub to answer."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,37 @@ def weight_files(folder: Path) -> list[Path]:
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
 
+def is_at_hand(path: str) -> bool:
+    """Whether a model is a folder, or a name of the hub that is in the local cache: looking costs no download then."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return Path(path).is_dir() or isinstance(try_to_load_from_cache(path, "config.json"), str)
+
+
+def local_fault(path: str) -> str | None:
+    """What is wrong with the path of a model that cannot be a name on the hub; None if it is a folder or such a name.
+
+    Study files are read so that what can only be a path is an absolute one (`jfhpo_core.study.study_file`).
+    """
+    if Path(path).is_dir() or HUB_NAME.fullmatch(path):
+        return None
+    if Path(path).exists():
+        return "it is a file; name the folder of a transformers checkpoint"
+    return f"{missing(path, folder=True)}, or give a name on the Hugging Face hub"
+
+
+def ask_hub(name: str) -> None:
+    """Ask the hub once for a model that is not at hand: transformers would ask six times before it gives up.
+
+    Raises:
+        Exception: Whatever the hub's client raises if the hub does not answer or has no such model.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    if not is_at_hand(name):
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=HUB_SECONDS)
+
+
 def count_parameters(path: str) -> int:
     """Parameter count of a transformers checkpoint, from its safetensors headers or (hub names) its config.
 
@@ -136,7 +175,10 @@ def count_parameters(path: str) -> int:
         except (SafetensorError, OSError) as error:
             raise SpecError(f"{folder}: its weights cannot be read: {error}") from None
         return count
+    if (fault := local_fault(path)) is not None:
+        raise SpecError(f"{path}: {fault}")
     try:
+        ask_hub(path)
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -59,8 +59,21 @@ def _chat(tokenizer: Any, messages: list[Message]) -> Tokens:
 
 
 def prompt_limit(task: TaskSpec, models: Sequence[Model], prompting: Prompting) -> int | None:
-    """Longest prompt, in tokens, that every model of a study can take; None if nothing limits it."""
-    contexts = [tokens - task.max_completion_tokens for model in models if (tokens := context_tokens(model.path))]
+    """Longest prompt, in tokens, that every model of a study can take; None if nothing limits it.
+
+    Raises:
+        SpecError: Completions alone fill the context of a model.
+    """
+    contexts = []
+    for model in models:
+        tokens = context_tokens(model.path)
+        if tokens is not None:
+            contexts.append(tokens - task.max_completion_tokens)
+            if contexts[-1] < 1:
+                raise SpecError(
+                    f"task.max_completion_tokens: {task.max_completion_tokens} leave no room for a prompt, as model "
+                    f"{model.name!r} has a context of {tokens} tokens for both; lower it"
+                )
     limits = [limit for limit in (task.max_prompt_tokens, prompting.max_tokens, *contexts) if limit is not None]
     return min(limits, default=None)
 

@@ -197,10 +197,15 @@ class _Function:
         if hasattr(answer, "tolist"):  # numpy, torch
             answer = answer.tolist()
         if isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
-            raise RewardError(f"{self.reference} returned {answer!r:.{SHOWN}}, not a list with a number per completion")
+            raise RewardError(
+                f"{self.reference} returned {answer!r:.{SHOWN}}, not a list with a number per completion but a "
+                f"{type(answer).__name__}; return a list of floats"
+            )
         values = list(answer)
         if len(values) != len(completions):
-            raise RewardError(f"{self.reference} returned {len(values)} rewards for {len(completions)} completions")
+            raise RewardError(
+                f"{self.reference} returned {len(values)} rewards for {len(completions)} completions; return one each"
+            )
         return [self._reward(value, index, completions) for index, value in enumerate(values)]
 
     def _reward(self, value: Any, index: int, completions: list[str]) -> float | None:
@@ -214,9 +219,12 @@ class _Function:
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):
+            what = "that is not finite; return a finite number, such as 0 for what cannot be scored"
+            if not isinstance(value, numbers.Real):
+                what = f"a {type(value).__name__} and no number; return a float for every completion"
             raise RewardError(
                 f"{self.reference} returned {value!r:.{SHOWN}} for completion {index} of {len(completions)} "
-                f"({completions[index][:SHOWN]!r}), not a finite number"
+                f"({completions[index][:SHOWN]!r}): {what}"
             )
         return number
 

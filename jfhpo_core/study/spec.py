@@ -504,7 +504,10 @@ class StudySpec(_Section):
     target: Name = Field(description="The model of the family to be tuned.")
     task: Annotated[TaskSpec, BeforeValidator(_task)]
     trainer: Annotated[TrainerSpec, BeforeValidator(_trainer)] = TrainerSpec()
-    space: Annotated[Space, BeforeValidator(_space)]
+    space: Annotated[Space, BeforeValidator(_space)] = Field(
+        description="Hyperparameters to search, or the name of a default space, 'llm' or 'tiny', which leaves out what "
+        "trainer.fixed holds."
+    )
     fidelity: FidelitySpec = FidelitySpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     budget: BudgetSpec = Field(json_schema_extra=OPERATIONAL)
@@ -548,6 +551,21 @@ class StudySpec(_Section):
         _check_plain(data)
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_fixed(cls, data: Any) -> Any:
+        """A default space leaves out what is fixed; one that is spelled out must not search it."""
+        named = (
+            default_spaces().get(data["space"])
+            if isinstance(data, dict) and isinstance(data.get("space"), str)
+            else None
+        )
+        trainer = data.get("trainer") if named is not None else None
+        fixed = trainer.get("fixed") if isinstance(trainer, dict) else None
+        if named is None or not isinstance(fixed, dict):
+            return data
+        return {**data, "space": {name: parameter for name, parameter in named.items() if name not in fixed}}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [model.name for model in self.family.models]
@@ -566,7 +584,7 @@ class StudySpec(_Section):
         for name in self.space:
             if name in self.trainer.fixed:
                 raise _fault(
-                    f"trainer.fixed.{name}", "the space searches it, so it cannot be fixed; remove one of the two"
+                    f"trainer.fixed.{name}", f"the space searches it, so it cannot be fixed; remove it, or space.{name}"
                 )
         for limit in self.limits:
             self._check_attainable(limit)
@@ -663,9 +681,17 @@ class StudySpec(_Section):
         here, there = (dict(_leaves(spec.meaning())) for spec in (self, other))
         return [name for name in {**here, **there} if here.get(name, ABSENT) != there.get(name, ABSENT)]
 
+    def to_data(self) -> dict[str, Any]:
+        """The complete study, defaults included, as JSON data of a study file, which has no empty conditions."""
+        data = self.model_dump(mode="json")
+        for parameter in data["space"].values():
+            if not parameter["when"]:
+                del parameter["when"]
+        return data
+
     def to_yaml(self) -> str:
         """The complete study, defaults included, as YAML that `load_study` reads back to an equal study."""
-        return write_yaml(self.model_dump(mode="json"))
+        return write_yaml(self.to_data())
 
 
 _LATER_TASK_FIELDS = {

@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import SpecError
+from jfhpo_core.study.missing import missing
+from jfhpo_core.study.models import HUB_NAME
 from jfhpo_core.study.space import TYPE_NAMES
 from jfhpo_core.study.spec import DataSource, HubData, RewardSpec, StudySpec
 from jfhpo_core.study.yaml_text import Document, read_yaml
@@ -45,17 +47,22 @@ def read_text(path: Path) -> str:
     """
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        told = missing(path, "the folder you are in")
+        raise SpecError(f"{path}: the study file cannot be read: {told}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: the study file cannot be read: {error}") from None
 
 
-def parse_study(text: str, source: str = "study", folder: Path | None = None) -> StudySpec:
+def parse_study(text: str, source: str = "study", folder: Path | None = None, *, recorded: bool = False) -> StudySpec:
     """Read a study from YAML text.
 
     Args:
         text: YAML.
         source: Name for messages.
         folder: Relative paths in the study are relative to it; None leaves them as they are.
+        recorded: Whether a ledger has kept it: earlier versions wrote empty conditions, which a study file must not
+            have.
 
     Raises:
         SpecError: Every fault of the text, each with line, field, value and remedy.
@@ -65,7 +72,7 @@ def parse_study(text: str, source: str = "study", folder: Path | None = None) ->
         raise SpecError(
             f"{source}: a study file is a mapping that begins with `study: NAME`; `jfhpo schema` lists the fields"
         )
-    spec = validate_study(document, source)
+    spec = _validate(document, source) if recorded else validate_study(document, source)
     return resolve_paths(spec, folder) if folder is not None else spec
 
 
@@ -75,6 +82,24 @@ def validate_study(document: Document, source: str) -> StudySpec:
     Raises:
         SpecError: One line per faulty place.
     """
+    _refuse_empty_conditions(document, source)
+    return _validate(document, source)
+
+
+def _refuse_empty_conditions(document: Document, source: str) -> None:
+    """An empty condition reads as if it meant something, and means the same as none."""
+    space = document.data.get("space")
+    for name, parameter in space.items() if isinstance(space, dict) else ():
+        if isinstance(parameter, dict) and parameter.get("when") == {}:
+            line, field = document.locate(["space", name, "when"])
+            place = f"{source}: {field}" if line is None else f"{source}, line {line}: {field}"
+            raise SpecError(
+                f"{place} = {{}}: a condition without a hyperparameter holds always; remove it, or name a choice and "
+                "its values, as in {scheduler: [cosine]}"
+            )
+
+
+def _validate(document: Document, source: str) -> StudySpec:
     try:
         return StudySpec.model_validate(document.data)
     except ValidationError as error:
@@ -98,14 +123,17 @@ def with_lines(path: Path) -> Iterator[None]:
 def resolve_paths(spec: StudySpec, folder: Path) -> StudySpec:
     """Make the study's own files absolute, so that workers in other folders find them.
 
-    What names no existing folder where a name on the hub may stand is left alone.
+    Where a name on the hub may stand, only what may be one is left alone: neither a path by its form, nor something in
+    a folder that exists.
     """
 
     def absolute(path: str) -> str:
         return str((folder / Path(path).expanduser()).resolve())
 
     def found(name: str) -> str:
-        return absolute(name) if (folder / Path(name).expanduser()).exists() else name
+        path = folder / Path(name).expanduser()
+        beside = "/" in name and path.parent.is_dir()
+        return absolute(name) if path.exists() or beside or not HUB_NAME.fullmatch(name) else name
 
     def data(source: DataSource | None) -> DataSource | None:
         if isinstance(source, HubData):

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from jfhpo_core.errors import SpecError, TrialFailure
 from jfhpo_core.study.data import Prompt, Row, read_rows, refuse_leak
+from jfhpo_core.study.missing import missing
 from jfhpo_core.study.scoring import Pool, RewardError, Scores
 from jfhpo_core.study.spec import DataSource, HubData, RewardSpec, TaskSpec
 from jfhpo_core.study.trial import FailureKind
@@ -47,7 +48,8 @@ class Reward:
         for function in functions:
             if not Path(function.file).is_file():
                 raise SpecError(
-                    f"{function.file}: there is no reward file here; `task.reward` is 'file.py' or 'file.py:function'"
+                    f"{function.file}: there is no reward file here: {missing(function.file)}; `task.reward` is "
+                    "'file.py' or 'file.py:function'"
                 )
         self.functions = tuple(functions)
         self.limit_seconds = limit_seconds

@@ -131,6 +131,10 @@ class Evaluation(Record):
         default_factory=dict,
         description="Means over the training steps since the rung before, by metric (`jfhpo_core.study.metrics`).",
     )
+    rewarded: bool | None = Field(
+        default=None,
+        description="Whether any completion of these steps had another reward than 0; None: no steps, or not known.",
+    )
 
 
 class Decision(Record):

@@ -55,6 +55,10 @@ BAD = {
                 "  temperature: {type: float, low: 0.5, high: 1, when: {scheduler: []}}"),
         13, "space.temperature.when.scheduler", "", "at least 1 item",
     ),
+    "empty condition": (
+        searching("{type: float, low: 0.5, high: 1, when: {}}"),
+        12, "space.temperature.when", "{}", "remove it, or name a choice",
+    ),
     "workspace a file": (
         GOOD + "tracking: {workspace: study.yaml}\n", LAST, "tracking.workspace", "study.yaml", "name a folder",
     ),

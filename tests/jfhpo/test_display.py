@@ -25,7 +25,7 @@ from jfhpo_core.run.scheduler import Load
 from jfhpo_core.run.search import Progress, run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study, resolve
-from jfhpo_core.study.trial import Example
+from jfhpo_core.study.trial import Example, Trial
 from tests.studies import simulated_study, step_record, trained
 from tests.trainers.openrlhf.conftest import study as openrlhf_study
 
@@ -93,6 +93,29 @@ def test_an_untrained_model_is_told_with_its_completions(study: Study) -> None:
     base = part.evaluations[0].model_copy(update={"examples": (Example(prompt="1+1=", completion="3", reward=0.0),)})
     shown = part.model_copy(update={"evaluations": (base, *part.evaluations[1:])})
     assert describe_untrained(trial, shown) == ["untrained small: score 0.250 ± 0.020", "'1+1=' -> '3', reward 0"]
+
+
+def test_what_an_untrained_model_scores_is_told_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = Example(prompt="1+1=", completion="3", reward=0.0)
+    trials = []
+    for number, model in enumerate(("small", "small", "large")):
+        trial = trained(study, {"learning_rate": 1e-4 * (1 + number)}, model, [0.25, 0.5], number)
+        (part,) = trial.segments
+        base = part.evaluations[0].model_copy(update={"examples": (example,)})
+        part = part.model_copy(update={"evaluations": (base, *part.evaluations[1:])})
+        trials.append(trial.model_copy(update={"segments": (part,)}))
+    _, snapshots = follow(study)
+
+    def told(*known: Trial) -> list[str]:
+        watch = Watch()
+        watch.news(replace(snapshots[0], trials=known))
+        return [line for line in watch.news(replace(snapshots[0], trials=trials)) if line.startswith("untrained")]
+
+    assert [line.split(":")[0] for line in told()] == ["untrained small", "untrained large"]
+    assert [line.split(":")[0] for line in told(trials[0])] == ["untrained large"]
+    # Before the first trial, a search says what models score that are small enough.
+    monkeypatch.setattr("jfhpo_core.run.preflight.trains_models", lambda _: True)
+    assert told() == []
 
 
 def test_a_continued_study_tells_only_what_is_new(study: Study) -> None:

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from jfhpo.machine import with_counted_devices
+from jfhpo.doctor import _ray
+from jfhpo.machine import lacks_gpus, with_counted_devices
+from jfhpo.planning import plan
 from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.study.resolved import Study
+from jfhpo_core.trainers.base import Level
 from tests.studies import simulated_study
 
 FAMILY = [
@@ -79,3 +82,23 @@ def test_no_forecast_beats_the_hardware(tmp_path: Path, gpus: list[int], paralle
     bills = forecast(with_counted_devices(study(tmp_path, parallel)), [])
     assert bills.total.seconds >= 210 * 3600
     assert bills.wall().seconds >= bills.total.seconds / 8
+
+
+def test_gpus_that_this_machine_lacks_are_told_unless_a_cluster_is_named(
+    tmp_path: Path, gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("jfhpo.machine.NVIDIA", tmp_path / "none")
+    wanted = study(tmp_path, None, "auto")
+    assert lacks_gpus(wanted.spec.cluster) is None
+    gpus[0] = 0
+    said = lacks_gpus(wanted.spec.cluster)
+    assert said is not None
+    assert "RAY_ADDRESS" in said
+    assert [one.message for one in plan(wanted.spec).findings if one.level is Level.WARNING] == [said]
+    found = _ray(wanted)
+    assert (found.level, found.message) == (Level.FAILURE, said)
+    assert lacks_gpus(study(tmp_path, None, "auto", gpus=0.0).spec.cluster) is None
+    assert lacks_gpus(study(tmp_path, None, "head:6379").spec.cluster) is None
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert lacks_gpus(wanted.spec.cluster) is None

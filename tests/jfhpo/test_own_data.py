@@ -276,6 +276,22 @@ def test_case_19_tokenizers_that_differ_in_two_tokens(own: Own) -> None:
         own.found()
 
 
+@pytest.mark.parametrize(("change", "refused"), [(-1, True), (7, False)])
+def test_a_model_knows_all_tokens_of_its_tokenizer_or_more(own: Own, change: int, refused: bool) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = own.folder / "models" / "s"
+    count = len(AutoTokenizer.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(count + change)
+    model.save_pretrained(folder)
+    if not refused:
+        assert own.scores()
+        return
+    with pytest.raises(SpecError, match=rf"model 's' knows {count - 1} tokens .* its tokenizer has {count}: .* resize"):
+        own.found()
+
+
 def drop_tokenizer(folder: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()

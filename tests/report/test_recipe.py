@@ -38,9 +38,16 @@ def test_sizes_are_numbers_models_or_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("counts", "count", "said"),
     [
-        ({}, 10**9, "no model has 4 configurations"),
-        ({"small": 3}, 10**9, "no model has 4 configurations"),
-        ({"small": 8}, 10**9, "only one size was run"),
+        ({}, 10**9, "no model has 4 configurations that were run (0 on small, 0 on medium, 0 on large)"),
+        ({"small": 3}, 10**9, "no model has 4 configurations that were run (3 on small, 0 on medium, 0 on large)"),
+        (
+            {"small": 8, "large": 2},
+            10**9,
+            (
+                "8 on small, 0 on medium, 2 on large were run. Let the search go on, with a larger budget if it has "
+                "ended: 2 more on large do."
+            ),
+        ),
         ({"small": 8, "large": 8}, 10**15, "run a larger model first"),
     ],
 )

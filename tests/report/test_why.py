@@ -7,7 +7,7 @@ from markupsafe import escape
 
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report import write_report
-from jfhpo_core.report.why import Why, boundaries, why
+from jfhpo_core.report.why import Why, boundaries, collapsed, why
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.run.search import run_search
@@ -72,6 +72,39 @@ def test_it_says_that_none_collapsed_or_that_nothing_separates_those_that_did(tm
     count = sum(float(trial.configuration["learning_rate"]) > 1e-3 for trial in few)
     assert count
     assert said(few) == (f"{count} of 4 runs collapsed; no hyperparameter separates them from the others.",)
+
+
+@pytest.mark.parametrize(
+    ("scores", "fell"),
+    [
+        ([0.4, 0.5, 0.0], True),
+        ([0.4, 0.1], True),
+        ([0.1, 0.5, 0.3], False),
+        ([0.05, 0.0], False),  # within the noise
+        ([0.4], False),
+        ([-1.0, -0.9, -2.0], True),
+    ],
+)
+def test_a_collapse_is_told_by_the_curve_whatever_ended_the_run(
+    tmp_path: Path, scores: list[float], fell: bool
+) -> None:
+    study = simulated_study(tmp_path)
+    trial = trained(study, {"learning_rate": 1e-3}, "large", scores, outcome=Outcome.STOPPED, decision=PROMISE)
+    assert collapsed(trial) == fell
+
+
+def test_what_is_lacking_comes_with_a_way_to_get_it(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    trials = runs(study, 1.0, count=4)  # of 20 s each
+
+    def lead(*, complete: bool) -> str:
+        return why(conclude(study, trials, RandomSearch(), complete=complete)).topics["matters"][0]
+
+    needed = 2 * len(study.space)
+    assert f"4 configurations have been evaluated; {needed} are needed. The study is not finished" in lead(
+        complete=False
+    )
+    assert f"`jfhpo plan --more {20 * (needed - 4)}s`" in lead(complete=True)
 
 
 def test_runs_out_of_memory_have_not_collapsed(tmp_path: Path) -> None:

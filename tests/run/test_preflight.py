@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jfhpo_core.run import preflight
-from jfhpo_core.run.preflight import examine
+from jfhpo_core.run.preflight import doubts, examine
 from jfhpo_core.trainers.base import Finding, Level
 from tests.studies import simulated_study
 
@@ -59,3 +60,26 @@ def test_servers_open_to_everyone_are_named(tmp_path: Path) -> None:
     (finding,) = preflight._ports(tmp_path)
     assert finding.level is Level.WARNING
     assert "MLflow (port 5000)" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"target": "small"}, ["no model of the family is smaller than the target 'small'"]),
+        ({"target": "small", "fidelity": {"horizon_prompts": 480, "rungs": 3, "proxies": []}}, []),
+        ({"budget": {"gpu_hours": 1e-6}}, ["do not pay for the cheapest trial (160 prompts on small, about"]),
+    ],
+)
+def test_what_leaves_a_search_little_to_gain_is_told(tmp_path: Path, changes: dict[str, Any], said: list[str]) -> None:
+    found = list(doubts(simulated_study(tmp_path, **changes)))
+    assert all(one.level is Level.WARNING for one in found)
+    assert len(found) == len(said)
+    assert all(text in one.message for text, one in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("baselines", [[], [{"name": "recipe", "configuration": {}}]])
+def test_a_budget_that_buys_nothing_says_what_is_left_to_recommend(tmp_path: Path, baselines: list[Any]) -> None:
+    study = simulated_study(tmp_path, budget={"gpu_hours": 1e-6}, baselines=baselines)
+    (finding,) = doubts(study)
+    assert f"and {'a baseline is all that' if baselines else 'nothing'} can be recommended" in finding.message

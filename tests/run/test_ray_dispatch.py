@@ -356,6 +356,15 @@ def test_a_gpu_that_is_not_there_is_refused(ray_dispatcher: RayDispatcher, tmp_p
 
 
 @pytest.mark.usefixtures("running_ray")
+def test_a_machine_without_a_single_device_is_refused_before_anything_is_submitted() -> None:
+    # Where nothing may begin, nothing is submitted, and the search would wait for ever.
+    greedy = RayDispatcher(ClusterSpec(address="local", gpus_per_device=1000), slots=None)
+    with pytest.raises(SpecError, match=r"a trial needs 1000 GPUs and this machine has 4; lower it .*RAY_ADDRESS"):
+        wait_until(lambda: bool(greedy.wait(0.1)), "a refusal")
+    greedy.close()
+
+
+@pytest.mark.usefixtures("running_ray")
 def test_a_private_instance_listens_on_loopback_only() -> None:
     import ray
 

@@ -14,11 +14,12 @@ import pytest
 from jfhpo_core.errors import InfrastructureError, LedgerError, SpecError, TrialFailure
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation, Strategy, fresh_configurations
+from jfhpo_core.report.findings import verdict
 from jfhpo_core.run.dispatch import Event, Finished, InlineDispatcher, Streamed
 from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.run.planning import HOPELESS_AFTER, Phase, call_seed, plan_next
 from jfhpo_core.run.search import LOST_IN_A_ROW, Progress, run_search
-from jfhpo_core.run.standing import recommend
+from jfhpo_core.run.standing import REWARDLESS_AFTER, recommend
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
@@ -747,6 +748,63 @@ def test_a_study_in_which_everything_failed_tries_once_more_with_every_call_and_
     mended = run_search(study, ledger, InlineDispatcher(1, trainer=trainer))
     assert mended.complete
     assert mended.recommended is not None
+
+
+class Unrewarded(SimulatedTrainer):
+    """No completion gets a reward on these models."""
+
+    def __init__(self, *models: str) -> None:
+        self.models = models
+
+    def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+        if job.model not in self.models:
+            return super().run(job, start, stage, observe)
+
+        def without(event: Any) -> Any:
+            nothing = {"score": 0.0} if hasattr(event, "score") else {"reward": 0.0, "reward_std": 0.0}
+            return event.model_copy(update=nothing)
+
+        result = super().run(job, start, stage, lambda event: observe(without(event)))
+        return result.model_copy(update={"evaluations": tuple(map(without, result.evaluations))})
+
+
+@pytest.mark.parametrize("rules", ["default", "none"])
+@pytest.mark.parametrize("baselines", [[], [{"name": "recipe", "configuration": {}}]])
+def test_a_search_without_any_reward_ends_before_its_budget(tmp_path: Path, rules: str, baselines: list[Any]) -> None:
+    budget = {"trial_seconds": 600, "max_parallel": 2}
+    study = simulated_study(tmp_path, baselines=baselines, budget=budget, stopping={"rules": rules})
+    ledger, trainer = MemoryLedger(), Unrewarded("small", "medium", "large")
+    outcome = run_search(study, ledger, InlineDispatcher(2, trainer=trainer))
+    assert outcome.complete
+    assert outcome.recommended is None
+    assert REWARDLESS_AFTER <= len(outcome.trials) < REWARDLESS_AFTER + 4
+    assert any(trial.model == "large" for trial in outcome.trials)
+    assert outcome.spent_seconds < 400
+    assert "any completion had a reward other than 0" in verdict(outcome)
+    # Nothing more is spent by another call, unless the reward was mended, which has to be accepted.
+    assert run_search(study, ledger, InlineDispatcher(2, trainer=trainer)).trials == outcome.trials
+    trainer.models = ()
+    mended = run_search(replace(study, changed=("task.reward",)), ledger, InlineDispatcher(2, trainer=trainer))
+    assert mended.recommended is not None
+
+
+@pytest.mark.slow
+def test_before_a_search_without_any_reward_ends_the_target_is_run(tmp_path: Path) -> None:
+    budget = {"trial_seconds": 600, "max_parallel": 1}
+    study = simulated_study(tmp_path, strategy="jfhpo", baselines=[], budget=budget)
+    outcome = run_search(study, MemoryLedger(), InlineDispatcher(1, trainer=Unrewarded("small", "medium", "large")))
+    assert outcome.complete
+    assert outcome.recommended is None
+    assert {trial.model for trial in outcome.trials} >= {"small", "large"}
+    assert outcome.spent_seconds < 200
+
+
+@pytest.mark.slow
+def test_proxies_without_reward_do_not_end_a_search_whose_target_has_some(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, baselines=[], strategy="jfhpo", budget={"trial_seconds": 300, "max_parallel": 1})
+    outcome = run_search(study, MemoryLedger(), InlineDispatcher(1, trainer=Unrewarded("small", "medium")))
+    assert outcome.recommended is not None
+    assert outcome.spent_seconds > 200
 
 
 def test_a_reward_that_fails_ends_the_search_at_once_and_a_mended_one_goes_on(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.numpy import save_file
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.models import build_ladder, count_parameters, next_levels, progress, steps_at
 from jfhpo_core.study.spec import StudySpec
+from jfhpo_core.study.study_file import parse_study
 from tests.studies import result, simulated_study, study_data
 
 
@@ -94,6 +96,35 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(SpecError, match="its weights cannot be read"):
         count_parameters(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "path", ["models/smal", "./smal", "../smal", "~/no-such-model", "/no/such/model", "a/b/c", "a b"]
+)
+def test_a_path_that_leads_nowhere_is_refused_without_asking_the_hub(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jfhpo_core.study.models.ask_hub", lambda _: pytest.fail("the hub was asked"))
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    family = [{"name": "a", "path": path}]
+    written = study_data(tmp_path, family=family, target="a")
+    read = parse_study(json.dumps(written), folder=tmp_path)
+    with pytest.raises(SpecError, match=r"there is no .*; correct the path") as caught:
+        build_ladder(read)
+    assert ("'small'" in str(caught.value)) == (path == "models/smal")
+
+
+def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def away(url: str, **_: object) -> None:
+        asked.append(url)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", away)
+    with pytest.raises(SpecError, match=r"neither a folder .* nor a model of the hub .*no route"):
+        count_parameters("org/no-such-model")
+    assert len(asked) == 1
 
 
 @pytest.mark.slow

@@ -85,3 +85,6 @@ def test_the_limit_is_the_least_that_any_model_or_the_study_sets(tmp_path: Path)
     assert prompt_limit(spec, models, Prompting(max_tokens=5)) == 5
     assert prompt_limit(spec.model_copy(update={"max_prompt_tokens": 4}), models, Prompting(max_tokens=5)) == 4
     assert prompt_limit(spec, models[1:], Prompting()) is None
+    filled = spec.model_copy(update={"max_completion_tokens": context})
+    with pytest.raises(SpecError, match=rf"^task.max_completion_tokens: {context} leave no room .* {context} tokens"):
+        prompt_limit(filled, models, Prompting())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jfhpo_core.study.hyperparameters import default_spaces
 from jfhpo_core.study.operational import OPERATIONAL
 from jfhpo_core.study.spec import StudySpec, TrainerSpec, study_schema
 from jfhpo_core.study.study_file import load_study, parse_study
+from jfhpo_core.study.yaml_text import write_yaml
 
 STUDY = """\
 # A comment, so that lines and fields differ.
@@ -95,6 +97,23 @@ def test_levels(fidelity: str, levels: tuple[int, ...]) -> None:
 def test_a_study_written_as_yaml_reads_back_equal() -> None:
     spec = parse_study(STUDY)
     assert parse_study(spec.to_yaml()) == spec
+
+
+@pytest.mark.parametrize("name", ["llm", "tiny"])
+def test_a_default_space_leaves_out_what_is_fixed(name: str) -> None:
+    fixed = {"prompts_per_step": 32, "mini_batches": 4, "temperature": 1.0}
+    data = yaml.safe_load(STUDY) | {"space": name, "trainer": {"name": "simulated", "fixed": fixed}}
+    spec = parse_study(json.dumps(data))
+    assert list(spec.space) == [known for known in default_spaces()[name] if known not in fixed]
+
+
+def test_an_empty_condition_is_refused_but_in_studies_that_a_ledger_has_kept() -> None:
+    spec = parse_study(STUDY)
+    kept = write_yaml(spec.model_dump(mode="json"))
+    assert "when: {}" in kept
+    with pytest.raises(SpecError, match=r"space\.\w+\.when = {}: .* remove it, or name a choice"):
+        parse_study(kept)
+    assert parse_study(kept, recorded=True) == spec
 
 
 LINES = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=30)
@@ -212,7 +231,7 @@ BAD = {
     ),
     "fixed and searched": (
         changed("temperature: 0.9", "learning_rate: 1e-4"),
-        11, "trainer.fixed.learning_rate", "", "remove one of the two",
+        11, "trainer.fixed.learning_rate", "", "remove it, or space.learning_rate",
     ),
     "baselines of one name": (
         STUDY + "  - {name: recipe, configuration: {}}\n", 20, "baselines", "'recipe', 'recipe'", "differ",
@@ -292,6 +311,12 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path, content: bytes | 
         path.write_bytes(content)
     with pytest.raises(SpecError, match=r"study\.yaml: the study file cannot be read"):
         load_study(path)
+
+
+def test_a_study_file_that_is_not_there_is_refused_with_what_is(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").touch()
+    with pytest.raises(SpecError, match=r"there is 'study\.yaml'; correct the path .* the folder you are in"):
+        load_study(tmp_path / "sudy.yml")
 
 
 def test_a_folder_is_no_study_file(tmp_path: Path) -> None:

@@ -68,8 +68,12 @@ def test_a_heldout_prompt_that_was_trained_on_is_refused(tmp_path: Path, leak: s
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match="cannot be read"):
-        load_task(make_task(tmp_path, prompts=str(tmp_path / "nowhere.jsonl")))
+    (tmp_path / "my-train.jsonl").touch()
+    near = r"cannot be read: there is no 'my_train\.jsonl' in .*; there is 'my-train\.jsonl'.*the study file's folder"
+    with pytest.raises(SpecError, match=near):
+        load_task(make_task(tmp_path, prompts=str(tmp_path / "my_train.jsonl")))
+    with pytest.raises(SpecError, match=r"there is no folder .*no-folder; correct the path"):
+        load_task(make_task(tmp_path, prompts=str(tmp_path / "no-folder" / "train.jsonl")))
 
 
 def test_heldout_rows_need_the_same_columns(tmp_path: Path) -> None:
@@ -79,7 +83,7 @@ def test_heldout_rows_need_the_same_columns(tmp_path: Path) -> None:
 
 
 def test_a_missing_reward_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"nowhere\.py: there is no reward file here"):
+    with pytest.raises(SpecError, match=r"nowhere\.py: there is no reward file here: .*'reward\.py'"):
         load_task(make_task(tmp_path, reward=str(tmp_path / "nowhere.py")))
 
 
