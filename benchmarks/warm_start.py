@@ -35,7 +35,7 @@ PEERS_RESULTS = (store.RESULTS / "foreign", prior.PEERS_RESULTS)
 PAGE = "warm-start.md"
 
 STARTS = {
-    "cold": "nothing",
+    "cold": "no earlier study, but what is shipped, less what was recorded of its own task",
     "warm": "the first study",
     "misled": "the first study with every score turned round: its best is its worst",
 }

@@ -68,12 +68,13 @@ The settings come in pairs of one kind, one of each for tuning, one untouched: `
 measurements. `{seen}` had been looked at before. Of the recorded RL runs two of three have served for tuning. Seeds
 from {first} on are published; they draw the noise of evaluations and the strategy's choices, on the same landscape.
 
-The untouched half has been measured twice, with other seeds each time: before [decision
-29](../decisions/0029-comparable-runs.md) (seeds 2001 to 2010; on average 0.71, 0.49 and 0.36 of the recipe's regret at
-a cost of 3, 6 and 10), and after it (2011 to 2015, with `gp`, `hyperband` and `random` on the same seeds), which is
-what its rows show. Nothing in points 1 to 5 of the decision was chosen by a measurement of that half. Point 6, that the
-first run is the middle of the ranges, came later and is not in these figures; `hyperband` begins with that middle, as
-SMAC does by default, with every seed. The rows of `jfhpo` on the tuning half and on the recorded runs are older."""
+The untouched half has been measured three times, each time with other seeds: before [decision
+29](../decisions/0029-comparable-runs.md) (2001 to 2010; on average 0.71, 0.49 and 0.36 of the recipe's regret at a cost
+of 3, 6 and 10), after its points 1 to 5 (2011 to 2015; 0.77, 0.47 and 0.36), and after point 6 and [decision
+31](../decisions/0031-arch.md) (2016 to 2020, `gp`, `hyperband` and `random` on the same seeds), which is what its rows
+show. Point 6, that the first run is the middle of the ranges, was suggested by the second measurement: `hyperband`
+begins there, as SMAC does by default, and led. So these seeds are new and the half is not untouched any more as regards
+that point; nothing else was chosen by a measurement of it."""
 
 RULES = """\
 All strategies get the same space, cost law and credit for checkpoints, and may stop and continue runs at the same

@@ -301,14 +301,14 @@ def _first_run(history: History, costs: CostModel, expected: Expectations, remai
     """A full run of what is expected, in the middle of its range where nothing is: ranges lie around what is meant.
 
     If it costs too much, with other choices: as few as may be, the nearest to what is expected. None if none can be
-    paid, or if this or anything else of the search has been trained on the target.
+    paid, or if this or anything else of the search that counts has been trained on the target.
     """
     study = history.study
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
     best = expected_configuration(expected.space) or study.space.middle()
     on_target = [trial for trial in history.trials if trial.model == target]
     known = {configuration_key(trial.configuration) for trial in on_target}
-    if configuration_key(history.canonical(best)) in known or any(trial.purpose == "search" for trial in on_target):
+    if configuration_key(history.canonical(best)) in known or any(_sets_a_mark(history, item) for item in on_target):
         return None
     choices = with_other_choices(study.space, best)
     near = expected.space.log_expectation(np.array([study.space.encode(item) for item in choices]))
