@@ -141,15 +141,14 @@ def load_strategy(study: Study) -> Strategy:
     kind = load_plugin(ENTRY_POINT_GROUP, name, "strategy.name", STRATEGIES)
     try:
         strategy: Strategy = kind(**settings)
+        if is_dataclass(kind):
+            strategy = TypeAdapter(kind).validate_python(dict(settings))
     except TypeError as error:
         raise SpecError(f"strategy.settings: {error}") from None
-    if is_dataclass(kind):
-        try:
-            strategy = TypeAdapter(kind).validate_python(dict(settings))
-        except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in ("strategy.settings", *fault["loc"]))
-            raise SpecError(f"{place}: {fault['msg']}, got {fault['input']!r}") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in ("strategy.settings", *fault["loc"]))
+        raise SpecError(f"{place}: {fault['msg']}, got {fault['input']!r}") from None
     if isinstance(strategy, Checked):
         strategy.check(study)
     return strategy

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jfhpo_core import embedded
-from jfhpo_core.errors import JfhpoError, SpecError
+from jfhpo_core.errors import SpecError
 from jfhpo_core.run.family import examine_family, load_tokenizer
 from jfhpo_core.run.untrained import is_at_hand, measure, sample
 from jfhpo_core.study.data import columns_of, is_conversational
@@ -23,7 +23,7 @@ from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.scoring import PROCESSES
 from jfhpo_core.study.tasks import Task, load_task
-from jfhpo_core.trainers.base import Finding, Level
+from jfhpo_core.trainers.base import Finding, Level, failing_as
 
 GIB = 2**30
 
@@ -99,27 +99,7 @@ def rehearse(study: Study) -> Iterator[Finding]:
     """Try what every trial will need: data, models, and the reward on completions that a model has sampled."""
     if study.spec.task.embedded not in (None, *embedded.NAMES) and not trains_models(study):
         return  # a stand-in for a task that only the trainer knows
-    try:
-        task = load_task(study.spec.task)
-    except JfhpoError as error:
-        yield Finding(Level.FAILURE, "task", str(error))
-        return
-    prompting = prompting_of(study, task)
-    completions = [""] * min(SAMPLED_ROWS, len(task.heldout))
-    what = f"{len(completions)} empty completions"
-    if prompting is not None:
-        models = list(examine_family(study.ladder.models, chat=prompting.chat_template))
-        yield from models
-        if any(finding.level is Level.FAILURE for finding in models):
-            return
-        try:
-            task = fitting(study, task, prompting)
-            completions, what = _sampled(study, task, prompting)
-        except JfhpoError as error:
-            yield Finding(Level.FAILURE, "prompts", str(error))
-            return
-    yield from _data(study, task)
-    yield from _reward(task, completions, what)
+    yield from failing_as("task", _task(study))
 
 
 def measured(study: Study, largest: int | None = None) -> Iterator[Finding]:
@@ -201,6 +181,27 @@ def _sampled(study: Study, task: Task, prompting: Prompting) -> tuple[list[str],
     return completions, f"completions of {len(rows)} held-out prompts by untrained {model.name}"
 
 
+def _task(study: Study) -> Iterator[Finding]:
+    task = load_task(study.spec.task)
+    prompting = prompting_of(study, task)
+    if prompting is not None:
+        models = list(examine_family(study.ladder.models, chat=prompting.chat_template))
+        yield from models
+        if any(finding.level is Level.FAILURE for finding in models):
+            return
+    yield from failing_as("prompts", _prompts(study, task, prompting))
+
+
+def _prompts(study: Study, task: Task, prompting: Prompting | None) -> Iterator[Finding]:
+    completions = [""] * min(SAMPLED_ROWS, len(task.heldout))
+    what = f"{len(completions)} empty completions"
+    if prompting is not None:
+        task = fitting(study, task, prompting)
+        completions, what = _sampled(study, task, prompting)
+    yield from _data(study, task)
+    yield from failing_as("reward", _reward(task, completions, what))
+
+
 def _data(study: Study, task: Task) -> Iterator[Finding]:
     horizon = study.spec.fidelity.horizon_prompts
     scored = len(task.heldout[: study.spec.evaluation.prompts])
@@ -223,18 +224,14 @@ def _reward(task: Task, completions: Sequence[str], what: str) -> Iterator[Findi
     rows = task.heldout[: len(completions)]
     prompts = [row["prompt"] for row in rows]
     with task.reward as reward:
-        try:
-            reward.start()
-            began = time.perf_counter()
-            scores = reward(prompts, completions, **columns_of(rows))
-            seconds = time.perf_counter() - began
-            with ThreadPoolExecutor(PROCESSES) as threads:
-                answers = list(
-                    threads.map(lambda one: reward(prompts[:1], [one], **columns_of(rows[:1])).timed_out, HOSTILE)
-                )
-        except JfhpoError as error:
-            yield Finding(Level.FAILURE, "reward", str(error))
-            return
+        reward.start()
+        began = time.perf_counter()
+        scores = reward(prompts, completions, **columns_of(rows))
+        seconds = time.perf_counter() - began
+        with ThreadPoolExecutor(PROCESSES) as threads:
+            answers = list(
+                threads.map(lambda one: reward(prompts[:1], [one], **columns_of(rows[:1])).timed_out, HOSTILE)
+            )
     limit = reward.limit_seconds
     if len(scores.timed_out) == len(rows):
         yield Finding(

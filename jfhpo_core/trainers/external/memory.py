@@ -60,10 +60,8 @@ class Shape:
     def of(cls, path: str, parameters: int) -> Self:
         """The shape of a model in a folder or in the hub's cache; where neither has it, one typical of its size."""
         config = _configuration(path)
-        try:
-            return cls(parameters, config["vocab_size"], config["hidden_size"], config["num_hidden_layers"])
-        except KeyError:
-            return cls.typical(parameters)
+        sizes = [config.get(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")]
+        return cls.typical(parameters) if None in sizes else cls(parameters, *sizes)
 
     @classmethod
     def typical(cls, parameters: int) -> Self:
