@@ -592,7 +592,7 @@ class StudySpec(_Section):
         return tuple(found)
 
     @property
-    def watched(self) -> tuple[str, ...]:
+    def secondary_metrics(self) -> tuple[str, ...]:
         """Metrics that the constraints and the second objective name, the latter first."""
         second = [] if self.second_objective is None else [self.second_objective.metric]
         return tuple(dict.fromkeys([*second, *self.constraints]))
