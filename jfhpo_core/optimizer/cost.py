@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jfhpo_core.optimizer.price import Prices, prices
 from jfhpo_core.study.models import steps_at
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.space import Vector
 from jfhpo_core.study.trial import Configuration, Outcome, StepRecord, Trial
+
+Vector = NDArray[np.floating]
 
 FLOOR_SECONDS = 1e-3
 """No prediction is below this: a gain per cost must stay finite."""

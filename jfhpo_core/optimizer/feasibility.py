@@ -111,7 +111,8 @@ class Feasibility:
 
         def probability(inputs: Tensor) -> Tensor:
             cross = _covariance(inputs.flatten(0, 1), anchors).reshape(*inputs.shape[:2], -1)
-            return torch.special.ndtr(OFFSET + (cross @ weights.unsqueeze(-1)).squeeze(-1))
+            found: Tensor = torch.special.ndtr(OFFSET + (cross @ weights.unsqueeze(-1)).squeeze(-1))
+            return found
 
         return probability
 

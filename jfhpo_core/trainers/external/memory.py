@@ -60,8 +60,10 @@ class Shape:
     def of(cls, path: str, parameters: int) -> Self:
         """The shape of a model in a folder or in the hub's cache; where neither has it, one typical of its size."""
         config = _configuration(path)
-        sizes = [config.get(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")]
-        return cls.typical(parameters) if None in sizes else cls(parameters, *sizes)
+        names = ("vocab_size", "hidden_size", "num_hidden_layers")
+        if not config.keys() >= set(names):
+            return cls.typical(parameters)
+        return cls(parameters, *(config[name] for name in names))
 
     @classmethod
     def typical(cls, parameters: int) -> Self:
