@@ -29,13 +29,13 @@ OFFSET = 1.3
 
 BIAS_VARIANCE = 1.0
 LINEAR_VARIANCE = 9.0
-"""Of a slope: h may change by three from the middle of a range to twice its end."""
+"""Prior variance of a slope: one standard deviation changes h by 1.5 from the middle of a range to its end."""
 
 SIZE_VARIANCE = 4.0
 LOCAL_VARIANCE = 1.0
 LENGTHSCALE = 0.5
 SIZE_LENGTHSCALE = 0.6
-"""In factors of ten in parameters."""
+"""Correlation length over size, in factors of ten in parameters."""
 
 NEWTON_STEPS = 50
 CONVERGED = 1e-6

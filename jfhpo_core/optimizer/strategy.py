@@ -25,7 +25,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 """Setting of a strategy: a share."""
 
 Reduction = Annotated[int, Field(ge=2)]
-"""Setting of a strategy: of so many trials one goes on to the next rung."""
+"""Reduction factor of a strategy: one trial in this many is promoted to the next rung."""
 
 
 @dataclass(frozen=True)

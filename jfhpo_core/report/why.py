@@ -42,7 +42,7 @@ FEWEST_ON_FRONT = 2
 """Configurations without which a front has no two ends."""
 
 MOST_PAIRED = 3
-"""Of so many hyperparameters, the most important ones, pairs are looked at."""
+"""How many of the most important hyperparameters are looked at in pairs."""
 
 
 @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]  # on small matrices threads wait for each other

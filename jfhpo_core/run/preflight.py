@@ -28,7 +28,7 @@ from jfhpo_core.trainers.base import Finding, Level, failing_as
 GIB = 2**30
 
 CHECKPOINT_BYTES = 16
-"""Of a checkpoint per parameter: weights for resuming and for use, and Adam's moments."""
+"""Bytes of a checkpoint per parameter: weights for resuming and for use, and Adam's moments."""
 
 CHECKPOINTS_PER_TRIAL = 2
 """A trial keeps the checkpoint that it started from beside the newest one."""
@@ -40,7 +40,7 @@ SAMPLED_TOKENS = 64
 """Length of these completions at most, so that a large model on a CPU is done soon."""
 
 SAMPLED_PARAMETERS = 4 * 10**9
-"""Of a larger model no completions are sampled: it may not fit into the memory of the driver's machine."""
+"""No completions are sampled from a larger model: it may not fit into the memory of the driver's machine."""
 
 DOCTOR_PARAMETERS = 10**8
 """`doctor` leaves the measurement of larger models, which takes minutes on a CPU, to `plan --measure`."""

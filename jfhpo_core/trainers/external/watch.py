@@ -18,7 +18,7 @@ LAST_WORDS_SECONDS = 5.0
 """After a fatal line: for the rest of what is said about it."""
 
 LOG_LINES = 50_000
-"""Of a log are kept, to find the cause of a failure in."""
+"""How many lines of a log are kept to find the cause of a failure in."""
 
 
 class Watch:
