@@ -12,7 +12,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name, run_watched
+from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name, run_with_page
 from jfhpo.orchestration.nightly_studies import look_up, recorded_studies, tonight
 from jfhpo_core.study.spec import StudySpec
 
@@ -42,4 +42,4 @@ def nightly(
     spec = tonight(base, recorded_studies(base), partial(look_up, base), scheduled.date(), learn_from)
     learned = f", learning from {', '.join(spec.warm_start)}" if spec.warm_start else ""
     get_run_logger().info("tonight's study is %s%s", spec.study, learned)
-    return run_watched(spec, approve_target)
+    return run_with_page(spec, approve_target)

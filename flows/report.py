@@ -8,7 +8,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from jfhpo.display.watch import Watch
-from jfhpo.orchestration.artifacts import Board
+from jfhpo.orchestration.artifacts import RunPage
 from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name
 from jfhpo.session import rebuild_report
 from jfhpo_core.report.findings import verdict
@@ -28,5 +28,5 @@ def report(study: StudySpec | str = DEFAULT_STUDY) -> State[None]:
     """
     spec = read(study)
     outcome = rebuild_report(spec)
-    Board(spec.study, Watch()).close(outcome)
+    RunPage(spec.study, Watch()).close(outcome)
     return Completed(message=verdict(outcome.result))

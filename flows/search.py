@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefect import flow
 from prefect.client.schemas.objects import State
 
-from jfhpo.orchestration.flow_run import DEFAULT_STUDY, name_search, read, run_watched
+from jfhpo.orchestration.flow_run import DEFAULT_STUDY, name_search, read, run_with_page
 from jfhpo_core.study.spec import StudySpec
 
 
@@ -17,4 +17,4 @@ def search(study: StudySpec | str = DEFAULT_STUDY, approve_target: bool = False)
         study: Path of a study file, relative to the folder that the deployment was made from; or a whole study.
         approve_target: Ask a person before the target is trained to full length at the end of the search.
     """
-    return run_watched(read(study), approve_target)
+    return run_with_page(read(study), approve_target)

@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from jfhpo.display.words import show_configuration
-from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name, run_watched
+from jfhpo.orchestration.flow_run import DEFAULT_STUDY, read, run_name, run_with_page
 from jfhpo.orchestration.nightly_studies import tracking_beside
 from jfhpo.session import recorded
 from jfhpo_core.errors import SpecError
@@ -47,7 +47,7 @@ def target(
         configuration = json.loads(str(text))
     spec = target_study(base, configuration, ledger.trials() if ledger is not None else [])
     get_run_logger().info("training %s as study %s", show_configuration(configuration), spec.study)
-    return run_watched(spec, approve_target)
+    return run_with_page(spec, approve_target)
 
 
 def target_study(base: Study, configuration: Configuration, trials: list[Trial]) -> StudySpec:

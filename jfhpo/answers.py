@@ -399,7 +399,7 @@ def _status(result: SearchResult, left: Prospect | None) -> dict[str, object]:
                 on_front=item.on_front,
                 configuration=item.configuration,
             )
-            for item in (result.tried if result.study.spec.watched else ())
+            for item in (result.tried if result.study.spec.secondary_metrics else ())
         ],
         "comparison": [_row(row) for row in result.rows],
         "caveats": caveats(result),

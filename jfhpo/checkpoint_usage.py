@@ -41,7 +41,7 @@ def show_size(count: float) -> str:
     return f"{count / UNITS[unit]:.{0 if unit == 'B' else 1}f} {unit}"
 
 
-def garbage_view(judgements: Sequence[Judgement], log_bytes: int, *, delete: bool) -> RenderableType:
+def usage_view(judgements: Sequence[Judgement], log_bytes: int, *, delete: bool) -> RenderableType:
     """A table of all checkpoints with their fate, and what it frees. To be made before anything is deleted."""
     table = Table(box=None, pad_edge=False)
     for name in ("trial", "model", "step", "size", "", "why"):

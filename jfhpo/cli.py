@@ -347,7 +347,7 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Show which checkpoints of a study are worth their space, and what deleting the others would free."""
-    from jfhpo.checkpoint_usage import garbage_view, parse_size
+    from jfhpo.checkpoint_usage import parse_size, usage_view
     from jfhpo.overrides import read_study
 
     spec = read_study(study, overrides or ())
@@ -359,7 +359,7 @@ def gc(
         from jfhpo_core.trainers.base import TRAININGS
 
         judgements, log_bytes = judge_checkpoints(spec, limit_bytes), size_bytes([study_folder(spec) / TRAININGS])
-        view = garbage_view(judgements, log_bytes, delete=delete)
+        view = usage_view(judgements, log_bytes, delete=delete)
         if delete:
             judge_checkpoints(spec, limit_bytes, delete=True)
     if as_json:

@@ -9,8 +9,8 @@ HANG_FACTOR = 20.0
 """A silence of so many of the run's own median steps counts as hung, if it also exceeds `hang_seconds`."""
 
 
-class Silence:
-    """The silence since a run was last heard of.
+class Watchdog:
+    """Measures the silence since a run was last heard of.
 
     Args:
         startup_seconds: Silence allowed until two steps have shown its speed.

@@ -28,31 +28,31 @@ PAGE = 100
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """Where a trial's checkpoint is indexed, and which checkpoint that is."""
 
     model_id: str
     digest: str | None
 
 
-def read_index(client: MlflowClient, experiment_id: str) -> dict[str, Entry]:
+def read_index(client: MlflowClient, experiment_id: str) -> dict[str, IndexEntry]:
     """All entries of an experiment by the run that they belong to."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, IndexEntry] = {}
     token: str | None = None
     while True:
         page = client.search_logged_models(
             [experiment_id], f"attributes.model_type = '{MODEL_TYPE}'", max_results=PAGE, page_token=token
         )
         for model in page:
-            entries[model.source_run_id] = Entry(model.model_id, model.tags.get(DIGEST))
+            entries[model.source_run_id] = IndexEntry(model.model_id, model.tags.get(DIGEST))
         token = page.token
         if not token:
             return entries
 
 
 def write_index(
-    client: MlflowClient, experiment_id: str, run_id: str, trial: Trial, entry: Entry | None, store: Path
-) -> Entry | None:
+    client: MlflowClient, experiment_id: str, run_id: str, trial: Trial, entry: IndexEntry | None, store: Path
+) -> IndexEntry | None:
     """Bring a trial's entry up to its newest checkpoint; returns it, or None if the trial has no checkpoint.
 
     Args:
@@ -91,9 +91,9 @@ def write_index(
     else:
         model_id = entry.model_id
         client.set_logged_model_tags(model_id, dict(tags))
-    return Entry(model_id, checkpoint.digest)
+    return IndexEntry(model_id, checkpoint.digest)
 
 
-def mark_deleted(client: MlflowClient, entry: Entry) -> None:
+def mark_deleted(client: MlflowClient, entry: IndexEntry) -> None:
     """Note in the index that the files of an entry are gone."""
     client.set_logged_model_tags(entry.model_id, {AVAILABLE: "false"})

@@ -303,7 +303,7 @@ class MlflowLedger:
             child.run_id,
             [
                 *steps,
-                *result_metrics(trial, result, _now(), model_id, self._data, self._study.watched),
+                *result_metrics(trial, result, _now(), model_id, self._data, self._study.secondary_metrics),
             ],
             tags={**pack(SEGMENT.format(result.segment.index), result.model_dump_json()), **trial_labels(trial)},
         )

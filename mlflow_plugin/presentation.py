@@ -217,12 +217,12 @@ def result_metrics(
     timestamp: int,
     model_id: str | None,
     data: TaskData,
-    watched: Sequence[str] = (),
+    secondary: Sequence[str] = (),
 ) -> list[Metric]:
     """Metrics of a committed segment of `trial`: its evaluations, and the trial's charge and time so far.
 
     The evaluation of the segment's checkpoint also goes to the logged model `model_id` that indexes it. Metrics that
-    the study's constraints or second objective name (`watched`) are shown by their means over each rung.
+    the study's constraints or second objective name (`secondary`) are shown by their means over each rung.
     """
     saved = result.checkpoint.step if result.checkpoint is not None else None
     heldout = data.heldout
@@ -240,7 +240,7 @@ def result_metrics(
         for name, value in (
             score_metrics(evaluation)
             | {"time/evaluation_seconds": evaluation.seconds}
-            | {f"rung/{metric}": evaluation.training[metric] for metric in watched if metric in evaluation.training}
+            | {f"rung/{metric}": evaluation.training[metric] for metric in secondary if metric in evaluation.training}
         ).items()
     ]
     if result.checkpoint is not None:
@@ -302,7 +302,9 @@ def outcome_metrics(result: SearchResult, timestamp: int) -> list[Metric]:
         "study/expected_score": result.recommended.mean,
     }
     spec = result.study.spec
-    values |= {f"study/recommended_{name}": mine.measured[name] for name in spec.watched if name in mine.measured}
+    values |= {
+        f"study/recommended_{name}": mine.measured[name] for name in spec.secondary_metrics if name in mine.measured
+    }
     if spec.limits:
         values["study/respects_constraints"] = float(not mine.broken)
     if spec.second_objective is not None:
@@ -450,13 +452,13 @@ def study_note(study: StudySpec, trials: Sequence[Trial], result: SearchResult |
 def _outcome(result: SearchResult) -> list[str]:
     lines = [f"**{verdict(result)}**", ""]
     if result.rows:
-        watched = result.study.spec.watched
+        secondary = result.study.spec.secondary_metrics
         lines += [
-            f"| Configuration | Score | 95 % interval | Seeds |{''.join(f' {name} |' for name in watched)}",
-            f"|---|---|---|---|{'---|' * len(watched)}",
+            f"| Configuration | Score | 95 % interval | Seeds |{''.join(f' {name} |' for name in secondary)}",
+            f"|---|---|---|---|{'---|' * len(secondary)}",
         ]
         for row in result.rows:
-            more = "".join(f" {metric_text(name, row.measured) if row.seeds else ''} |" for name in watched)
+            more = "".join(f" {metric_text(name, row.measured) if row.seeds else ''} |" for name in secondary)
             lines.append(f"| {row.label} | {score_text(row)} | {interval_text(row)} | {row.seeds} |{more}")
         lines.append("")
     lines += _front(result)

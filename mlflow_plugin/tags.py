@@ -55,14 +55,14 @@ class Child:
     described: bool
     status: str
     name: str
-    checkpoint: checkpoints.Entry | None = None
+    checkpoint: checkpoints.IndexEntry | None = None
     records: dict[int, StepRecord] | None = None
     shown: dict[int, StepRecord] = field(default_factory=dict)
     waiting: list[StepRecord] = field(default_factory=list)
     streamed_at: float = -math.inf
 
 
-def read_child(run: Run, entries: Mapping[str, checkpoints.Entry]) -> Child | None:
+def read_child(run: Run, entries: Mapping[str, checkpoints.IndexEntry]) -> Child | None:
     """The trial in a run; None if the run is not a trial of jfhpo but something a person has nested there."""
     tags, run_id = run.data.tags, run.info.run_id
     header = unpack(tags, HEADER)

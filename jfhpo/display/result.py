@@ -44,8 +44,8 @@ def comparison_table(result: SearchResult) -> Table:
         ("recommended is ahead by", "right"),
     ):  # fmt: skip
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
-    watched = result.study.spec.watched
-    for name in watched:
+    secondary = result.study.spec.secondary_metrics
+    for name in secondary:
         table.add_column(name, justify="right")
     ahead = {contrast.label: contrast for contrast in contrasts(result)}
     for row in result.rows:
@@ -57,7 +57,7 @@ def comparison_table(result: SearchResult) -> Table:
             interval_text(row),
             str(row.seeds),
             f"{contrast.difference:+.3f} ({least:+.3f} to {most:+.3f})" if contrast else "",
-            *(_metric(name, row.measured, row.broken) if row.seeds else "" for name in watched),
+            *(_metric(name, row.measured, row.broken) if row.seeds else "" for name in secondary),
         )
     return table
 
@@ -68,12 +68,12 @@ def _metric(name: str, measured: Mapping[str, float], broken: Sequence[Limit]) -
 
 
 def tried_table(result: SearchResult) -> Table | None:
-    """What there was to choose from by score and watched metrics, the front marked; None without constraints and front.
+    """What there was to choose from by score and secondary metrics, the front marked; None without such metrics.
 
     Beyond `LISTED_TRIED` configurations those on the front and the best others are listed.
     """
-    watched = result.study.spec.watched
-    if not watched or not result.tried:
+    secondary = result.study.spec.secondary_metrics
+    if not secondary or not result.tried:
         return None
     limits = ", ".join(map(str, result.study.spec.limits))
     table = Table(
@@ -83,7 +83,7 @@ def tried_table(result: SearchResult) -> Table | None:
     )
     table.add_column("trial", justify="right")
     table.add_column("score", justify="right")
-    for name in watched:
+    for name in secondary:
         table.add_column(name, justify="right")
     table.add_column("")
     by_need = sorted(result.tried, key=lambda item: (not item.on_front, bool(item.broken)))[:LISTED_TRIED]
@@ -91,7 +91,7 @@ def tried_table(result: SearchResult) -> Table | None:
         table.add_row(
             str(item.trial),
             f"{item.score:.3f} ± {item.standard_error:.3f}",
-            *(_metric(name, item.measured, item.broken) for name in watched),
+            *(_metric(name, item.measured, item.broken) for name in secondary),
             "on the front" if item.on_front else "",
         )
     return table

@@ -38,8 +38,8 @@ TRIALS_SHOWN = 200
 """Newest trials in the table; MLflow has all."""
 
 
-class Board:
-    """What the flow run's page shows of a study.
+class RunPage:
+    """What the page of a flow run shows of a study.
 
     Args:
         study: Its name.

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from jfhpo.display.live import PlainDisplay
 from jfhpo.display.words import duration
-from jfhpo.orchestration.artifacts import Board
+from jfhpo.orchestration.artifacts import RunPage
 from jfhpo.orchestration.events import show_assets, study_ended
 from jfhpo.orchestration.study_lock import LEASE_SECONDS, give_back, hold
 from jfhpo.orchestration.task_runs import TaskRuns
@@ -86,7 +86,7 @@ def name_search() -> str:
     return f"search {run_name(flow_run.parameters)}"
 
 
-def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
+def run_with_page(spec: StudySpec, approve_target: bool = False) -> State[None]:
     """Run or continue a study in a flow run, and show it there.
 
     Args:
@@ -101,17 +101,17 @@ def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
     """
     log = get_run_logger()
     display = PlainDisplay(log.info)
-    board = Board(spec.study, display.watch)
-    gate = Gate(spec, board) if approve_target else None
+    page = RunPage(spec.study, display.watch)
+    gate = Gate(spec, page) if approve_target else None
     ledgers: list[Ledger] = []
 
     def on_open(ledger: Ledger) -> None:
         ledgers.append(ledger)
-        board.opened(ledger)
+        page.opened(ledger)
 
     def on_progress(progress: Progress) -> None:
         display.progress(progress)
-        board.progress(progress)
+        page.progress(progress)
 
     def around(dispatcher: Dispatcher) -> Dispatcher:
         return TaskRuns(spec.study, dispatcher, ledgers[-1], gate.check if gate is not None else lambda *_: None)
@@ -124,7 +124,7 @@ def run_watched(spec: StudySpec, approve_target: bool = False) -> State[None]:
         except DeclinedError as declined:
             rebuild_report(spec)
             return Completed(name="Declined", message=str(declined))
-    board.close(outcome)
+    page.close(outcome)
     study_ended(outcome)
     show_assets(outcome)
     return _final_state(outcome)
@@ -187,8 +187,8 @@ def _limit(name: str) -> int | None:
 class Gate:
     """Lets no run of the target begin at the end of the search before a person has agreed."""
 
-    def __init__(self, spec: StudySpec, board: Board) -> None:
-        self._spec, self._board = spec, board
+    def __init__(self, spec: StudySpec, page: RunPage) -> None:
+        self._spec, self._page = spec, page
         self._approved = False
 
     def check(self, job: Job, trial: Trial) -> None:
@@ -206,7 +206,7 @@ class Gate:
             f"The search of study **{self._spec.study}** is over. Next, **{job.model}** is trained to full length: "
             f"{job.segment.suggestion.explanation}.{cost}"
         )
-        self._board.asks(question)
+        self._page.asks(question)
         answer = suspend_flow_run(
             wait_for_input=Approval.with_initial_data(description=question), timeout=APPROVAL_SECONDS, key="target-run"
         )

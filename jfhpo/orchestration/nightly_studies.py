@@ -102,28 +102,17 @@ def recorded_studies(base: StudySpec) -> list[str]:
     """
     from mlflow.exceptions import MlflowException
 
+    from mlflow_plugin.runs import search_runs
     from mlflow_plugin.tags import STUDY
     from mlflow_plugin.tracking import connect
 
     client = connect(base)
-    found: list[str] = []
     try:
         experiment = client.get_experiment_by_name(str(tracking_beside(base).experiment))
-        token: str | None = None
-        while experiment is not None:
-            page = client.search_runs(
-                [experiment.experiment_id],
-                f"tags.`{STUDY}` != ''",
-                order_by=["attributes.start_time ASC"],
-                page_token=token,
-            )
-            found += [run.data.tags[STUDY] for run in page]
-            token = page.token
-            if not token:
-                break
+        runs = [] if experiment is None else search_runs(client, experiment.experiment_id, f"tags.`{STUDY}` != ''")
     except MlflowException as error:
         raise LedgerError(f"the earlier nights of study {base.study!r} cannot be read: {error.message}") from error
-    return found
+    return [run.data.tags[STUDY] for run in runs]
 
 
 def look_up(base: StudySpec, name: str) -> RecordedStudy:

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 PRIOR_TRAININGS = 4.0
-"""The prior counts as much as so many trainings."""
+"""Number of runs that the prior counts as much as."""
 
 PRIOR_INFLATION = 2.0
-"""Of the variance, where no run has been judged; chosen on simulated landscapes, see docs/decisions/."""
+"""Factor on the variance where no run has been judged; chosen on simulated landscapes, see docs/decisions/."""
 
 THIS_STUDY = 0.0
 TARGET = 0.0

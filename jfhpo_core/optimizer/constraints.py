@@ -58,7 +58,7 @@ LEAST_SPREAD = 0.05
 """Standard deviation of the logarithm that the scale takes at least, so that constants stay constants."""
 
 DRAWN_SHARE = 0.5
-"""Of the suggestions, with a second objective, that seek its front; the others seek the best score."""
+"""Share of suggestions that seek the front of a second objective; the others seek the best score."""
 
 
 @dataclass(frozen=True)

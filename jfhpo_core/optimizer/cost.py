@@ -193,7 +193,7 @@ class CostModel:
         return CostEstimate(total, median * math.exp(-1.645 * spread), median * math.exp(1.645 * spread))
 
 
-Row = tuple[list[float], float]
+Measurement = tuple[list[float], float]
 """Features of a law, and what was measured as a multiple of its price."""
 
 
@@ -203,11 +203,11 @@ def _measured(
     target_parameters: int,
     trials: Sequence[Trial],
     live: Mapping[str, StepRecord],
-) -> tuple[list[Row], list[Row], list[Row]]:
+) -> tuple[list[Measurement], list[Measurement], list[Measurement]]:
     """What a study's segments say about steps, evaluations and starts."""
-    steps: list[Row] = []
-    evaluations: list[Row] = []
-    startups: list[Row] = []
+    steps: list[Measurement] = []
+    evaluations: list[Measurement] = []
+    startups: list[Measurement] = []
     for trial in trials:
         full = study.complete(trial.configuration)
         features = _step_features(full, _log_size(study, trial.model, target_parameters))
@@ -232,7 +232,7 @@ def _measured(
     return steps, evaluations, startups
 
 
-def _updated(law: LogLinearLaw, rows: list[Row]) -> LogLinearLaw:
+def _updated(law: LogLinearLaw, rows: list[Measurement]) -> LogLinearLaw:
     if not rows:
         return law
     return law.updated(np.array([features for features, _ in rows]), np.array([seconds for _, seconds in rows]))

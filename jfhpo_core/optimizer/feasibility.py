@@ -15,25 +15,27 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Tensor
 
-from jfhpo_core.optimizer.surrogate import distances, matern52
+from jfhpo_core.optimizer.surrogate import JITTER, distances, matern52
 
 OFFSET = 1.3
 """Prior mean of h: nine runs in ten are expected to be feasible, before the prior variance is counted."""
 
 BIAS_VARIANCE = 1.0
 LINEAR_VARIANCE = 9.0
-"""Of a slope: h may change by three from the middle of a range to twice its end."""
+"""Prior variance of a slope: one standard deviation changes h by 1.5 from the middle of a range to its end."""
 
 SIZE_VARIANCE = 4.0
 LOCAL_VARIANCE = 1.0
 LENGTHSCALE = 0.5
 SIZE_LENGTHSCALE = 0.6
-"""In factors of ten in parameters."""
+"""Correlation length over size, in factors of ten in parameters."""
 
 NEWTON_STEPS = 50
 CONVERGED = 1e-6
@@ -87,12 +89,38 @@ class Feasibility:
 
     def probability(self, inputs: Tensor) -> Tensor:
         """P(feasible) at (x, z) of shape (m, d + 1), shape (m,)."""
-        cross = _covariance(inputs, self.inputs)
-        mean = OFFSET + cross @ self.gradient
-        white = torch.linalg.solve_triangular(self.factor, self.root.unsqueeze(-1) * cross.T, upper=False)
+        mean, white = self._posterior(inputs)
         variance = (_variance(inputs) - white.square().sum(0)).clamp_min(0)
         probability: Tensor = torch.special.ndtr(mean / (1 + variance).sqrt())
         return probability
+
+    def drawn(self, anchors: Tensor, normal: Tensor) -> Callable[[Tensor], Tensor]:
+        """P(feasible) as functions drawn from the posterior: jointly at anchors, between them the mean given these.
+
+        Args:
+            anchors: (x, z), shape (m, d + 1).
+            normal: Standard normal numbers, a row for each function, shape (functions, m).
+
+        Returns:
+            From (x, z) of shape (functions, k, d + 1) to probabilities (functions, k).
+        """
+        mean, white = self._posterior(anchors)
+        prior = _covariance(anchors, anchors) + JITTER * torch.eye(len(anchors), dtype=anchors.dtype)
+        latent = mean - OFFSET + normal @ psd_safe_cholesky(prior - white.T @ white).T
+        weights = torch.cholesky_solve(latent.T, psd_safe_cholesky(prior)).T
+
+        def probability(inputs: Tensor) -> Tensor:
+            cross = _covariance(inputs.flatten(0, 1), anchors).reshape(*inputs.shape[:2], -1)
+            found: Tensor = torch.special.ndtr(OFFSET + (cross @ weights.unsqueeze(-1)).squeeze(-1))
+            return found
+
+        return probability
+
+    def _posterior(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of h at (x, z), shape (m,), and the whitened covariance with what is known, shape (n, m)."""
+        cross = _covariance(inputs, self.inputs)
+        white = torch.linalg.solve_triangular(self.factor, self.root.unsqueeze(-1) * cross.T, upper=False)
+        return OFFSET + cross @ self.gradient, white
 
 
 def _covariance(first: Tensor, second: Tensor) -> Tensor:

@@ -31,13 +31,13 @@ TYPICAL_CONFIGURATIONS = 16
 """Configurations of the space that stand in for the recommendation while it is unknown (batch sizes move its cost)."""
 
 FEWEST_CONFIGURATIONS = 4
-"""Of fewer full runs of the target it cannot be told how far good configurations differ."""
+"""Minimum number of full runs of the target needed to estimate how far good configurations differ."""
 
 FEWEST_DRAWS = 0.01
-"""Of a smaller fraction of a configuration nothing is to be hoped, and its quantiles cannot be computed."""
+"""Below this expected number of further configurations, ignore them: their quantiles are numerically undefined."""
 
 SCORE_QUANTILES = (0.1, 0.5, 0.9)
-"""Of the final score: the ends of a central 80 % interval, and its middle."""
+"""Quantiles of the final score that are forecast: the ends of a central 80 % interval, and its middle."""
 
 SMALLEST_DEVIATION = 1e-3
 """No score is known better than this share of the range of all."""

@@ -33,11 +33,11 @@ NEAR = 1.0
 """Standard deviation, in factors of ten in parameters, of the weight of what is known at another size."""
 
 LEAST_WEIGHT = 1.0
-"""Of all that is known of a hyperparameter at a size; with less, nothing is expected there."""
+"""Minimum total weight of what is known of a hyperparameter at a size; with less, nothing is expected there."""
 
 LEAST_SPREAD = 0.2
-"""Of an expectation, as a share of the range: recipes copy each other, so that their agreement says less than it
-seems."""
+"""Minimum spread of an expectation, as a share of the range: recipes copy each other, so that their agreement says less
+than it seems."""
 
 MOST_SPREAD = 0.4
 """An expectation that is wider says next to nothing, and is left out."""
@@ -46,7 +46,7 @@ GAP = 0.15
 """What is added to the spread, as a share of the range, for each factor of ten to the nearest size that is known."""
 
 SLOPE_PRECISION = 0.1
-"""Of the prior that good values do not move with size."""
+"""Precision of the prior that good values do not move with size."""
 
 COMPARED_WITHIN = 0.5
 """Factors of ten in parameters within which a table tells what the first full run should be."""

@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jfhpo_core.study.resolved import Study
+from jfhpo_core.study.space import Vector
 from jfhpo_core.study.trial import Evaluation, Trial, configuration_key
-
-Vector = NDArray[np.float64]
 
 RESAMPLES = 2000
 
@@ -144,7 +142,7 @@ def _number(value: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeanScore:
     """A configuration's score at one fidelity: the mean over its seeds, and the evaluation noise of that mean."""
 
     score: float
@@ -152,7 +150,7 @@ class Measured:
     trials: tuple[int, ...]
 
 
-def scores_at(study: Study, trials: Sequence[Trial], model: str, prompts: int) -> dict[str, Measured]:
+def scores_at(study: Study, trials: Sequence[Trial], model: str, prompts: int) -> dict[str, MeanScore]:
     """Scores of all configurations that were evaluated on a model after exactly this many training prompts.
 
     Keys identify the complete configuration, so that a baseline which leaves out a default meets its like. A trial
@@ -166,7 +164,7 @@ def scores_at(study: Study, trials: Sequence[Trial], model: str, prompts: int) -
                 (trial.number, evaluation) for evaluation in trial.evaluations if evaluation.prompts == prompts
             )
     return {
-        key: Measured(
+        key: MeanScore(
             fmean(evaluation.score for _, evaluation in items),
             math.sqrt(sum(evaluation.standard_error**2 for _, evaluation in items)) / len(items),
             tuple(number for number, _ in items),
@@ -188,7 +186,7 @@ class FidelityAgreement:
 
     first: tuple[str, int]
     second: tuple[str, int]
-    pairs: tuple[tuple[Measured, Measured], ...]
+    pairs: tuple[tuple[MeanScore, MeanScore], ...]
     agreement: RankAgreement
 
 
@@ -202,7 +200,7 @@ def fidelity_agreement(
     return FidelityAgreement(first, second, tuple(pairs), agreement)
 
 
-def _join(first: Mapping[str, Measured], second: Mapping[str, Measured]) -> list[tuple[Measured, Measured]]:
+def _join(first: Mapping[str, MeanScore], second: Mapping[str, MeanScore]) -> list[tuple[MeanScore, MeanScore]]:
     return [(value, second[key]) for key, value in first.items() if key in second]
 
 

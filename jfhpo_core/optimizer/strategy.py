@@ -25,7 +25,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 """Setting of a strategy: a share."""
 
 Reduction = Annotated[int, Field(ge=2)]
-"""Setting of a strategy: of so many trials one goes on to the next rung."""
+"""Reduction factor of a strategy: one trial in this many is promoted to the next rung."""
 
 
 @dataclass(frozen=True)
@@ -141,15 +141,14 @@ def load_strategy(study: Study) -> Strategy:
     kind = load_plugin(ENTRY_POINT_GROUP, name, "strategy.name", STRATEGIES)
     try:
         strategy: Strategy = kind(**settings)
+        if is_dataclass(kind):
+            strategy = TypeAdapter(kind).validate_python(dict(settings))
     except TypeError as error:
         raise SpecError(f"strategy.settings: {error}") from None
-    if is_dataclass(kind):
-        try:
-            strategy = TypeAdapter(kind).validate_python(dict(settings))
-        except ValidationError as error:
-            fault = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in ("strategy.settings", *fault["loc"]))
-            raise SpecError(f"{place}: {fault['msg']}, got {fault['input']!r}") from None
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in ("strategy.settings", *fault["loc"]))
+        raise SpecError(f"{place}: {fault['msg']}, got {fault['input']!r}") from None
     if isinstance(strategy, Checked):
         strategy.check(study)
     return strategy

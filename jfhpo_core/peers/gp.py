@@ -29,7 +29,7 @@ FIT_STEPS = 60
 """Iterations of the hyperparameter fit at most; more change the likelihood in the third digit."""
 
 VARIANCE_FLOOR = 1e-6
-"""Of an observation, so that scores measured without error leave the covariance well conditioned."""
+"""Minimum variance of an observation, so that scores measured without error leave the covariance well conditioned."""
 
 
 @dataclass(frozen=True)

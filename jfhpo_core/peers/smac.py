@@ -44,7 +44,8 @@ ENDLESS = 10**6
 """Trials that SMAC may run; the study's budget ends the search."""
 
 MAX_LEAVES = 2**12
-"""Of a tree, more than a study has trials. A tree reserves memory for all of them: a second at SMAC's own 2^20."""
+"""Maximum number of leaves of a tree, more than a study has trials. A tree reserves memory for all of them: a second at
+SMAC's own 2^20."""
 
 
 @dataclass(frozen=True)

@@ -333,11 +333,11 @@ def front_figure(result: SearchResult) -> Figure:
     spec = result.study.spec
     second, best = spec.second_objective, result.recommended.configuration if result.recommended is not None else None
     by_number = {trial.number: trial for trial in result.trials}
-    columns = min(3, len(spec.watched))
-    blocks = math.ceil(len(spec.watched) / columns)
+    columns = min(3, len(spec.secondary_metrics))
+    blocks = math.ceil(len(spec.secondary_metrics) / columns)
     with canvas(min(10.0, 3.6 * columns + 1.2), 3.4 * blocks) as figure:
         panels = list(figure.subplots(blocks, columns, squeeze=False, sharey=True).flat)
-        for axes, name in zip(panels, spec.watched, strict=False):
+        for axes, name in zip(panels, spec.secondary_metrics, strict=False):
             known = [item for item in result.tried if name in item.measured]
             for item in known:
                 chosen = item.configuration == best
@@ -368,7 +368,7 @@ def front_figure(result: SearchResult) -> Figure:
                 axes.xaxis.set_major_formatter(POWER_OF_TEN)
             axes.set_xlabel(name)
             axes.margins(0.12)
-        for axes in panels[len(spec.watched) :]:
+        for axes in panels[len(spec.secondary_metrics) :]:
             axes.set_visible(False)
         panels[0].set_ylabel(f"held-out score on {result.study.ladder.target.name}")
     return figure

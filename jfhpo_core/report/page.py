@@ -19,8 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from jfhpo_core.optimizer.rank_agreement import FidelityAgreement, length_agreements, most_telling, size_agreements
-from jfhpo_core.report import findings as summary
-from jfhpo_core.report import text
+from jfhpo_core.report import findings, text
 from jfhpo_core.report.completions import readings
 from jfhpo_core.report.text import without_credentials
 from jfhpo_core.report.why import Why, why
@@ -88,11 +87,11 @@ def write_plots(result: SearchResult, folder: Path, explained: Why | None = None
 
     measured = any(trial.evaluations for trial in result.trials)
     drawn: dict[str, Callable[[SearchResult], Any]] = {}
-    if result.rows and summary.incumbents(result):
+    if result.rows and findings.incumbents(result):
         drawn["outcome"] = figures.headline_figure
     if measured:
         drawn["learning-curves"] = figures.learning_figure
-    if result.study.spec.watched and result.tried:
+    if result.study.spec.secondary_metrics and result.tried:
         drawn["front"] = figures.front_figure
     if explained is not None and explained.importance:
         drawn["importance"] = lambda _: response.importance_figure(explained)
@@ -100,7 +99,7 @@ def write_plots(result: SearchResult, folder: Path, explained: Why | None = None
         drawn["bill"] = figures.bill_figure
     folder.mkdir(parents=True, exist_ok=True)
     return [
-        figures.save_figure(draw(result), folder / f"{name}.png", summary.verdict(result))
+        figures.save_figure(draw(result), folder / f"{name}.png", findings.verdict(result))
         for name, draw in drawn.items()
     ]
 
@@ -117,7 +116,7 @@ def write_headline(result: SearchResult, path: Path) -> Path:
     """
     from jfhpo_core.report import figures
 
-    return figures.save_figure(figures.headline_figure(result), path, summary.verdict(result))
+    return figures.save_figure(figures.headline_figure(result), path, findings.verdict(result))
 
 
 def _template() -> Any:
@@ -171,15 +170,15 @@ def _context(
         "written": written.strftime("%Y-%m-%d %H:%M %Z"),
         "light": figures.css_variables(figures.LIGHT),
         "dark": figures.css_variables(figures.DARK),
-        "verdict": summary.verdict(result),
-        "contrasts": summary.contrasts(result),
-        "caveats": summary.caveats(result),
-        "untrained": summary.untrained(result),
+        "verdict": findings.verdict(result),
+        "contrasts": findings.contrasts(result),
+        "caveats": findings.caveats(result),
+        "untrained": findings.untrained(result),
         "readings": readings(result),
-        "timeouts": summary.timeouts(result, step_records),
-        "interval": summary.interval,
-        "score_text": summary.score_text,
-        "interval_text": summary.interval_text,
+        "timeouts": findings.timeouts(result, step_records),
+        "interval": findings.interval,
+        "score_text": findings.score_text,
+        "interval_text": findings.interval_text,
         "settings": settings_table(result),
         "why": explained,
         "topics": {topic: explained.topics.get(topic, ()) for topic in get_args(Topic)},
@@ -187,17 +186,17 @@ def _context(
         "choices": [name for name in study.space if isinstance(study.space[name], ChoiceParameter)],
         "comparison": figure(
             "comparison",
-            f"Dot and whisker plot. {summary.verdict(result)}",
+            f"Dot and whisker plot. {findings.verdict(result)}",
             lambda: figures.comparison_figure(result),
             wanted=any(math.isfinite(row.score) for row in result.rows),
         ),
-        "metric_text": summary.metric_text,
+        "metric_text": findings.metric_text,
         "breaks": lambda name, limits: any(limit.metric == name for limit in limits),
         "front": figure(
             "front",
-            f"Scatter of score against {', '.join(study.spec.watched)}; the table below has the numbers.",
+            f"Scatter of score against {', '.join(study.spec.secondary_metrics)}; the table below has the numbers.",
             lambda: figures.front_figure(result),
-            wanted=bool(study.spec.watched and result.tried),
+            wanted=bool(study.spec.secondary_metrics and result.tried),
         ),
         "bill": figure(
             "bill",
@@ -205,12 +204,12 @@ def _context(
             lambda: figures.bill_figure(result),
             wanted=bool(trials),
         ),
-        "costs": summary.cost_by_purpose(result),
-        "purposes": summary.PURPOSES,
+        "costs": findings.cost_by_purpose(result),
+        "purposes": findings.PURPOSES,
         "counts": purpose_counts(trials),
-        "ratio": summary.search_trial_ratio(result),
-        "activities": summary.activities(result, step_records),
-        "activity_names": summary.ACTIVITIES,
+        "ratio": findings.search_trial_ratio(result),
+        "activities": findings.activities(result, step_records),
+        "activity_names": findings.ACTIVITIES,
         "tokens": sum(records[-1].tokens for records in step_records.values() if records),
         "learning": figure(
             "learning",
@@ -230,7 +229,7 @@ def _context(
             "Best score so far against charged device-time: the search on the target and on each proxy, and random "
             "search if there was one; recipes as horizontal lines.",
             lambda: figures.incumbent_figure(result),
-            wanted=bool(summary.incumbents(result)),
+            wanted=bool(findings.incumbents(result)),
         ),
         "agreement": figure(
             "agreement",
@@ -239,7 +238,7 @@ def _context(
             wanted=bool(telling),
         ),
         "telling": telling,
-        "believed": summary.believed_shares(result),
+        "believed": findings.believed_shares(result),
         "size_agreements": _with_pairs(sizes),
         "length_agreements": _with_pairs(
             {model.name: length_agreements(study, trials, model.name) for model in study.ladder.models}
@@ -247,7 +246,7 @@ def _context(
         "share_of": lambda item: share_of(study, item),
         "stopped": [trial for trial in trials if trial.state is TrialState.STOPPED],
         "failed": [trial for trial in trials if trial.state in (TrialState.INFEASIBLE, TrialState.LOST)],
-        "sources": summary.sources(trials),
+        "sources": findings.sources(trials),
         "rows": [trial_row(trial) for trial in trials[:LISTED_TRIALS]],
         "unlisted": max(0, len(trials) - LISTED_TRIALS),
         "yaml": without_credentials(study.spec.to_yaml()),
@@ -359,8 +358,8 @@ def _at_edge(study: Study, name: str, configuration: Configuration) -> bool:
 def purpose_counts(trials: Sequence[Trial]) -> dict[str, dict[str, int]]:
     """Number of trials by purpose and state."""
     return {
-        purpose: dict(summary.states([trial for trial in trials if trial.purpose == purpose]))
-        for purpose in summary.PURPOSES
+        purpose: dict(findings.states([trial for trial in trials if trial.purpose == purpose]))
+        for purpose in findings.PURPOSES
         if any(trial.purpose == purpose for trial in trials)
     }
 

@@ -191,16 +191,14 @@ def _draw_points(
         value = result.study.complete(trial.configuration).get(name)
         if trial.model != model or value is None or not trial.segments or not trial.evaluations:
             continue
+        if not result.study.space[name].has(value):  # a recipe outside the space
+            continue
         wrong = collapsed(trial)
         last = trial.evaluations[-1]
         if (trial.final is None and not wrong) or last.step == 0:
             continue
-        try:
-            where = place(value)
-        except ValueError:  # a recipe's value that the choice does not have
-            continue
         point = axes.plot(
-            [where], [last.score], "x" if wrong else "o", color=LIGHT["accent" if wrong else "rival"],
+            [place(value)], [last.score], "x" if wrong else "o", color=LIGHT["accent" if wrong else "rival"],
             markersize=4.5, alpha=0.85, zorder=3, clip_on=True,
         )[0]  # fmt: skip
         point.set_gid(f"{TITLE_PREFIX}{tooltip(trial, trial.label)}")
@@ -214,12 +212,8 @@ def _draw_markers(
     """The recommended value, and those of the recipes."""
     for baseline in result.study.spec.baselines:
         value = result.study.complete(baseline.configuration).get(name)
-        try:
-            where = None if value is None else place(value)
-        except ValueError:
-            continue
-        if where is not None:
-            line = axes.axvline(where, color=LIGHT["rival"], linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
+        if value is not None and result.study.space[name].has(value):
+            line = axes.axvline(place(value), color=LIGHT["rival"], linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
             line.set_gid(f"{TITLE_PREFIX}recipe {baseline.name}: {name} {value}")
     if name in best:
         line = axes.axvline(place(best[name]), color=LIGHT["accent"], linewidth=1.6, zorder=1)
@@ -252,13 +246,12 @@ def pair_figure(result: SearchResult, beliefs: Beliefs, names: tuple[str, str], 
             values = study.complete(trial.configuration)
             if trial.model != target or not trial.segments or any(name not in values for name in names):
                 continue
-            try:
-                where = across(values[names[0]]), up(values[names[1]])
-            except ValueError:
+            if not all(space[name].has(values[name]) for name in names):
                 continue
             mark = axes.plot(
-                *([item] for item in where), "x" if collapsed(trial) else "o", color=LIGHT["ink"], markersize=4.5,
-                markeredgecolor=LIGHT["ink" if collapsed(trial) else "surface"], zorder=3,
+                [across(values[names[0]])], [up(values[names[1]])], "x" if collapsed(trial) else "o",
+                color=LIGHT["ink"], markersize=4.5, markeredgecolor=LIGHT["ink" if collapsed(trial) else "surface"],
+                zorder=3,
             )[0]  # fmt: skip
             mark.set_gid(f"{TITLE_PREFIX}{tooltip(trial, trial.label)}")
         if all(name in best for name in names):
@@ -304,11 +297,9 @@ def parallel_figure(result: SearchResult, model: str, names: Sequence[str]) -> F
     lines: list[tuple[float, list[float], Trial]] = []
     for trial in result.trials:
         values = result.study.complete(trial.configuration)
-        if trial.model == model and trial.final is not None:
-            try:
-                lines.append((trial.final.score, [_height(space[name], values.get(name)) for name in names], trial))
-            except ValueError:  # a recipe outside the space
-                continue
+        inside = all(values.get(name) is None or space[name].has(values[name]) for name in names)
+        if trial.model == model and trial.final is not None and inside:
+            lines.append((trial.final.score, [_height(space[name], values.get(name)) for name in names], trial))
     if len(lines) < FEWEST_LINES:
         return None
     lines.sort(key=lambda line: line[0])

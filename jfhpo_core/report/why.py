@@ -50,7 +50,7 @@ CLEAR = 3.0
 """Standard errors that such a fall must have: the best of several scores is flattered by noise."""
 
 MOST_PAIRED = 3
-"""Of so many hyperparameters, the most important ones, pairs are looked at."""
+"""How many of the most important hyperparameters are looked at in pairs."""
 
 
 @threadpool_limits.wrap(limits=1)  # type: ignore[untyped-decorator]  # on small matrices threads wait for each other

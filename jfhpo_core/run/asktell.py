@@ -368,10 +368,9 @@ def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _outcome(outcome: Outcome | str) -> Outcome:
-    try:
-        return Outcome(outcome)
-    except ValueError:
-        raise LedgerError(f"outcome={outcome!r} is none of {', '.join(Outcome)}") from None
+    if outcome not in tuple(Outcome):
+        raise LedgerError(f"outcome={outcome!r} is none of {', '.join(Outcome)}")
+    return Outcome(outcome)
 
 
 def _step(trial: Trial, segment: Segment, prompts: int) -> int:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jfhpo_core import embedded
-from jfhpo_core.errors import JfhpoError, SpecError
+from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.forecast import forecast
 from jfhpo_core.run.family import examine_family, load_tokenizer
 from jfhpo_core.run.untrained import measure, sample
@@ -25,12 +25,12 @@ from jfhpo_core.study.prompting import Prompting, encode, prompt_limit, without_
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.scoring import PROCESSES
 from jfhpo_core.study.tasks import Task, load_task
-from jfhpo_core.trainers.base import Finding, Level
+from jfhpo_core.trainers.base import Finding, Level, failing_as
 
 GIB = 2**30
 
 CHECKPOINT_BYTES = 16
-"""Of a checkpoint per parameter: weights for resuming and for use, and Adam's moments."""
+"""Bytes of a checkpoint per parameter: weights for resuming and for use, and Adam's moments."""
 
 CHECKPOINTS_PER_TRIAL = 2
 """A trial keeps the checkpoint that it started from beside the newest one."""
@@ -42,7 +42,7 @@ SAMPLED_TOKENS = 64
 """Length of these completions at most, so that a large model on a CPU is done soon."""
 
 SAMPLED_PARAMETERS = 4 * 10**9
-"""Of a larger model no completions are sampled: it may not fit into the memory of the driver's machine."""
+"""No completions are sampled from a larger model: it may not fit into the memory of the driver's machine."""
 
 DOCTOR_PARAMETERS = 10**8
 """`doctor` leaves the measurement of larger models, which takes minutes on a CPU, to `plan --measure`."""
@@ -129,27 +129,7 @@ def rehearse(study: Study) -> Iterator[Finding]:
     """Try what every trial will need: data, models, and the reward on completions that a model has sampled."""
     if study.spec.task.embedded not in (None, *embedded.NAMES) and not trains_models(study):
         return  # a stand-in for a task that only the trainer knows
-    try:
-        task = load_task(study.spec.task)
-    except JfhpoError as error:
-        yield Finding(Level.FAILURE, "task", str(error))
-        return
-    prompting = prompting_of(study, task)
-    completions = [""] * min(SAMPLED_ROWS, len(task.heldout))
-    what = f"{len(completions)} empty completions"
-    if prompting is not None:
-        models = list(examine_family(study.ladder.models, chat=prompting.chat_template))
-        yield from models
-        if any(finding.level is Level.FAILURE for finding in models):
-            return
-        try:
-            task = fitting(study, task, prompting)
-            completions, what = _sampled(study, task, prompting)
-        except JfhpoError as error:
-            yield Finding(Level.FAILURE, "prompts", str(error))
-            return
-    yield from _data(study, task)
-    yield from _reward(task, completions, what)
+    yield from failing_as("task", _task(study))
 
 
 def measured(study: Study, largest: int | None = None) -> Iterator[Finding]:
@@ -231,6 +211,27 @@ def _sampled(study: Study, task: Task, prompting: Prompting) -> tuple[list[str],
     return completions, f"completions of {len(rows)} held-out prompts by untrained {model.name}"
 
 
+def _task(study: Study) -> Iterator[Finding]:
+    task = load_task(study.spec.task)
+    prompting = prompting_of(study, task)
+    if prompting is not None:
+        models = list(examine_family(study.ladder.models, chat=prompting.chat_template))
+        yield from models
+        if any(finding.level is Level.FAILURE for finding in models):
+            return
+    yield from failing_as("prompts", _prompts(study, task, prompting))
+
+
+def _prompts(study: Study, task: Task, prompting: Prompting | None) -> Iterator[Finding]:
+    completions = [""] * min(SAMPLED_ROWS, len(task.heldout))
+    what = f"{len(completions)} empty completions"
+    if prompting is not None:
+        task = fitting(study, task, prompting)
+        completions, what = _sampled(study, task, prompting)
+    yield from _data(study, task)
+    yield from failing_as("reward", _reward(task, completions, what))
+
+
 def _data(study: Study, task: Task) -> Iterator[Finding]:
     horizon = study.spec.fidelity.horizon_prompts
     scored = len(task.heldout[: study.spec.evaluation.prompts])
@@ -253,18 +254,14 @@ def _reward(task: Task, completions: Sequence[str], what: str) -> Iterator[Findi
     rows = task.heldout[: len(completions)]
     prompts = [row["prompt"] for row in rows]
     with task.reward as reward:
-        try:
-            reward.start()
-            began = time.perf_counter()
-            scores = reward(prompts, completions, **columns_of(rows))
-            seconds = time.perf_counter() - began
-            with ThreadPoolExecutor(PROCESSES) as threads:
-                answers = list(
-                    threads.map(lambda one: reward(prompts[:1], [one], **columns_of(rows[:1])).timed_out, HOSTILE)
-                )
-        except JfhpoError as error:
-            yield Finding(Level.FAILURE, "reward", str(error))
-            return
+        reward.start()
+        began = time.perf_counter()
+        scores = reward(prompts, completions, **columns_of(rows))
+        seconds = time.perf_counter() - began
+        with ThreadPoolExecutor(PROCESSES) as threads:
+            answers = list(
+                threads.map(lambda one: reward(prompts[:1], [one], **columns_of(rows[:1])).timed_out, HOSTILE)
+            )
     limit = reward.limit_seconds
     if len(scores.timed_out) == len(rows):
         yield Finding(

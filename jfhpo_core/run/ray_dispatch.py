@@ -34,7 +34,7 @@ from jfhpo_core.run.worker import Cancelled, Staged
 from jfhpo_core.study.spec import DEFAULT_PARALLEL, ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome, SegmentResult, StepRecord
 from jfhpo_core.trainers import Job
-from jfhpo_core.watchdog import Silence
+from jfhpo_core.watchdog import Watchdog
 
 HANG_SECONDS = 1800.0
 """A job that has delivered two steps may always be silent for this long: evaluation and checkpoint take their time, and
@@ -80,12 +80,12 @@ class _Ticket:
     waited: float = 0.0
 
 
-def _silence(job: Job) -> Silence:
+def _watchdog(job: Job) -> Watchdog:
     """What is allowed to a job; more if its study allows its trainer more than usual."""
     own = job.study.trainer.settings
     startup, hang = (2.0 * float(own.get(name, 0.0)) for name in ("startup_seconds", "hang_seconds"))
     expected = (job.segment.suggestion.expected_cost_seconds or 0.0) / job.devices
-    return Silence(max(HANG_STARTUP_SECONDS, startup, expected), max(HANG_SECONDS, hang))
+    return Watchdog(max(HANG_STARTUP_SECONDS, startup, expected), max(HANG_SECONDS, hang))
 
 
 class RayDispatcher:
@@ -438,7 +438,7 @@ class RayDispatcher:
         """
         ray = self._ray
         stream = worker.actor.train.remote(job, HAND_OVER_BYTES)
-        silence = _silence(job)
+        watchdog = _watchdog(job)
         deadline: float | None = None
         while True:
             if cancelled.is_set() and deadline is None:
@@ -447,8 +447,8 @@ class RayDispatcher:
             if deadline is not None and time.monotonic() > deadline:
                 raise Cancelled(job.trial_key)
             if not ray.wait([stream], timeout=POLL_SECONDS)[0]:
-                if silence.too_long:
-                    raise TimeoutError(str(silence))
+                if watchdog.too_long:
+                    raise TimeoutError(str(watchdog))
                 continue
             try:
                 item = ray.get(next(stream))
@@ -456,7 +456,7 @@ class RayDispatcher:
                 if cancelled.is_set():
                     raise Cancelled(job.trial_key) from None
                 return
-            silence.hear()
+            watchdog.hear()
             if not cancelled.is_set():
                 yield item
 

@@ -25,7 +25,7 @@ CONNECT_SECONDS = 10.0
 """For a cluster to answer at all."""
 
 MESSAGE_CHARACTERS = 400
-"""Of an error are kept; Ray's can fill pages."""
+"""How much of an error message is kept; Ray's can fill pages."""
 
 logger = logging.getLogger(__name__)
 

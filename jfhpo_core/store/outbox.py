@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 
-class Entry(Record):
+class PendingWrite(Record):
     """A write that waits: the beginning of a segment (trial and segment), or its end (key, result, records)."""
 
     trial: Trial | None = None
@@ -70,7 +70,7 @@ class Outbox:
         self._path = path
         self._patience_seconds = patience_seconds
         self._mirror = MemoryLedger()
-        self._waiting: deque[Entry] = deque()
+        self._waiting: deque[PendingWrite] = deque()
         self._tried_at = -math.inf
 
     def open(self, study: StudySpec) -> None:
@@ -106,7 +106,7 @@ class Outbox:
     def begin(self, trial: Trial, segment: Segment) -> None:
         """See `Ledger.begin`."""
         self._mirror.begin(trial, segment)
-        self._put(Entry(trial=trial, segment=segment))
+        self._put(PendingWrite(trial=trial, segment=segment))
 
     def stream(self, key: str, records: Sequence[StepRecord]) -> None:
         """See `Ledger.stream`; nothing is shown while the store is away."""
@@ -121,7 +121,7 @@ class Outbox:
     def commit(self, key: str, result: SegmentResult, records: Sequence[StepRecord]) -> None:
         """See `Ledger.commit`."""
         self._mirror.commit(key, result, records)
-        self._put(Entry(key=key, result=result, records=tuple(records)))
+        self._put(PendingWrite(key=key, result=result, records=tuple(records)))
 
     def step_records(self, key: str) -> list[StepRecord]:
         """See `Ledger.step_records`."""
@@ -161,7 +161,7 @@ class Outbox:
             entry.trial is not None and entry.trial.key == key and not entry.trial.segments for entry in self._waiting
         )
 
-    def _put(self, entry: Entry) -> None:
+    def _put(self, entry: PendingWrite) -> None:
         self._retry()
         if not self._waiting:
             try:
@@ -218,7 +218,7 @@ class Outbox:
                 time.sleep(min(RETRY_SECONDS, self._patience_seconds))
 
 
-def waiting(path: Path) -> list[Entry]:
+def waiting(path: Path) -> list[PendingWrite]:
     """What waits in a file. A last line that a crash has cut off was never acknowledged.
 
     Raises:
@@ -230,7 +230,7 @@ def waiting(path: Path) -> list[Entry]:
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            entries += [Entry.model_validate_json(line)] if line else []
+            entries += [PendingWrite.model_validate_json(line)] if line else []
         except ValidationError as error:
             if number < len(lines):
                 raise LedgerError(f"{path}, line {number} cannot be read ({error}); was the file edited?") from None

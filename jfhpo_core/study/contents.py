@@ -112,11 +112,8 @@ def _cached_commit(name: str) -> str | None:
     """Commit of a model of the hub in the local cache; None if it is not there."""
     try:
         from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        return None
-    try:
+
         config = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        return None  # no name of the hub: a path that is not there
+    except (ImportError, ValueError):  # without the client; no name of the hub, but a path that is not there
+        return None
     return Path(config).parent.name if isinstance(config, str) else None

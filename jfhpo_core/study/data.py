@@ -162,14 +162,12 @@ def _check_prompt(row: Row, where: str) -> None:
             f"{where}: a row needs a non-empty text 'prompt', or a list of chat messages with role and content, got "
             f"{str(prompt)[:SHOWN]!r}{known}"
         )
-    try:
-        json.dumps(row)
-    except (TypeError, ValueError):
-        bad = next(name for name, value in row.items() if not _is_json_value(value))
+    bad = next((name for name, value in row.items() if not _is_json_value(value)), None)
+    if bad is not None:
         raise SpecError(
             f"{where}: column {bad!r} holds a {type(row[bad]).__name__}, which JSON does not have; convert it, or drop "
             f"the column (task.columns {{{bad}: null}})"
-        ) from None
+        )
 
 
 def _is_message(message: Any) -> bool:

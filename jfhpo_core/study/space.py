@@ -116,6 +116,14 @@ class Parameter(BaseModel, ABC):
             ValueError: The hyperparameter does not have this value.
         """
 
+    def has(self, value: Value) -> bool:
+        """Whether a value lies in the domain."""
+        try:
+            self.encode(value)
+        except ValueError:
+            return False
+        return True
+
     @abstractmethod
     def decode(self, coordinates: Sequence[float]) -> Value:
         """Coordinates to the value that they stand for; `encode` of a value leads back to the value, exactly."""

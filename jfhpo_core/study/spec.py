@@ -30,7 +30,7 @@ DEFAULT_PARALLEL = 2
 """Trials at the same time where neither the study nor a number of devices says."""
 
 AUTO = "auto"
-"""Of `warm_start`: the earlier studies that fit."""
+"""Value of `warm_start` that stands for the earlier studies that fit."""
 
 RESERVED_NAMES = {"recommended", "random_search"}
 """Rows of the final table, in MLflow `score.NAME`, that are no baselines."""
@@ -610,7 +610,7 @@ class StudySpec(_Section):
         return tuple(found)
 
     @property
-    def watched(self) -> tuple[str, ...]:
+    def secondary_metrics(self) -> tuple[str, ...]:
         """Metrics that the constraints and the second objective name, the latter first."""
         second = [] if self.second_objective is None else [self.second_objective.metric]
         return tuple(dict.fromkeys([*second, *self.constraints]))

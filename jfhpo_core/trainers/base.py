@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from jfhpo_core.errors import SpecError
+from jfhpo_core.errors import JfhpoError, SpecError
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import (
     Checkpoint,
@@ -114,6 +114,14 @@ class Finding:
     level: Level
     subject: str
     message: str
+
+
+def failing_as(subject: str, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """The findings of a check; an error of ours that ends it is its last finding, a failure."""
+    try:
+        yield from findings
+    except JfhpoError as error:
+        yield Finding(Level.FAILURE, subject, str(error))
 
 
 class Trainer(Protocol):

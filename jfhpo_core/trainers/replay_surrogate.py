@@ -25,7 +25,7 @@ from jfhpo_core.trainers.replay_table import SPACE, Recording, Table, read_table
 Matrix = NDArray[np.float64]
 
 FOLDS = 8
-"""Of the cross-validation."""
+"""Folds of the cross-validation."""
 
 VARIANCES = (0.1, 10.0)
 LENGTHS = (0.2, 50.0)

@@ -11,7 +11,7 @@ from jfhpo.cli import REFUSED, app
 from jfhpo.doctor import _ray, diagnose
 from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
-from jfhpo_core.trainers.base import Finding, Level
+from jfhpo_core.trainers.base import Level, failing_as
 from tests.studies import study_data
 
 
@@ -63,10 +63,10 @@ def test_a_failure_ends_with_the_code_of_a_refusal(tmp_path: Path) -> None:
 
 def test_ray_where_none_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    found: Finding = _ray(resolve(study(tmp_path)))
+    (found,) = _ray(resolve(study(tmp_path)))
     assert (found.level, "private instance" in found.message) == (Level.OK, True)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    found = _ray(resolve(study(tmp_path)))
+    (found,) = failing_as("ray", _ray(resolve(study(tmp_path))))
     assert (found.level, "no Ray cluster answers" in found.message) == (Level.FAILURE, True)
 
 
@@ -85,5 +85,5 @@ def test_a_cluster_has_what_the_largest_model_that_is_trained_asks_for(
         ({"gpus_per_device": 2}, Level.FAILURE, "needs 16 GPUs"),
         ({"cpus_per_device": 4}, Level.FAILURE, "needs 32 CPUs"),
     ):
-        found = _ray(resolve(study(tmp_path, family=family, cluster=cluster)))
+        (found,) = failing_as("ray", _ray(resolve(study(tmp_path, family=family, cluster=cluster))))
         assert (found.level, message in found.message) == (level, True), found

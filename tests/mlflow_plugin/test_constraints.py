@@ -34,9 +34,9 @@ def test_the_studys_run_has_the_constraint_and_the_front(result: SearchResult) -
     assert "| 1 | 0.500 ± 0.020 | 0.07 |" in note
 
 
-def test_a_trials_run_has_the_watched_metrics_by_rung(result: SearchResult) -> None:
+def test_a_trials_run_has_the_secondary_metrics_by_rung(result: SearchResult) -> None:
     trial = result.trials[1]
-    shown = result_metrics(trial, trial.segments[0], 0, None, TaskData(None, None), result.study.spec.watched)
+    shown = result_metrics(trial, trial.segments[0], 0, None, TaskData(None, None), result.study.spec.secondary_metrics)
     assert [(metric.step, metric.value) for metric in shown if metric.key == "rung/kl"] == [
         (10, 0.07), (20, 0.07), (30, 0.07)
     ]  # fmt: skip

@@ -68,3 +68,17 @@ def test_two_thousand_verdicts_are_no_trouble() -> None:
     low, high = model.probability(points(np.array([[0.3, 0.5], [0.9, 0.5]]))).tolist()
     assert low > 0.95
     assert high < 0.05
+
+
+def test_functions_are_drawn_around_the_probability_and_stay_what_they_are() -> None:
+    random = np.random.default_rng(0)
+    x = random.random((30, 2))
+    model = Feasibility.fit(points(x), torch.tensor((x[:, 0] < 0.6).astype(float)))
+    anchors = points(random.random((40, 2)))
+    drawn = model.drawn(anchors, torch.from_numpy(random.standard_normal((4000, 40))))
+    at_anchors = drawn(anchors.expand(4000, -1, -1))
+    assert torch.allclose(at_anchors.mean(0), model.probability(anchors), atol=0.05)
+    assert torch.allclose(at_anchors[:, :3], drawn(anchors[:3].expand(4000, -1, -1)))
+    # They agree among runs that did, and differ at the boundary.
+    inside, boundary = drawn(points(np.array([[0.1, 0.5], [0.6, 0.5]])).expand(4000, -1, -1)).std(0).tolist()
+    assert inside < 0.1 < boundary

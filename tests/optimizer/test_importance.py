@@ -68,6 +68,7 @@ def test_the_two_that_matter_most_come_first_on_other_landscapes(tmp_path: Path,
     assert found(landscape_study(tmp_path, seed, RATE_RULES), seed, 24)[0].name == "learning_rate"
 
 
+@pytest.mark.slow
 def test_a_conditional_hyperparameter_and_an_unordered_choice_count_as_one_each(tmp_path: Path) -> None:
     space = {
         "learning_rate": {"type": "float", "low": 1e-5, "high": 1e-2, "log": True},

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jfhpo_core.optimizer.cost import CostModel
+from jfhpo_core.optimizer.joint_fidelity import JointFidelity
 from jfhpo_core.optimizer.observations import observed_rows
-from jfhpo_core.optimizer.strategy import load_strategy
+from jfhpo_core.optimizer.strategy import Proposal, load_strategy
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
@@ -17,6 +20,8 @@ from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Trial
 from tests.studies import simulated_study
+
+DESIGN = "jfhpo/initial-design"
 
 RECIPE_RATE = 1e-4
 """Learning rate of the baseline of `simulated_study`."""
@@ -34,14 +39,24 @@ def study_of(tmp_path: Path, **changes: Any) -> Study:
     )
 
 
+@dataclass(frozen=True)
+class DesignOnly(JointFidelity):
+    """The search, but for what comes after its initial design."""
+
+    def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
+        proposal = super().suggest(study, trials, remaining_seconds, seed)
+        over = proposal is not None and proposal.suggestion.source != DESIGN and any(map(is_of_design, trials))
+        return None if over else proposal
+
+
 def designed(study: Study) -> list[Trial]:
     """The trials of the initial design of a search, in their order."""
-    result = run_search(study, MemoryLedger(), InlineDispatcher(1))
-    return [
-        trial
-        for trial in result.trials
-        if trial.segments and trial.segments[0].segment.suggestion.source == "jfhpo/initial-design"
-    ]
+    result = run_search(study, MemoryLedger(), InlineDispatcher(1), strategy=DesignOnly(prior="none"))
+    return [trial for trial in result.trials if is_of_design(trial)]
+
+
+def is_of_design(trial: Trial) -> bool:
+    return bool(trial.segments) and trial.segments[0].segment.suggestion.source == DESIGN
 
 
 def reached(trial: Trial) -> int:
@@ -88,7 +103,4 @@ def test_the_first_run_of_the_target_is_what_is_expected_else_the_middle_of_the_
     assert short is not None
     assert short.model == "small", "what cannot be paid is not begun"
     recipe = study_of(tmp_path, baselines=[{"name": "recipe", "configuration": plain.space.middle()}])
-    known = run_search(recipe, MemoryLedger(), InlineDispatcher(1))
-    assert recipe.space.middle() not in [
-        trial.configuration for trial in known.trials if trial.purpose == "search" and trial.model == "large"
-    ]
+    assert recipe.space.middle() not in [trial.configuration for trial in designed(recipe) if trial.model == "large"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jfhpo.display.watch import Watch
-from jfhpo.orchestration.artifacts import Board, artifact_key, result_rows, trial_rows
+from jfhpo.orchestration.artifacts import RunPage, artifact_key, result_rows, trial_rows
 from jfhpo.orchestration.flow_run import RETRIES, Approval, DeclinedError, Gate, persist, run_name
 from jfhpo.orchestration.task_runs import TaskRuns, task_run_name
 from jfhpo_core.errors import InfrastructureError, SpecError
@@ -78,7 +78,7 @@ def test_the_gate_asks_before_whatever_trains_the_target_once_the_search_is_over
 
     monkeypatch.setattr("jfhpo.orchestration.flow_run.suspend_flow_run", answer)
     ledger = MemoryLedger()
-    gate = Gate(study.spec, Board(study.spec.study, Watch()))
+    gate = Gate(study.spec, RunPage(study.spec.study, Watch()))
     with pytest.raises(DeclinedError):
         run_search(study, ledger, Recording(study.spec.study, InlineDispatcher(1), ledger, gate.check))
     assert asked == ["asked"]

@@ -123,7 +123,7 @@ def is_judged(study: Any) -> None:
         pass
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(FILES)
 def test_a_mutated_file_is_usable_or_refused(study: Any) -> None:
     is_judged(study)

@@ -14,7 +14,7 @@ from jfhpo_core.errors import InfrastructureError, TrialFailure
 from jfhpo_core.study.trial import FailureKind
 
 LINE_CHARACTERS = 300
-"""Of the decisive line are quoted."""
+"""How much of the decisive line is quoted."""
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -104,7 +104,7 @@ FATAL = re.compile(
 """After such a line a run never recovers, though it may wait for the dead part for ever, or train on the rest."""
 
 REMOTE = re.compile(r"RayTaskError|\bray::")
-"""In a traceback that comes from an actor."""
+"""Marks a traceback that comes from an actor."""
 
 ERROR_LINE = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception)\b: ?")
 

@@ -60,10 +60,10 @@ class Shape:
     def of(cls, path: str, parameters: int) -> Self:
         """The shape of a model in a folder or in the hub's cache; where neither has it, one typical of its size."""
         config = _configuration(path)
-        try:
-            return cls(parameters, config["vocab_size"], config["hidden_size"], config["num_hidden_layers"])
-        except KeyError:
+        names = ("vocab_size", "hidden_size", "num_hidden_layers")
+        if not config.keys() >= set(names):
             return cls.typical(parameters)
+        return cls(parameters, *(config[name] for name in names))
 
     @classmethod
     def typical(cls, parameters: int) -> Self:

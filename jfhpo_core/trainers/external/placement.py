@@ -20,7 +20,7 @@ USABLE, USABLE_IN_ROLLOUTS = 0.85, 0.93
 nothing but vLLM's share, to the contexts of three processes and to CUDA graphs."""
 
 COLOCATED_SHARE, APART_SHARE = 0.55, 0.9
-"""Of a GPU's memory for vLLM, where it takes turns with the run (at most) and where it is alone."""
+"""Share of a GPU's memory for vLLM: at most, where it takes turns with the run, and where it is alone."""
 
 KV_CACHE_SHARE = 0.3
 """Share of vLLM's memory that shall at least be left for its cache."""

@@ -13,13 +13,13 @@ from pathlib import Path
 from jfhpo_core.errors import JfhpoError
 
 PREFIX = "jfhpo-ray-"
-"""Of the folders' names; short, because paths of sockets may have 107 characters."""
+"""Prefix of the folders' names; short, because paths of sockets may have 107 characters."""
 
 LOCK = "held"
 """File that is locked while the run lives, whatever becomes of its process."""
 
 KEPT_BYTES = 1_000_000
-"""Of each log of a failed run, its end."""
+"""How much of the end of each log of a failed run is kept."""
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.trainers.external.failures import FATAL, explain
 from jfhpo_core.trainers.external.log import LogTail
 from jfhpo_core.trainers.external.process import TrainingProcess
-from jfhpo_core.watchdog import Silence
+from jfhpo_core.watchdog import Watchdog
 
 POLL_SECONDS = 0.1
 
@@ -18,7 +18,7 @@ LAST_WORDS_SECONDS = 5.0
 """After a fatal line: for the rest of what is said about it."""
 
 LOG_LINES = 50_000
-"""Of a log are kept, to find the cause of a failure in."""
+"""How many lines of a log are kept to find the cause of a failure in."""
 
 
 class Watch:
@@ -37,7 +37,7 @@ class Watch:
         self._tail = LogTail(log)
         self._lines: deque[str] = deque(maxlen=LOG_LINES)
         self._lost: float | None = None
-        self.silence = Silence(startup_seconds, hang_seconds)
+        self.watchdog = Watchdog(startup_seconds, hang_seconds)
 
     def poll(self, *, may_end: bool = False) -> list[str]:
         """New lines of the log, after a short sleep.
@@ -59,7 +59,7 @@ class Watch:
             self._lost = time.monotonic()
         if self._lost is not None and time.monotonic() - self._lost > LAST_WORDS_SECONDS:
             raise explain(list(self._lines), None, self._log)
-        if self.silence.too_long:
+        if self.watchdog.too_long:
             last = next((line for line in reversed(self._lines) if line.strip()), "nothing was printed")
-            raise InfrastructureError(f"the run hangs: {self.silence}; last line: {last[:200]} (log: {self._log})")
+            raise InfrastructureError(f"the run hangs: {self.watchdog}; last line: {last[:200]} (log: {self._log})")
         return lines

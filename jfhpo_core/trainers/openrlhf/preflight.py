@@ -8,10 +8,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from jfhpo_core.errors import InfrastructureError, SpecError
+from jfhpo_core.errors import SpecError
 from jfhpo_core.study.models import Model
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.trainers.base import Finding, Level
+from jfhpo_core.trainers.base import Finding, Level, failing_as
 from jfhpo_core.trainers.external.ask import SECONDS, VERSIONS, ask
 from jfhpo_core.trainers.external.fit import demand_of
 from jfhpo_core.trainers.external.memory import GIB, WEIGHT_BYTES
@@ -34,21 +34,23 @@ def preflight(study: Study, settings: OpenRlhfSettings, ineffective: dict[str, s
         settings: Its trainer settings.
         ineffective: Searched hyperparameters that change nothing, with the reason.
     """
-    assert settings.interpreter is not None
-    try:
-        probe = ask(settings.interpreter, VERSIONS, [*TESTED, FLASH_ATTENTION], environment(settings, os.environ, 1))
-    except InfrastructureError as error:
-        yield Finding(Level.FAILURE, "trainer", str(error))
-    else:
-        yield from check_versions(probe["versions"], TESTED, settings, "the how-to on OpenRLHF")
-        if settings.device == "cuda" and settings.jobs_address is None:
-            yield check_gpus(needed_gpus(study), settings, probe["gpus"])
-        if settings.jobs_address is not None:
-            yield _jobs(settings, settings.jobs_address)
+    yield from failing_as("trainer", _installed(study, settings))
     for model in study.ladder.models:
-        yield _fit(study, settings, model)
+        subject = f"model {model.name}"
+        yield from failing_as(subject, _fit(study, settings, model, subject))
     for name, reason in ineffective.items():
         yield Finding(Level.WARNING, "space", f"{name} is searched but has no effect: {reason}")
+
+
+def _installed(study: Study, settings: OpenRlhfSettings) -> Iterator[Finding]:
+    """What the trainer's environment and this machine have."""
+    assert settings.interpreter is not None
+    probe = ask(settings.interpreter, VERSIONS, [*TESTED, FLASH_ATTENTION], environment(settings, os.environ, 1))
+    yield from check_versions(probe["versions"], TESTED, settings, "the how-to on OpenRLHF")
+    if settings.device == "cuda" and settings.jobs_address is None:
+        yield check_gpus(needed_gpus(study), settings, probe["gpus"])
+    if settings.jobs_address is not None:
+        yield _jobs(settings, settings.jobs_address)
 
 
 def _jobs(settings: OpenRlhfSettings, address: str) -> Finding:
@@ -74,21 +76,18 @@ def _jobs(settings: OpenRlhfSettings, address: str) -> Finding:
     )  # fmt: skip
 
 
-def _fit(study: Study, settings: OpenRlhfSettings, model: Model) -> Finding:
+def _fit(study: Study, settings: OpenRlhfSettings, model: Model, subject: str) -> Iterator[Finding]:
     """What a run of a model takes."""
     defaults = study.complete({})
-    subject = f"model {model.name}"
     settings = settings.of_model(model.name)
-    try:
-        demand = demand_of(
-            study.spec, settings, model,
-            reference=float(defaults["kl_coefficient"]) > 0, critic=defaults["loss_type"] == "ppo",
-        )  # fmt: skip
-        placement = place(settings, demand)
-    except SpecError as error:
-        return Finding(Level.FAILURE, subject, str(error))
+    demand = demand_of(
+        study.spec, settings, model,
+        reference=float(defaults["kl_coefficient"]) > 0, critic=defaults["loss_type"] == "ppo",
+    )  # fmt: skip
+    placement = place(settings, demand)
     if settings.device == "cpu":
-        return Finding(Level.OK, subject, f"{model.parameters:,} parameters, on CPU")
+        yield Finding(Level.OK, subject, f"{model.parameters:,} parameters, on CPU")
+        return
     layout = (
         f"{demand.gpus} GPUs, ZeRO stage {placement.zero_stage}"
         f"{', optimizer in host memory' if placement.offload_optimizer else ''}, {placement.engines} engines of "
@@ -99,11 +98,12 @@ def _fit(study: Study, settings: OpenRlhfSettings, model: Model) -> Finding:
     length = settings.max_prompt_tokens + study.spec.task.max_completion_tokens
     sequences = cached_sequences(model, settings, placement, length)
     if sequences is None:
-        return Finding(Level.OK, subject, layout)
+        yield Finding(Level.OK, subject, layout)
+        return
     text = f"{layout}; vLLM's cache holds {sequences:.0f} sequences of {length} tokens per engine"
     if sequences < 1:
-        return Finding(Level.FAILURE, subject, f"{text}: raise tensor_parallel or vllm_memory_share, or shorten them")
-    return Finding(Level.OK, subject, text)
+        raise SpecError(f"{text}: raise tensor_parallel or vllm_memory_share, or shorten them")
+    yield Finding(Level.OK, subject, text)
 
 
 def cached_sequences(model: Model, settings: OpenRlhfSettings, placement: Placement, length: int) -> float | None:

@@ -308,7 +308,7 @@ class _Loop:
         if not self.startup_seconds:
             evaluated = sum(evaluation.seconds for evaluation in self.evaluations)
             self.startup_seconds = max(math.ulp(1.0), time.monotonic() - self.began - total - evaluated)
-        self._watch.silence.hear(step=True)
+        self._watch.watchdog.hear(step=True)
         self.step = line.step
         samples, length = round(metrics["rollout/num_samples"]), metrics["rollout/response_length_mean"]
         self.tokens += round(samples * length)
@@ -366,7 +366,7 @@ class _Loop:
 
     def _evaluation(self, path: Path) -> Evaluation:
         content = json.loads(path.read_text(encoding="utf-8"))
-        self._watch.silence.hear(step=False)
+        self._watch.watchdog.hear(step=False)
         job = self.job
         found = score(
             content["rewards"],

@@ -9,7 +9,7 @@ Option = Scalar | list[Scalar] | None
 """Value of an option, as a study file gives it."""
 
 NAME = re.compile(r"\+{0,2}[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-"""Of an option, in Hydra's notation: `+` adds one that verl's configuration lacks, `++` sets it in any case."""
+"""Name of an option in Hydra's notation: `+` adds one that verl's configuration lacks, `++` sets it in any case."""
 
 ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
 

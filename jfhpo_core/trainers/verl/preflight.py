@@ -6,9 +6,8 @@ import os
 from collections.abc import Iterator
 from functools import cache
 
-from jfhpo_core.errors import InfrastructureError
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.trainers.base import Finding, Level
+from jfhpo_core.trainers.base import Finding, Level, failing_as
 from jfhpo_core.trainers.external.ask import VERSIONS, ask
 from jfhpo_core.trainers.external.preflight import FLASH_ATTENTION, check_gpus, check_versions, needed_gpus
 from jfhpo_core.trainers.verl.settings import VerlSettings
@@ -49,14 +48,15 @@ def refusal(python: str, overrides: tuple[str, ...]) -> str | None:
 
 def preflight(study: Study, settings: VerlSettings) -> Iterator[Finding]:
     """See `jfhpo_core.run.preflight`."""
+    yield from failing_as("trainer", _installed(study, settings))
+
+
+def _installed(study: Study, settings: VerlSettings) -> Iterator[Finding]:
+    """What the trainer's environment and this machine have."""
     assert settings.interpreter is not None
-    try:
-        probe = ask(
-            settings.interpreter, VERSIONS, [*LOCKED["cpu"], FLASH_ATTENTION], dict(os.environ) | {"PYTHONPATH": ""}
-        )
-    except InfrastructureError as error:
-        yield Finding(Level.FAILURE, "trainer", str(error))
-        return
+    probe = ask(
+        settings.interpreter, VERSIONS, [*LOCKED["cpu"], FLASH_ATTENTION], dict(os.environ) | {"PYTHONPATH": ""}
+    )
     yield from check_versions(probe["versions"], LOCKED[settings.device], settings, "the how-to on verl")
     if settings.device == "cuda":
         needed = needed_gpus(study)

@@ -225,7 +225,7 @@ class Loop:
                 f"verl reported step {entry['step']} where step {step} was due: its checkpoint was not loaded; nothing "
                 f"of this run counts (log: {self._files.log})"
             )
-        self._watch.silence.hear(step=step > self.step)
+        self._watch.watchdog.hear(step=step > self.step)
         data: dict[str, Any] = entry["data"]
         return data
 

@@ -12,7 +12,7 @@ import pytest
 
 from jfhpo_core.run import planning, search, worker
 from jfhpo_core.store import checkpoints, ledger, outbox
-from jfhpo_core.store.outbox import Entry, Outbox
+from jfhpo_core.store.outbox import Outbox, PendingWrite
 from jfhpo_core.study.resolved import Study
 from mlflow_plugin import ledger as mlflow_ledger
 from mlflow_plugin import tags
@@ -33,7 +33,7 @@ def name_of_the_outbox_is_not_flushed(patch: pytest.MonkeyPatch) -> None:
 
 
 def what_waits_is_not_written_down(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Entry, "model_dump_json", lambda _entry: "")
+    patch.setattr(PendingWrite, "model_dump_json", lambda _entry: "")
 
 
 def what_waits_is_not_delivered(patch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def the_outbox_is_delivered_backwards(patch: pytest.MonkeyPatch) -> None:
 def a_later_write_overtakes_what_waits(patch: pytest.MonkeyPatch) -> None:
     real = Outbox._put
 
-    def put(self: Outbox, entry: Entry) -> None:
+    def put(self: Outbox, entry: PendingWrite) -> None:
         held, self._waiting = self._waiting, deque()
         try:
             real(self, entry)

@@ -44,8 +44,8 @@ CHUNK = 64
 """Held-out completions that an engine takes at a time."""
 
 Result = tuple[int, float, bool, bool, str | None]
-"""Of a held-out completion: its row, its reward, whether it was cut off, whether scoring it took too long, and its text
-if that is to be kept."""
+"""What came of a held-out completion: its row, its reward, whether it was cut off, whether scoring it took too long,
+and its text if that is to be kept."""
 
 
 def _scoring() -> Any:
