@@ -231,8 +231,8 @@ before it (`jfhpo_core/run/scheduler.py`).
 The aim is 85 %, and no wait of more than twice a segment's length. On 64 GPUs a search as short as these misses the
 former by its end: once all of the budget is promised to running segments, these come to their ends one by one, and what
 they turn out to have left over is spent by one or two more on a cluster that is idle otherwise. That takes two to three
-full runs, however long the search was before. Promising more of the budget earlier, by bounding the cost of all running
-segments together rather than that of each, was tried and did not shorten it.
+full runs (seen in one of the searches), however long it was before. Promising more of the budget earlier, by bounding
+the cost of all running segments together rather than that of each, was tried and did not shorten it.
 
 What else is left idle: a node is drained before a run that takes all of it. The ends of running segments are
 expectations of the cost model, wrong at first; on a real cluster the pace of a run's own steps corrects them. On Ray,
