@@ -54,6 +54,7 @@ def test_a_reward_may_ask_a_served_model(tmp_path: Path, url: str) -> None:
                 "prompts": str(tmp_path / "train.jsonl"),
                 "heldout": str(tmp_path / "heldout.jsonl"),
                 "reward": {"function": f"{tmp_path}/rewards.py:RewardModel", "kwargs": {"url": url}},
+                "reward_timeout_seconds": 600,
                 "max_completion_tokens": 8,
             }
         )

@@ -91,6 +91,7 @@ class MakeCase:
                 "heldout": str(self.task_folder / "heldout.jsonl"),
                 "reward": str(self.task_folder / "reward.py"),
                 "max_completion_tokens": MAX_TOKENS,
+                "reward_timeout_seconds": 600,  # a busy machine is no slow reward
             },
             "trainer": {"name": "trl", "settings": settings or {}, "fixed": {"prompts_per_step": PROMPTS_PER_STEP}},
             "space": {"learning_rate": {"type": "float", "low": 1e-6, "high": 1e-2, "log": True}},
