@@ -74,7 +74,14 @@ def plan_view(now: Prospect, larger: Prospect | None = None) -> Group:
         target = study.ladder.target
         written = duration(price.checkpoint(target.name))
         evaluated = duration(price.rung(target.name) - price.checkpoint(target.name))
-        grid.add_row("", f"at each {target.name} is evaluated ({evaluated}) and saved ({written}), by estimates")
+        copied = (
+            f"; copying it takes {duration(copying)}, without its devices"
+            if (copying := price.copy(target.name))
+            else ""
+        )
+        grid.add_row(
+            "", f"at each {target.name} is evaluated ({evaluated}) and saved ({written}), by estimates{copied}"
+        )
     grid.add_row("stopping", ", ".join(rule.name for rule in build_rules(spec.stopping)))
     grid.add_row("in parallel", in_parallel(bills))
     parts: list[RenderableType] = [Text(f"Study {spec.study} is usable."), models, grid]

@@ -54,6 +54,10 @@ TRANSFER_BYTES_PER_SECOND = 2e10
 """Between GPU and host memory, or from trainer to engine."""
 
 DISK_BYTES_PER_SECOND = 1e9
+"""Of a file system that nodes share."""
+
+LOCAL_BYTES_PER_SECOND = 2e9
+"""Of a node's own disk: what one NVMe drive writes for long."""
 
 TRANSFERS_PER_STEP = 3
 """Sleep, wake and weight update of an engine that shares its GPUs with the trainer."""
@@ -158,9 +162,9 @@ class Setup:
         """From start to first step: processes, and the weights for trainer and engine."""
         return self.engine.startup_seconds + 2 * WEIGHT_BYTES * self.parameters / DISK_BYTES_PER_SECOND
 
-    def checkpoint_seconds(self) -> float:
+    def checkpoint_seconds(self, bytes_per_second: float = DISK_BYTES_PER_SECOND) -> float:
         """Writing one."""
-        return CHECKPOINT_BYTES * self.parameters / DISK_BYTES_PER_SECOND
+        return CHECKPOINT_BYTES * self.parameters / bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -186,15 +190,24 @@ class Prices:
         """What is done at a rung: an evaluation and a checkpoint."""
         evaluation, setup = self.study.spec.evaluation, self._setup(model)
         completions = float(evaluation.prompts or EVALUATED_PROMPTS) * evaluation.samples_per_prompt
-        return setup.generation_seconds(self._work(completions)) + setup.checkpoint_seconds()
+        return setup.generation_seconds(self._work(completions)) + self.checkpoint(model)
 
     def checkpoint(self, model: str) -> float:
-        """Writing a checkpoint from which a run can go on."""
-        return self._setup(model).checkpoint_seconds()
+        """Writing a checkpoint from which a run can go on, while its devices wait."""
+        rate = LOCAL_BYTES_PER_SECOND if self._locally else DISK_BYTES_PER_SECOND
+        return self._setup(model).checkpoint_seconds(rate)
+
+    def copy(self, model: str) -> float:
+        """Copying it to the workspace once the devices were given back; 0 if it is written there at once."""
+        return self._setup(model).checkpoint_seconds() if self._locally else 0.0
 
     def startup(self, model: str) -> float:
         """Start of a segment."""
         return self._setup(model).startup_seconds()
+
+    @property
+    def _locally(self) -> bool:
+        return self.study.spec.cluster.local_folder is not None
 
     def _work(self, completions: float, updates: int = 0, passes: int = 0) -> Work:
         limit = self.study.spec.task.max_completion_tokens

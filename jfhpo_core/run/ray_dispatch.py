@@ -99,8 +99,9 @@ class RayDispatcher:
     `cpus_per_device` x devices threads.
 
     A job gives its devices back when its trainer has returned; a large checkpoint is hashed and stored after that, by a
-    process that holds none, and only then the job finishes. If that process or the driver dies before, the segment is
-    trained again.
+    process that holds none, and only then the job finishes. If the driver dies before, the segment is trained again; if
+    that process does, another one stores it. If none of them can, what was measured counts without a checkpoint, and
+    the trial goes on from the one before; only a run at full length, whose weights may be wanted, is trained again.
 
     What becomes of a job whose attempts all fail: infeasible if each of them hung (`hung`) or was killed by Ray for
     the host's memory (`out-of-memory`), and then the last attempt is charged; else lost, free of charge.
@@ -351,7 +352,26 @@ class RayDispatcher:
                 self._line_up(ticket)
 
     def _store(self, ticket: _Ticket, staged: Staged) -> SegmentResult | Loss:
-        """Have a checkpoint stored by a process without devices, on the node where it was written if that is known.
+        """Have a checkpoint stored, in as many attempts as a segment has; what came of the segment.
+
+        Raises:
+            Cancelled: The driver withdrew the job.
+        """
+        loss = Loss("its checkpoint was not stored")
+        for left in reversed(range(self._cluster.segment_retries + 1)):
+            stored = self._try_to_store(ticket, staged, again=left > 0)
+            if isinstance(stored, SegmentResult):
+                return stored
+            loss = stored
+            logger.warning("trial %s: %s", ticket.job.trial_key, loss.reason)
+        if staged.result.end_step >= ticket.job.total_steps:
+            return loss
+        what = f"{loss.reason}; what was measured counts, and the trial can go on from the checkpoint before"
+        notes = [note for note in (staged.result.message, what) if note]
+        return staged.result.model_copy(update={"message": "; ".join(notes)})
+
+    def _try_to_store(self, ticket: _Ticket, staged: Staged, *, again: bool) -> SegmentResult | Loss:
+        """Have a checkpoint stored by a process without devices, on the node where it was written.
 
         Raises:
             Cancelled: The driver withdrew the job.
@@ -359,9 +379,9 @@ class RayDispatcher:
         ray = self._ray
         # An actor, not a task: the driver aborts if a task is cancelled that is just about to end (seen with Ray 2.55).
         # Ray must not try again by itself: if it dies after the stage has become a checkpoint, no stage is left.
-        options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0, **self._workers.near(ticket.node)}
+        options = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0, **self._workers.near(staged.node)}
         actor = ray.remote(StorageProcess).options(**options).remote()
-        storing = actor.store.remote(staged)
+        storing = actor.store.remote(staged, again)
         limit = max(HANG_SECONDS, staged.size_bytes / STORED_BYTES_PER_SECOND)
         deadline = time.monotonic() + limit
         try:

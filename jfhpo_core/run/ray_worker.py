@@ -12,7 +12,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jfhpo_core.run.dispatch import Suspended
 from jfhpo_core.run.parts import Paused
@@ -75,8 +75,9 @@ class WorkerProcess:
         def work() -> None:
             try:
                 came = train_job(job, _trainer(job.study.trainer.name), items.put, self._cancelled.is_set)
-                if isinstance(came, Staged) and came.size_bytes < hand_over_bytes:
-                    came = store_staged(came)
+                if isinstance(came, Staged):
+                    large = came.size_bytes >= hand_over_bytes
+                    came = replace(came, node=_node()) if large else store_staged(came)
                 items.put(came)
             except Cancelled:
                 pass
@@ -95,6 +96,13 @@ class WorkerProcess:
 class StorageProcess:
     """What stores the checkpoint of a segment once its devices were given back."""
 
-    def store(self, staged: Staged) -> SegmentResult:
+    def store(self, staged: Staged, again: bool) -> SegmentResult:
         """See `store_staged`."""
-        return store_staged(staged)
+        return store_staged(staged, again=again)
+
+
+def _node() -> str:
+    """Ray's name of the node that this process runs on."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -51,9 +52,10 @@ class Staged:
         result: What came of the segment, without the checkpoint.
         key: Of the trial.
         store: Root folder of the checkpoint store.
-        stage: Folder with what the trainer wrote.
+        stage: Folder with what the trainer wrote, perhaps on a disk of `node` alone.
         start: Folder of the checkpoint that the segment started from, if from one.
         size_bytes: Of what is to be stored.
+        node: Where it was trained; "" where nodes are not told apart.
     """
 
     result: SegmentResult
@@ -62,6 +64,7 @@ class Staged:
     stage: Path
     start: Path | None
     size_bytes: int
+    node: str = ""
 
 
 def run_job(
@@ -72,20 +75,26 @@ def run_job(
     return store_staged(came) if isinstance(came, Staged) else came
 
 
-def store_staged(staged: Staged) -> SegmentResult:
+def store_staged(staged: Staged, *, again: bool = False) -> SegmentResult:
     """Commit the stage, and keep beside it only the checkpoint that the segment started from.
 
     The ledger learns of the new one later: if this process dies in between, the segment is trained again from `start`.
     From then on `start` is the one that serves if the new one turns out damaged.
 
+    Args:
+        staged: What is to be stored.
+        again: Whether it will be tried again if it fails, so that the stage has to stay then.
+
     Raises:
         CheckpointError: The checkpoint could not be stored.
     """
-    store, result = CheckpointStore(staged.store), staged.result
+    store, result, stored = CheckpointStore(staged.store), staged.result, False
     try:
         checkpoint = store.commit(staged.key, staged.stage, result.end_step, result.end_prompts)
+        stored = True
     finally:
-        shutil.rmtree(staged.stage, ignore_errors=True)
+        if stored or not again:
+            shutil.rmtree(staged.stage, ignore_errors=True)
     store.prune(staged.key, [store.root / checkpoint.path, *([staged.start] if staged.start is not None else [])])
     return result.model_copy(update={"checkpoint": checkpoint})
 
@@ -114,7 +123,7 @@ def train_job(
     """
     began = time.perf_counter()
     segment = job.segment
-    store = CheckpointStore(Path(job.store))
+    store = CheckpointStore(Path(job.store), local_stages(job))
     found = find_part(store, job)
     if found is None:
         start, job, note = _starting_point(store, job)
@@ -209,6 +218,25 @@ def train_job(
         return Staged(ended, job.trial_key, store.root, stage, kept, size_bytes)
 
 
+def local_stages(job: Job) -> Path | None:
+    """Folder on a disk of this node for the stages of a job's store; None if the study names none.
+
+    Raises:
+        InfrastructureError: This node makes no absolute path of what the study names.
+    """
+    named = job.study.cluster.local_folder
+    if named is None:
+        return None
+    folder = Path(os.path.expandvars(named))
+    if not folder.is_absolute():
+        raise InfrastructureError(
+            f"cluster.local_folder: {named!r} is {str(folder)!r} on this node, which is no absolute path; set the "
+            "variable on every node, or name a folder that all of them have"
+        )
+    # Studies of one name in different workspaces have the same trial keys.
+    return folder / f"jfhpo-{hashlib.sha256(job.store.encode()).hexdigest()[:16]}"
+
+
 def _with_means(job: Job, records: Sequence[StepRecord], evaluation: Evaluation) -> Evaluation:
     """An evaluation with what the steps since the rung before were measured by, and whether they had any reward."""
     rungs = [steps_at(level, job.prompts_per_step) for level in job.study.fidelity.levels]
@@ -259,9 +287,10 @@ def _starting_point(store: CheckpointStore, job: Job) -> tuple[Path | None, Job,
 
 
 def _note(job: Job, step: int, faults: list[str]) -> str | None:
-    if not faults:
+    if not faults and step == job.segment.start_step:
         return None
-    note = f"trained again from step {step} instead of {job.segment.start_step}: {'; '.join(faults)}"
+    reasons = "; ".join(faults) or "the checkpoint there was not stored"
+    note = f"trained again from step {step} instead of {job.segment.start_step}: {reasons}"
     logger.warning("trial %s: %s", job.trial_key, note)
     return note
 

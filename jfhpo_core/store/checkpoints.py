@@ -4,6 +4,9 @@ A checkpoint is staged, listed in a manifest with the SHA-256 of every file, flu
 its final place; whatever lies there is complete. The ledger keeps the SHA-256 of the manifest, so a checkpoint is
 verified as a whole before it is used; one that does not match is moved to `quarantine/` and the one before it serves.
 
+Stages may lie on another disk, which the node that trains has to itself and writes to faster: then committing copies
+them to the store's, and what is hashed is what was read for it.
+
 Equal files are kept once: `objects/` holds each of some size under its SHA-256, and the checkpoints have hard links to
 it. A checkpoint stays a folder of plain files, and where the file system has no hard links each has its own copy.
 """
@@ -19,7 +22,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +42,9 @@ PARALLEL_BYTES = 64 * 2**20
 HASHING_THREADS = 16
 """At most; a disk that reads faster than so many cores hash is rare."""
 
+COPIED_BYTES = 16 * 2**20
+"""A file is read, hashed and written in pieces of this size."""
+
 SHARED_BYTES = 64 * 2**10
 """Smaller files are not shared: they save little, and damage to a shared one hits all checkpoints that have it."""
 
@@ -54,26 +60,32 @@ class CheckpointStore:
 
     Args:
         root: Created if missing.
+        local: Folder of this store alone on a disk of this node, for stages; None: `staging/` of the store.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, local: Path | None = None) -> None:
         self.root = root
+        self.local = local
 
     def stage(self, key: str) -> Path:
-        """A new empty folder on the store's file system to write a checkpoint into.
+        """A new empty folder to write a checkpoint into.
 
         A trial has one writer at a time, so what interrupted ones left half written or half deleted goes first.
         """
-        staging = self._trial(key).parent / STAGING
-        make_folder(staging)
-        for leftover in staging.glob(f"{key}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        folder = staging / f"{key}-{uuid.uuid4().hex}"
-        folder.mkdir()
-        return folder
+        shared = self._trial(key).parent / STAGING
+        staging = self.local or shared
+        for folder in {shared, staging}:
+            make_folder(folder)
+            for leftover in folder.glob(f"{key}-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        stage = staging / f"{key}-{uuid.uuid4().hex}"
+        stage.mkdir()
+        return stage
 
     def commit(self, key: str, stage: Path, step: int, prompts: int) -> Checkpoint:
         """Make a staged folder a checkpoint, atomically; committing the same step again replaces it.
+
+        A stage on another disk stays there, to be committed again if this fails.
 
         Raises:
             CheckpointError: The stage is empty or holds anything but plain files and folders, or the disk refuses.
@@ -85,7 +97,11 @@ class CheckpointStore:
             files = _files(stage)
             if not files:
                 raise CheckpointError(f"{stage}: the trainer wrote no checkpoint into its stage")
-            digests = file_digests(files)
+            if stage.parent == self.root / STAGING:
+                digests = file_digests(files)
+            else:
+                stage, digests = self._copied(stage, files)
+                files = {name: stage / name for name in files}
             size = sum(path.stat().st_size for path in files.values())
             text = json.dumps({"step": step, "prompts": prompts, "files": digests}, indent=1, sort_keys=True)
             (stage / MANIFEST).write_text(text, encoding="utf-8")
@@ -171,6 +187,14 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(f"{folder}: the checkpoint could not be deleted: {error}") from error
 
+    def _copied(self, stage: Path, files: Mapping[str, Path]) -> tuple[Path, dict[str, str]]:
+        """A stage of the store's own with copies of files, and what they were read as."""
+        copy = self.root / STAGING / stage.name
+        shutil.rmtree(copy, ignore_errors=True)
+        for folder in {(copy / name).parent for name in files}:
+            folder.mkdir(parents=True, exist_ok=True)
+        return copy, _digests(files, lambda name: copy_file(files[name], copy / name))
+
     def _share(self, path: Path, digest: str) -> None:
         """Make a staged file one with the equal one in `objects/`, or the first of its kind there."""
         shared = self.root / OBJECTS / digest[:2] / digest
@@ -210,10 +234,25 @@ class CheckpointStore:
 
 def file_digests(files: Mapping[str, Path]) -> dict[str, str]:
     """SHA-256 of several files, by the same names. Large ones are read by several threads: hashing one takes a core."""
+    return _digests(files, lambda name: file_digest(files[name]))
+
+
+def _digests(files: Mapping[str, Path], digest: Callable[[str], str]) -> dict[str, str]:
+    """What `digest` says of each name, by several threads if the files are large."""
     if sum(path.stat().st_size for path in files.values()) < PARALLEL_BYTES:
-        return {name: file_digest(path) for name, path in files.items()}
+        return {name: digest(name) for name in files}
     with ThreadPoolExecutor(min(HASHING_THREADS, os.cpu_count() or 1)) as threads:
-        return dict(zip(files, threads.map(file_digest, files.values()), strict=True))
+        return dict(zip(files, threads.map(digest, files), strict=True))
+
+
+def copy_file(source: Path, target: Path) -> str:
+    """Copy a file's content; the SHA-256 of what was read."""
+    digest = hashlib.sha256()
+    with source.open("rb") as read, target.open("xb") as written:
+        while piece := read.read(COPIED_BYTES):
+            digest.update(piece)
+            written.write(piece)
+    return digest.hexdigest()
 
 
 def make_folder(folder: Path) -> None:

@@ -127,7 +127,8 @@ class Study:
         """The segment that takes a trial from where it stands to a rung."""
         return Segment(
             index=len(trial.segments),
-            start_step=trial.checkpoint.step if trial.checkpoint else 0,
+            # Its newest checkpoint may be an earlier one: then the worker goes back to it.
+            start_step=trial.kept_prompts // trial.prompts_per_step,
             stop_step=steps_at(stop_prompts, trial.prompts_per_step),
             suggestion=suggestion,
             changed=self.changed,

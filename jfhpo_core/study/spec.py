@@ -429,6 +429,13 @@ class ClusterSpec(_Section):
         "trials are Ray jobs of their own.",
     )
     segment_retries: int = Field(default=2, ge=0, le=1000, description="New attempts after an infrastructure failure.")
+    local_folder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Folder on a disk that each node has to itself, e.g. '/scratch' or '$TMPDIR' (a node's own "
+        "variables). Checkpoints are written there, and copied to the workspace once the GPUs were given to the next "
+        "trial. None: they are written to the workspace at once.",
+    )
 
     @field_validator("gpu")
     @classmethod

@@ -1,11 +1,14 @@
-"""The embedded default trainer: TRL's GRPOTrainer and RLOOTrainer in one process, on a CPU or on one GPU.
+"""The embedded default trainer: TRL's GRPOTrainer and RLOOTrainer.
+
+A run on one device is trained in the worker's own process, one on several in a process for each, which have copies of
+the model and average their gradients; so is a run with vLLM, whose engine would stay in a worker.
 
 This module knows what a study may ask of it and imports nothing heavy; `trl_training` does the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,7 +17,7 @@ from pydantic import BaseModel, model_validator
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.study.hyperparameters import Hyperparameters
-from jfhpo_core.study.models import build_ladder
+from jfhpo_core.study.models import Model, build_ladder
 from jfhpo_core.study.prompting import Prompting
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.tasks import check_heldout, load_task
@@ -54,21 +57,24 @@ class TrlTrainer:
 
     def check(self, study: StudySpec) -> None:
         """See `Trainer.check`."""
-        settings(study)
+        chosen = settings(study)
         task = load_task(study.task)
         check_heldout(task)
-        for model in build_ladder(study).models:
-            if model.devices != 1:
-                raise SpecError(
-                    f"family: model {model.name!r} asks for {model.devices} devices, but trainer 'trl' trains on one; "
-                    "set devices: 1, or use a trainer for clusters"
-                )
+        models = build_ladder(study).models
+        _check_devices(study, chosen, models)
         for where, prompts, samples, parts in _batchings(study):
             if prompts * samples % parts:
                 raise SpecError(
                     f"{where}: prompts_per_step={prompts} x n_samples={samples} = {prompts * samples} completions "
                     f"cannot be parted into mini_batches={parts} equal updates; change one of the three"
                 )
+            for model in models:
+                if prompts * samples // parts % model.devices:
+                    raise SpecError(
+                        f"{where}: updates of {prompts * samples // parts} completions (prompts_per_step x n_samples / "
+                        f"mini_batches) cannot be spread evenly over the {model.devices} devices of model "
+                        f"{model.name!r}"
+                    )
 
     def prompting(self, study: StudySpec) -> Prompting:
         """See `jfhpo_core.run.preflight`."""
@@ -81,9 +87,14 @@ class TrlTrainer:
 
     def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
         """See `Trainer.run`."""
+        chosen = settings(job.study)
+        if job.devices > 1 or chosen.vllm is not None:
+            from jfhpo_core.trainers.trl_processes import train_apart
+
+            return train_apart(job, chosen, start, stage, observe)
         from jfhpo_core.trainers.trl_training import train
 
-        return train(job, settings(job.study), start, stage, observe)
+        return train(job, chosen, start, stage, observe)
 
 
 def settings(study: StudySpec) -> TrlSettings:
@@ -93,6 +104,33 @@ def settings(study: StudySpec) -> TrlSettings:
         SpecError: A setting is unknown or out of bounds.
     """
     return read_settings(TrlSettings, study, "trl")
+
+
+def _check_devices(study: StudySpec, chosen: TrlSettings, models: Sequence[Model]) -> None:
+    """Whether each process of a run has a device of its own, of the kind that it needs.
+
+    Raises:
+        SpecError: One has none.
+    """
+    share = study.cluster.gpus_per_device
+    if 0 < share < 1 and (several := [model.name for model in models if model.devices > 1]):
+        raise SpecError(
+            f"cluster.gpus_per_device: with {share:g} the processes of {several[0]!r} would share a GPU, which their "
+            "communication does not allow; set 1, or devices: 1"
+        )
+    if chosen.vllm is None:
+        return
+    if chosen.device == "cpu" or share == 0:
+        raise SpecError(
+            "trainer.settings.vllm: trainer 'trl' runs vLLM on GPUs only; set cluster.gpus_per_device: 1 and device: "
+            "cuda, or leave vllm out"
+        )
+    for model in models:
+        if model.devices % chosen.vllm.tensor_parallel:
+            raise SpecError(
+                f"trainer.settings.vllm.tensor_parallel: the {model.devices} devices of model {model.name!r} cannot be "
+                f"parted into engines of {chosen.vllm.tensor_parallel}"
+            )
 
 
 _BATCHING = ("prompts_per_step", "n_samples", "mini_batches")

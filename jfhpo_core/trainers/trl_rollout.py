@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers import GenerationConfig
 
 from jfhpo_core.errors import SpecError
@@ -19,6 +20,8 @@ from jfhpo_core.study.data import Prompt, Row, columns_of, text_of
 from jfhpo_core.study.prompting import Prompting, Tokens, encode
 from jfhpo_core.study.tasks import Task
 from jfhpo_core.study.trial import Evaluation, Example, PassAtN
+
+T = TypeVar("T")
 
 EVALUATION_SEED = 20240213
 """Every evaluation of every trial samples with these random numbers: configurations are compared on equal terms."""
@@ -44,6 +47,32 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
 
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that share a run, one per device; by default there is but one.
+
+    Attributes:
+        index: Of this process, from 0.
+        count: Of all of them.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reports."""
+        return self.index == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of what all of them have, in their order."""
+        ends = [len(items) * number // self.count for number in (self.index, self.index + 1)]
+        return items[ends[0] : ends[1]]
+
+
+ONE = Ranks()
+"""A run in one process."""
 
 PLAIN = Prompting()
 """Prompts as the tokenizer takes them."""
@@ -173,11 +202,43 @@ def evaluate(
         by_prompt: Keep the mean reward of each prompt.
     """
     began = time.perf_counter()
-    repeated = [row for row in rows for _ in range(samples)]
+    completions = complete(model, sampler, rows, samples, temperature)
+    return judge(task, rows, completions, step, prompts, began, examples=examples, by_prompt=by_prompt)
+
+
+def complete(
+    model: Any, sampler: Sampler, rows: Sequence[Row], samples: int, temperature: float, ranks: Ranks = ONE
+) -> list[str]:
+    """Sampled completions of held-out prompts, `samples` of each one after the other; each process samples its share.
+
+    See `evaluate` for the arguments.
+    """
+    asked = ranks.share([row["prompt"] for row in rows for _ in range(samples)])
     with own_randomness(EVALUATION_SEED):
-        asked = [row["prompt"] for row in repeated]
-        completions = sampler.decode(sampler.sample(model, sampler.encode(asked), temperature))
-    scores = task.reward(asked, completions, **columns_of(repeated))
+        completions = sampler.decode(sampler.sample(model, sampler.encode(asked), temperature)) if asked else []
+    # Who samples alone may have nothing to do with accelerate, which would choose a device for the whole process.
+    return completions if ranks.count == 1 else list(gather_object(completions))
+
+
+def judge(
+    task: Task,
+    rows: Sequence[Row],
+    completions: Sequence[str],
+    step: int,
+    prompts: int,
+    began: float,
+    *,
+    examples: bool,
+    by_prompt: bool,
+) -> Evaluation:
+    """The score of completions.
+
+    `completions` are those of `complete`, `began` is when sampling them began, by the performance counter; for the rest
+    see `evaluate`.
+    """
+    samples = len(completions) // len(rows)
+    repeated = [row for row in rows for _ in range(samples)]
+    scores = task.reward([row["prompt"] for row in repeated], completions, **columns_of(repeated))
     rewards = scores.rewards
     groups = np.array(rewards).reshape(len(rows), samples)
     means = groups.mean(axis=1)

@@ -24,6 +24,19 @@ class LoraSettings(BaseModel):
     )
 
 
+class VllmSettings(BaseModel):
+    """Sample rollouts by vLLM engines that share the GPUs of the training (TRL's mode `colocate`).
+
+    Held-out completions are sampled by transformers all the same.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory_share: float = Field(default=0.3, gt=0, lt=1, description="Share of a GPU's memory for its engine.")
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs per engine; divides the model's devices.")
+    sleep: bool = Field(default=False, description="Free the engine's memory while the model is trained.")
+
+
 class TrlSettings(BaseModel):
     """The section `trainer.settings` of a study with trainer `trl`."""
 
@@ -38,7 +51,18 @@ class TrlSettings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="'auto' takes a GPU if there is one.", json_schema_extra=OPERATIONAL
     )
-    threads: int = Field(default=1, ge=1, description="CPU threads of a trial.", json_schema_extra=OPERATIONAL)
+    threads: int = Field(
+        default=1, ge=1, description="CPU threads of a trial, per device.", json_schema_extra=OPERATIONAL
+    )
+    vllm: VllmSettings | None = Field(
+        default=None, description="Sample rollouts by vLLM, on GPUs; None: by transformers."
+    )
+    python: str | None = Field(
+        default=None,
+        description="Python of an environment with jfhpo, TRL and vLLM, for runs in processes of their own (several "
+        "devices, or vLLM): vLLM does not live beside Prefect. The same path on every node; None: jfhpo's own.",
+        json_schema_extra=OPERATIONAL,
+    )
     generation_batch: int = Field(default=512, ge=1, description="At most this many completions are sampled at once.")
     micro_batch: int | None = Field(
         default=None,

@@ -12,7 +12,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ import accelerate.state
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from torch.utils.data import DataLoader
@@ -38,7 +39,7 @@ from jfhpo_core.study.scoring import Scores
 from jfhpo_core.study.tasks import Task, load_task
 from jfhpo_core.study.trial import Evaluation, FailureKind, Pause, StepRecord
 from jfhpo_core.trainers.base import Job, Observer, TrainingResult
-from jfhpo_core.trainers.trl_rollout import Sampler, build_sampler, evaluate, own_randomness
+from jfhpo_core.trainers.trl_rollout import ONE, Ranks, Sampler, build_sampler, complete, judge, own_randomness
 from jfhpo_core.trainers.trl_settings import TrlSettings
 
 PROGRESS = "jfhpo-progress.json"
@@ -52,15 +53,18 @@ gc.collect()
 gc.freeze()
 
 
-def train(job: Job, settings: TrlSettings, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
-    """See `Trainer.run`."""
+def train(
+    job: Job, settings: TrlSettings, start: Path | None, stage: Path, observe: Observer, ranks: Ranks = ONE
+) -> TrainingResult:
+    """See `Trainer.run`. Of the processes of a run, `ranks` says which this one is; the first one calls `observe`."""
     began = time.perf_counter()
     task = load_task(job.study.task)
-    log = Path(job.store).parent / "logs" / f"{job.trial_key}-reward.log"
+    process = "" if ranks.first else f"-{ranks.index}"
+    log = Path(job.store).parent / "logs" / f"{job.trial_key}-reward{process}.log"
     with _own_process_state(settings.threads), task.reward.logging_to(log) as reward:
         try:
-            trainer = _build(job, settings, replace(task, reward=reward), start, stage)
-            loop = _Loop(trainer, job, observe, began, fresh=start is None)
+            trainer = _build(job, settings, replace(task, reward=reward), start, stage, ranks)
+            loop = _Loop(trainer, job, observe, began, ranks, fresh=start is None)
             trainer.add_callback(loop)
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
             if not loop.stopped:
@@ -118,10 +122,18 @@ class PromptSchedule(torch.utils.data.Dataset[list[dict[str, Any]]]):
         loads: How often TRL loads the same rollout (once per micro-batch).
         steps: Steps of the full horizon.
         seed: Of the order.
+        ranks: Each process loads its share of a rollout; groups may be parted.
     """
 
     def __init__(
-        self, rows: tuple[Row, ...], prompts_per_step: int, samples: int, loads: int, steps: int, seed: int
+        self,
+        rows: tuple[Row, ...],
+        prompts_per_step: int,
+        samples: int,
+        loads: int,
+        steps: int,
+        seed: int,
+        ranks: Ranks = ONE,
     ) -> None:
         self._rows = rows
         self._prompts_per_step = prompts_per_step
@@ -129,6 +141,7 @@ class PromptSchedule(torch.utils.data.Dataset[list[dict[str, Any]]]):
         self._loads = loads
         self._steps = steps
         self._seed = seed
+        self._ranks = ranks
         self._passes: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
@@ -137,7 +150,8 @@ class PromptSchedule(torch.utils.data.Dataset[list[dict[str, Any]]]):
     def __getitem__(self, load: int) -> list[dict[str, Any]]:
         first = load // self._loads * self._prompts_per_step
         rows = [self.row(position) for position in range(first, first + self._prompts_per_step)]
-        return [{"prompt": self._rows[row]["prompt"], "row": row} for row in rows for _ in range(self._samples)]
+        rollout = [{"prompt": self._rows[row]["prompt"], "row": row} for row in rows for _ in range(self._samples)]
+        return list(self._ranks.share(rollout))
 
     def row(self, position: int) -> int:
         """Index of the row at a position of the endless stream of prompts."""
@@ -157,6 +171,23 @@ class _Signals:
     grad_norms: list[float] = field(default_factory=list)
     learning_rate: float = 0.0
     generation_seconds: float = 0.0
+
+    @classmethod
+    def of_all(cls, signals: Sequence[_Signals]) -> _Signals:
+        """What the processes of a run have measured, in their order."""
+        scores = [one.scores for one in signals]
+        return cls(
+            scores=Scores(
+                [reward for one in scores for reward in one.rewards],
+                {name: [value for one in scores for value in one.parts[name]] for name in scores[0].parts},
+                [index for one in scores for index in one.timed_out],
+            ),
+            completions=[completion for one in signals for completion in one.completions],
+            kls=[kl for one in signals for kl in one.kls],
+            grad_norms=signals[0].grad_norms,
+            learning_rate=signals[0].learning_rate,
+            generation_seconds=max(one.generation_seconds for one in signals),
+        )
 
 
 class _Measured(transformers.Trainer):  # type: ignore[misc]
@@ -245,7 +276,7 @@ class _Measured(transformers.Trainer):  # type: ignore[misc]
             prompts: Prompts consumed since step 0.
             seconds: Duration of the step.
         """
-        signals, self.signals = self.signals, _Signals()
+        signals, self.signals = _Signals.of_all(gather_object([self.signals])), _Signals()
         metrics = self._metrics["train"]
         lengths = [len(completion) for completion in signals.completions]
         self.tokens += sum(lengths)
@@ -275,34 +306,49 @@ class _Measured(transformers.Trainer):  # type: ignore[misc]
     def save_state_to(self, stage: Path, step: int) -> None:
         """Write all that resuming needs: weights (safetensors), optimizer, scheduler, random states and counters."""
         self.save_model(str(stage))
-        # A pickle that nothing reads back.
-        (stage / "training_args.bin").unlink()
         self._save_optimizer_and_scheduler(str(stage))
         self._save_rng_state(str(stage))
-        # TRL's summary of the segment, durations and all: equal runs shall give equal checkpoints.
-        self.state.log_history = []
-        self.state.save_to_json(str(stage / "trainer_state.json"))
-        (stage / PROGRESS).write_text(json.dumps({"step": step, "tokens": self.tokens}), encoding="utf-8")
+        if self.accelerator.is_main_process:
+            # A pickle that nothing reads back.
+            (stage / "training_args.bin").unlink()
+            # TRL's summary of the segment, durations and all: equal runs shall give equal checkpoints.
+            self.state.log_history = []
+            self.state.save_to_json(str(stage / "trainer_state.json"))
+            (stage / PROGRESS).write_text(json.dumps({"step": step, "tokens": self.tokens}), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
 
 
 class _Grpo(_Measured, GRPOTrainer):  # type: ignore[misc]
-    def _generate_single_turn(self, prompt_ids: list[Tokens], *_: Any, **__: Any) -> tuple[list[Tokens], None]:
-        return self._sample(prompt_ids), None
+    def _generate_single_turn(self, prompt_ids: list[Tokens], *rest: Any, **named: Any) -> tuple[list[Tokens], Any]:
+        if not self.use_vllm:
+            return self._sample(prompt_ids), None
+        completions, logps = super()._generate_single_turn(prompt_ids, *rest, **named)
+        self.signals.completions = completions
+        return completions, logps
 
 
 class _Rloo(_Measured, RLOOTrainer):  # type: ignore[misc]
-    def _generate_single_turn(self, prompt_ids: list[Tokens], *_: Any, **__: Any) -> list[Tokens]:
-        return self._sample(prompt_ids)
+    def _generate_single_turn(self, prompt_ids: list[Tokens], *rest: Any, **named: Any) -> list[Tokens]:
+        if not self.use_vllm:
+            return self._sample(prompt_ids)
+        self.signals.completions = super()._generate_single_turn(prompt_ids, *rest, **named)
+        return self.signals.completions
 
 
 class _Loop(TrainerCallback):  # type: ignore[misc]
-    """Reports every step, evaluates where it is due, and ends the segment."""
+    """Reports every step, evaluates where it is due, and ends the segment; in all processes of a run alike.
 
-    def __init__(self, trainer: _Measured, job: Job, observe: Observer, began: float, *, fresh: bool) -> None:
+    What the first one reports and is answered holds for all.
+    """
+
+    def __init__(
+        self, trainer: _Measured, job: Job, observe: Observer, began: float, ranks: Ranks, *, fresh: bool
+    ) -> None:
         self._trainer = trainer
         self._job = job
         self._observe = observe
         self._began = began
+        self._ranks = ranks
         self._fresh = fresh
         self._updates = int(job.configuration["mini_batches"])
         self.step = 0 if fresh else job.segment.start_step
@@ -313,8 +359,8 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.startup_seconds = time.perf_counter() - self._began
-        if self._fresh and 0 in self._job.evaluation_steps:
-            self._observe(self._evaluate())
+        if self._fresh and 0 in self._job.evaluation_steps and (evaluation := self._evaluate()) is not None:
+            self._observe(evaluation)
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -330,22 +376,29 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = self.stopped or self.paused or self.step >= self._job.segment.stop_step
         self._began = time.perf_counter()
 
-    def _stops(self, event: StepRecord | Evaluation) -> bool:
-        decision = self._observe(event)
-        self.paused = self.paused or isinstance(decision, Pause)
-        return decision is not None and decision.stop
+    def _stops(self, event: StepRecord | Evaluation | None) -> bool:
+        decision = self._observe(event) if self._ranks.first and event is not None else None
+        answer = [isinstance(decision, Pause), decision is not None and decision.stop]
+        paused, stop = broadcast_object_list(answer)
+        self.paused = self.paused or paused
+        return bool(stop)
 
-    def _evaluate(self) -> Evaluation:
-        spec, task = self._job.study.evaluation, self._trainer.task
-        evaluation = evaluate(
-            self._trainer.model,
-            self._trainer.sampler,
+    def _evaluate(self) -> Evaluation | None:
+        """The score of the present policy; None in all processes but the first."""
+        spec, task, began = self._job.study.evaluation, self._trainer.task, time.perf_counter()
+        rows = task.heldout[: spec.prompts]
+        completions = complete(
+            self._trainer.model, self._trainer.sampler, rows, spec.samples_per_prompt, spec.temperature, self._ranks
+        )
+        if not self._ranks.first:
+            return None
+        evaluation = judge(
             task,
-            task.heldout[: spec.prompts],
-            spec.samples_per_prompt,
-            spec.temperature,
+            rows,
+            completions,
             self.step,
             self.step * self._job.prompts_per_step,
+            began,
             examples=self._job.study.tracking.completions,
             by_prompt=self._job.full_at(self.step),
         )
@@ -353,7 +406,7 @@ class _Loop(TrainerCallback):  # type: ignore[misc]
         return evaluation
 
 
-def _build(job: Job, settings: TrlSettings, task: Task, start: Path | None, stage: Path) -> Any:
+def _build(job: Job, settings: TrlSettings, task: Task, start: Path | None, stage: Path, ranks: Ranks) -> Any:
     chosen = Hyperparameters.model_validate(job.configuration)
     tokenizer = AutoTokenizer.from_pretrained(job.model_path, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(job.model_path, dtype=torch.float32)
@@ -362,16 +415,47 @@ def _build(job: Job, settings: TrlSettings, task: Task, start: Path | None, stag
     if job.study.task.overlong_prompts == "drop":
         limit = prompt_limit(job.study.task, build_ladder(job.study).models, prompting)
         task = without_overlong(task, job.study.task, limit, sampler.encode)
-    part = chosen.prompts_per_step * chosen.n_samples // chosen.mini_batches
-    accumulation = _accumulation(part, settings.micro_batch)
+    config = configure(job, settings, stage, task.max_completion_tokens, ranks)
     schedule = PromptSchedule(
         task.train,
         chosen.prompts_per_step,
         chosen.n_samples,
-        chosen.mini_batches * accumulation,
+        config.steps_per_generation,
         job.total_steps,
         job.seed,
+        ranks,
     )
+    kind: Any = _Rloo if isinstance(config, RLOOConfig) else _Grpo
+    trainer = kind(
+        model=model,
+        args=config,
+        # TRL insists on a data set of this class; the prompts come from the schedule.
+        train_dataset=Dataset.from_dict({"prompt": ["unused"]}),
+        processing_class=tokenizer,
+        peft_config=_lora(settings),
+        task=task,
+        sampler=sampler,
+        schedule=schedule,
+        beta=chosen.kl_coefficient,
+    )
+    if start is not None:
+        trainer.tokens = json.loads((start / PROGRESS).read_text(encoding="utf-8"))["tokens"]
+    return trainer
+
+
+def configure(job: Job, settings: TrlSettings, stage: Path, max_tokens: int, ranks: Ranks = ONE) -> Any:
+    """TRL's configuration of a run, in one of its processes.
+
+    Args:
+        job: Its segment.
+        settings: The study's.
+        stage: Folder that takes the checkpoint.
+        max_tokens: Length limit of a completion.
+        ranks: The processes of the run.
+    """
+    chosen = Hyperparameters.model_validate(job.configuration)
+    part = chosen.prompts_per_step * chosen.n_samples // chosen.mini_batches // ranks.count
+    accumulation = _accumulation(part, settings.micro_batch)
     updates = job.total_steps * chosen.mini_batches
     common: dict[str, Any] = {
         "output_dir": str(stage),
@@ -394,37 +478,29 @@ def _build(job: Job, settings: TrlSettings, task: Task, start: Path | None, stag
         "epsilon": chosen.clip_low,
         "epsilon_high": chosen.clip_high,
         "temperature": chosen.temperature,
-        "max_completion_length": task.max_completion_tokens,
+        "max_completion_length": max_tokens,
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+    if settings.vllm is not None:
+        common |= {
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "vllm_gpu_memory_utilization": settings.vllm.memory_share,
+            "vllm_tensor_parallel_size": settings.vllm.tensor_parallel,
+            "vllm_enable_sleep_mode": settings.vllm.sleep,
+        }
     if chosen.loss_type == "rloo":
-        kind: Any = _Rloo
-        config = RLOOConfig(**common)
+        config: Any = RLOOConfig(**common)
     else:
-        kind = _Grpo
         scale = "none" if chosen.loss_type == "dr_grpo" else "group"
         config = GRPOConfig(**common, loss_type=chosen.loss_type, scale_rewards=scale)
     # With several GPUs in sight transformers would spread a batch over them.
     config._n_gpu = min(config.n_gpu, 1)  # noqa: SLF001
-    trainer = kind(
-        model=model,
-        args=config,
-        # TRL insists on a data set of this class; the prompts come from the schedule.
-        train_dataset=Dataset.from_dict({"prompt": ["unused"]}),
-        processing_class=tokenizer,
-        peft_config=_lora(settings),
-        task=task,
-        sampler=sampler,
-        schedule=schedule,
-        beta=chosen.kl_coefficient,
-    )
-    if start is not None:
-        trainer.tokens = json.loads((start / PROGRESS).read_text(encoding="utf-8"))["tokens"]
-    return trainer
+    return config
 
 
 def _accumulation(part: int, micro_batch: int | None) -> int:

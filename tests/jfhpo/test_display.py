@@ -375,4 +375,8 @@ def test_a_plan_says_what_a_rung_takes() -> None:
     study = resolve(openrlhf_study(family=family, trainer={**base.trainer.model_dump(), "settings": settings}))
     plan = text_of(plan_view(Prospect(study, forecast(study, []), None)))
     # 16 bytes for each of seven billion parameters, at 1 GB/s.
-    assert re.search(r"at each l is evaluated \(.+\) and saved \(1 min 52 s\)", plan)
+    assert re.search(r"at each l is evaluated \(.+\) and saved \(1 min 52 s\), by estimates\s", plan)
+    local = study.spec.cluster.model_copy(update={"local_folder": "/scratch"})
+    study = replace(study, spec=study.spec.model_copy(update={"cluster": local}))
+    plan = text_of(plan_view(Prospect(study, forecast(study, []), None)))
+    assert re.search(r"saved \(56(\.0)? s\), by estimates; copying it takes 1 min 52 s", re.sub(r"\s+", " ", plan))

@@ -42,10 +42,10 @@ def fragile_study(tmp_path: Path, how: str, times: int, **changes: Any) -> Study
     return simulated_study(tmp_path, trainer={"name": "fragile", "settings": settings}, **changes)
 
 
-def undisturbed(tmp_path: Path) -> Any:
+def undisturbed(tmp_path: Path, stop_prompts: int = 480) -> Any:
     """The result of the same job where nothing fails."""
     inline = InlineDispatcher()
-    job = first_job(simulated_study(tmp_path / "undisturbed"))
+    job = first_job(simulated_study(tmp_path / "undisturbed"), stop_prompts=stop_prompts)
     inline.submit(job)
     return collect(inline, 1)[1][job.trial_key]
 
@@ -117,7 +117,7 @@ def hand_over(patch: pytest.MonkeyPatch, store: str, *arguments: Any) -> None:
     how = getattr(importlib.import_module("fragile_trainer"), store)
 
     class Storage:
-        def store(self, staged: Staged) -> Any:
+        def store(self, staged: Staged, again: bool) -> Any:
             return how(*arguments, staged)
 
     patch.setattr(ray_dispatch, "HAND_OVER_BYTES", 0)
@@ -141,17 +141,49 @@ def test_devices_are_given_back_before_a_large_checkpoint_is_stored(
     assert not list((store.root / "staging").iterdir())
 
 
-def test_a_segment_is_trained_again_if_the_process_dies_that_stores_its_checkpoint(
-    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("local", [False, True])
+def test_if_the_process_dies_that_stores_a_checkpoint_another_one_stores_it(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
-    study = fragile_study(tmp_path, "none", times=0)
+    cluster = {"local_folder": str(tmp_path / "scratch")} if local else {}
+    study = fragile_study(tmp_path, "none", times=0, cluster=cluster)
     hand_over(monkeypatch, "store_or_die", Path(study.spec.trainer.settings["folder"]))
     job = first_job(study)
     ray_dispatcher.submit(job)
     _, finished = collect(ray_dispatcher, 1)
     event, expected = finished[job.trial_key], undisturbed(tmp_path)
-    assert event.result == expected.result.model_copy(update={"attempts": 2, "segment": job.segment})
+    assert event.result == expected.result.model_copy(update={"segment": job.segment})
     assert event.records == expected.records
+    assert [path.name for path in Path(study.spec.trainer.settings["folder"]).iterdir()] == [f"{job.trial_key}-1"]
+    assert not list((tmp_path / "scratch").glob("*/*"))
+
+
+def test_what_was_measured_counts_if_its_checkpoint_cannot_be_stored(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = fragile_study(tmp_path, "none", times=0)
+    hand_over(monkeypatch, "store_never")
+    job = first_job(study, stop_prompts=160)
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    event, expected = finished[job.trial_key], undisturbed(tmp_path, stop_prompts=160)
+    assert event.result.message is not None
+    assert "its checkpoint was not stored" in event.result.message
+    assert event.result.model_copy(update={"message": None}) == expected.result.model_copy(
+        update={"segment": job.segment, "checkpoint": None}
+    )
+
+
+def test_a_run_at_full_length_is_trained_again_if_its_checkpoint_cannot_be_stored(
+    ray_dispatcher: RayDispatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = fragile_study(tmp_path, "none", times=0)
+    hand_over(monkeypatch, "store_never")
+    job = first_job(study)
+    ray_dispatcher.submit(job)
+    _, finished = collect(ray_dispatcher, 1)
+    assert finished[job.trial_key].result.outcome is Outcome.LOST
+    assert len(list(Path(study.spec.trainer.settings["folder"]).iterdir())) == ATTEMPTS
 
 
 def test_a_trial_that_is_withdrawn_while_its_checkpoint_is_stored_may_be_submitted_again(

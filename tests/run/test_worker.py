@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from jfhpo_core.errors import InfrastructureError, TrialFailure
+from jfhpo_core.errors import CheckpointError, InfrastructureError, TrialFailure
 from jfhpo_core.run.parts import Paused, cut
-from jfhpo_core.run.worker import Cancelled, run_job
+from jfhpo_core.run.worker import Cancelled, Staged, run_job, store_staged, train_job
 from jfhpo_core.store.checkpoints import CheckpointStore
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study, base_evaluations
@@ -18,6 +18,11 @@ from jfhpo_core.trainers import Job, Observer, TrainingResult, load_trainer
 from jfhpo_core.trainers.scripted import STATE
 from jfhpo_core.trainers.simulated import SimulatedTrainer
 from tests.studies import BECAUSE, simulated_study
+
+
+def calm_records(bench: Bench, after: int, until: int) -> list[StepRecord]:
+    """Records of some of a trial's steps."""
+    return [record for record in bench.ledger.step_records(bench.key) if after < record.step <= until]
 
 
 class Bench:
@@ -137,6 +142,65 @@ def test_with_every_checkpoint_damaged_the_trial_starts_again(bench: Bench, calm
     assert "from step 0 instead of 20" in str(result.message)
     assert bench.outcome() == calm.outcome()
     assert bench.stored() == [30]
+
+
+def test_what_is_written_to_a_disk_of_the_node_is_the_same(
+    tmp_path: Path, calm: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    study = simulated_study(tmp_path, cluster={"local_folder": "$SCRATCH/jfhpo"})
+    bench = Bench(study)
+    stages: list[Path] = []
+
+    class Watched(SimulatedTrainer):
+        def run(self, job: Job, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
+            stages.append(stage)
+            return super().run(job, start, stage, observe)
+
+    for prompts in (160, 320, 480):
+        bench.train(prompts, Watched())
+    assert bench.outcome() == calm.outcome()
+    assert bench.stored() == [20, 30]
+    assert all(stage.is_relative_to(tmp_path / "scratch" / "jfhpo") for stage in stages)
+    assert not any(stage.exists() for stage in stages)
+
+
+def test_a_variable_that_a_node_does_not_have_is_named(tmp_path: Path) -> None:
+    bench = Bench(simulated_study(tmp_path, cluster={"local_folder": "$NO_SUCH_VARIABLE/jfhpo"}))
+    with pytest.raises(InfrastructureError, match=r"\$NO_SUCH_VARIABLE.*set the variable on every node"):
+        bench.train(160)
+
+
+def test_a_trial_goes_on_from_the_checkpoint_before_one_that_was_not_stored(bench: Bench, calm: Bench) -> None:
+    bench.train(160)
+    result = bench.train(320, commit=False)
+    bench.ledger.commit(bench.key, result.model_copy(update={"checkpoint": None}), calm_records(calm, 10, 20))
+    assert [evaluation.step for evaluation in bench.trial.evaluations] == [0, 10, 20]
+    job = bench.begin(480)
+    assert (job.segment.start_step, job.start_checkpoints[0].step) == (20, 10)
+    result = bench.train(480)
+    assert result.began_step == 10
+    assert result.message == "trained again from step 10 instead of 20: the checkpoint there was not stored"
+    assert bench.outcome() == calm.outcome()
+    # It pays for what it had to repeat.
+    assert bench.trial.charge_seconds > calm.trial.charge_seconds
+
+
+def test_a_checkpoint_that_could_not_be_stored_keeps_its_stage_for_another_attempt(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged = train_job(bench.begin(160), load_trainer("simulated"), lambda _: None)
+    assert isinstance(staged, Staged)
+
+    def refuse(*_: object) -> None:
+        raise CheckpointError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "commit", refuse)
+        with pytest.raises(CheckpointError):
+            store_staged(staged, again=True)
+    assert store_staged(staged).checkpoint is not None
+    assert not staged.stage.exists()
 
 
 def test_a_checkpoint_beyond_the_ledger_is_not_used(bench: Bench) -> None:

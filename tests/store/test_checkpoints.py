@@ -71,6 +71,46 @@ def test_a_copied_manifest_is_not_taken_for_content(store: CheckpointStore) -> N
     assert content(store.verify(store.commit(KEY, stage, 6, 96))) == FILES
 
 
+def test_a_stage_on_another_disk_is_copied_and_stays_until_it_is_stored(store: CheckpointStore, tmp_path: Path) -> None:
+    local = CheckpointStore(store.root, tmp_path / "disk" / "local")
+    left = local.stage(KEY)
+    stage = local.stage(KEY)
+    assert not left.exists()
+    assert stage.parent == tmp_path / "disk" / "local"
+    write(stage)
+    checkpoint = store.commit(KEY, stage, 5, 80)
+    assert content(store.verify(checkpoint)) == content(stage) == FILES
+    assert checkpoint == committed(CheckpointStore(tmp_path / "directly"), 5)
+    assert store.unfinished() == []
+
+
+def test_large_files_of_another_disk_are_copied_by_several_threads(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "PARALLEL_BYTES", 1)
+    monkeypatch.setattr(checkpoints, "COPIED_BYTES", 3)
+    stage = CheckpointStore(store.root, tmp_path / "local").stage(KEY)
+    write(stage)
+    assert content(store.verify(store.commit(KEY, stage, 5, 80))) == FILES
+
+
+def test_a_copy_that_was_cut_off_is_made_anew(
+    store: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = CheckpointStore(store.root, tmp_path / "local").stage(KEY)
+    write(stage)
+
+    def full(source: Path, target: Path) -> str:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "copy_file", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            store.commit(KEY, stage, 5, 80)
+    assert content(store.verify(store.commit(KEY, stage, 5, 80))) == FILES
+
+
 def test_an_empty_stage_is_refused(store: CheckpointStore) -> None:
     with pytest.raises(CheckpointError, match="wrote no checkpoint"):
         store.commit(KEY, store.stage(KEY), 5, 80)

@@ -48,6 +48,20 @@ OPTIONS: dict[str, type[bool | int | float | str | list[float]]] = {
 }
 
 
+REFUSED = {
+    "reward.model_name_or_path": "OpenRLHF asks no reward model where rewards come from an agent, as they do here; "
+    "task.reward can ask one that is served (docs/how-to/own-task.md)",
+    "reward.remote_url": "rewards come from task.reward, which can ask a server (docs/how-to/own-task.md)",
+    "critic.model_name_or_path": "the value model of loss_type ppo begins as the policy does",
+    "actor.model_name_or_path": "set family",
+    "ref.model_name_or_path": "the reference is the untrained policy",
+    "data.image_key": "prompts are texts or chats, without images",
+    "data.max_images_per_prompt": "prompts are texts or chats, without images",
+    "actor.freeze_visual_encoder": "prompts are texts or chats, without images",
+}
+"""Options that people look for and a study may not set, with what to do or to know instead."""
+
+
 def check_options(extra: Mapping[str, Option]) -> None:
     """Refuse options that a study may not set, and values of another type.
 
@@ -56,6 +70,8 @@ def check_options(extra: Mapping[str, Option]) -> None:
     """
     for name, value in extra.items():
         kind = OPTIONS.get(name)
+        if name in REFUSED:
+            raise ValueError(f"{name!r} cannot be set by a study: {REFUSED[name]}")
         if kind is None:
             raise ValueError(f"{name!r} is no option that a study may set; these are {', '.join(OPTIONS)}")
         right = (

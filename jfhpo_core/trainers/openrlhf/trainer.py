@@ -136,6 +136,12 @@ def _check_gpus(study: StudySpec, chosen: OpenRlhfSettings) -> None:
             f"cluster.gpus_per_device: with {counted:g} a worker would hold the GPUs that the Ray job it submits waits "
             "for; set 0 (trainer.settings.jobs_address is given)"
         )
+    if chosen.jobs_address is not None and study.cluster.local_folder is not None:
+        raise SpecError(
+            f"cluster.local_folder: {study.cluster.local_folder!r} is each node's own, and a Ray job may write its "
+            "checkpoint on another node than the worker that takes it; leave it out (trainer.settings.jobs_address is "
+            "given)"
+        )
     if chosen.jobs_address is None and chosen.device == "cuda" and counted == 0:
         raise SpecError(
             "cluster.gpus_per_device: with 0 trials would share GPUs uncounted; set 1, or a fraction to pack several "

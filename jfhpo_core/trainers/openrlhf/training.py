@@ -183,13 +183,13 @@ def _write_lines(path: Path, lines: Iterator[str]) -> None:
 
 
 def link(source: str, target: str) -> str:
-    """Hard-link a file that is only read or deleted; what DeepSpeed writes over in place is copied."""
+    """Link to a file that is only read or deleted; what DeepSpeed writes over in place is copied."""
     if Path(source).name == "latest":
         return str(shutil.copyfile(source, target))
     try:
         os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    except OSError:  # on another disk
+        Path(target).symlink_to(Path(source).absolute())
     return target
 
 

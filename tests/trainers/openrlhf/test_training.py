@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from jfhpo_core.trainers.openrlhf.training import (
     _Loop,
     _prepare,
     _take_checkpoint,
+    link,
     prompt_order,
     score,
 )
@@ -215,6 +217,27 @@ def test_gpus_are_counted_once() -> None:
         OpenRlhfTrainer().check(
             study(trainer={"name": "openrlhf", "settings": settings}, cluster={"gpus_per_device": 1})
         )
+
+
+def test_a_ray_job_writes_no_checkpoint_to_a_disk_of_one_node() -> None:
+    trainer = {"name": "openrlhf", "settings": {"python": "python3", "jobs_address": "http://head:8265"}}
+    with pytest.raises(SpecError, match=r"cluster.local_folder: '/scratch'.*another node"):
+        OpenRlhfTrainer().check(study(trainer=trainer, cluster={"local_folder": "/scratch"}))
+
+
+def test_a_checkpoint_on_another_disk_is_read_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "weights", tmp_path / "there"
+    source.write_text("weights")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    link(str(source), str(target))
+    assert target.is_symlink()
+    assert target.read_text() == "weights"
+    target.unlink()
+    assert source.exists()
 
 
 def test_proxies_share_a_gpu_and_the_target_has_several() -> None:

@@ -164,6 +164,9 @@ def test_what_jfhpo_sets_cannot_be_set_otherwise(tmp_path: Path) -> None:
     for name, message in {
         "actor_rollout_ref.actor.optim": "set learning_rate",
         "++trainer.logger": "leave it out",
+        "reward.reward_model.enable": "task.reward, which can ask a reward model that is served",
+        "+reward.reward_model.model_path": "task.reward",
+        "data.image_key": "leave it out",
         "trainer.v1.trainer_mode": "leave it out",
         "model_engine": "no option of verl",
         "~trainer.logger": "no option of verl",
