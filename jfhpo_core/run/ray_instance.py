@@ -130,3 +130,8 @@ def hear_of_children() -> None:
 def last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return textwrap.shorten(f"{type(error).__name__}: {lines[-1].strip()}", MESSAGE_CHARACTERS, placeholder=" [...]")
+
+
+def this_node() -> str:
+    """Ray's name of the node that this process runs on."""
+    return str(import_ray().get_runtime_context().get_node_id())

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from jfhpo_core.run.dispatch import Suspended
 from jfhpo_core.run.parts import Paused
-from jfhpo_core.run.ray_instance import hear_of_children, last_line
+from jfhpo_core.run.ray_instance import hear_of_children, last_line, this_node
 from jfhpo_core.run.worker import Cancelled, Staged, store_staged, train_job
 from jfhpo_core.study.trial import FailureKind, SegmentResult, StepRecord
 from jfhpo_core.trainers import Job, load_trainer
@@ -77,7 +77,7 @@ class WorkerProcess:
                 came = train_job(job, _trainer(job.study.trainer.name), items.put, self._cancelled.is_set)
                 if isinstance(came, Staged):
                     large = came.size_bytes >= hand_over_bytes
-                    came = replace(came, node=_node()) if large else store_staged(came)
+                    came = replace(came, node=this_node()) if large else store_staged(came)
                 items.put(came)
             except Cancelled:
                 pass
@@ -99,10 +99,3 @@ class StorageProcess:
     def store(self, staged: Staged, again: bool) -> SegmentResult:
         """See `store_staged`."""
         return store_staged(staged, again=again)
-
-
-def _node() -> str:
-    """Ray's name of the node that this process runs on."""
-    import ray
-
-    return str(ray.get_runtime_context().get_node_id())

@@ -114,7 +114,7 @@ def train_apart(job: Job, settings: TrlSettings, start: Path | None, stage: Path
         watch = Watch(process, log, STARTUP_SECONDS, HANG_SECONDS)
         while not talk.result.exists():
             if talk.event.exists():
-                watch.silence.hear(step=talk.reply(observe))
+                watch.watchdog.hear(step=talk.reply(observe))
                 continue
             try:
                 watch.poll(may_end=True)
