@@ -134,4 +134,6 @@ def last_line(error: BaseException) -> str:
 
 def this_node() -> str:
     """Ray's name of the node that this process runs on."""
-    return str(import_ray().get_runtime_context().get_node_id())
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
