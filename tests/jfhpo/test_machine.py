@@ -96,7 +96,7 @@ def test_gpus_that_this_machine_lacks_are_told_unless_a_cluster_is_named(
     assert said is not None
     assert "RAY_ADDRESS" in said
     assert [one.message for one in plan(wanted.spec).findings if one.level is Level.WARNING] == [said]
-    found = _ray(wanted)
+    (found,) = _ray(wanted)
     assert (found.level, found.message) == (Level.FAILURE, said)
     assert lacks_gpus(study(tmp_path, None, "auto", gpus=0.0).spec.cluster) is None
     assert lacks_gpus(study(tmp_path, None, "head:6379").spec.cluster) is None

@@ -38,7 +38,7 @@ def surrogate(seed: int = 0, dimension: int = 2, draws: int = 1) -> JointSurroga
     inputs = torch.tensor(np.column_stack([x, size, share, np.arange(20), np.zeros(20)]))
     values = torch.tensor(0.5 * np.exp(-((x[:, 0] - 0.4) ** 2) / 0.05) * share)
     data = Observations(inputs, values, torch.full((20,), MEASUREMENT, dtype=torch.double))
-    return fitted_surrogate(data, data, JointStructure(dimension, [0]), draws)
+    return fitted_surrogate(data, data, JointStructure(dimension, []), draws)
 
 
 def at_target(x: np.ndarray) -> torch.Tensor:

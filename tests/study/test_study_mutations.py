@@ -35,7 +35,7 @@ FULL = write_yaml(
                 stopping={"rules": "default", "override": {"kl_growth": {"floor": 0.5}}},
             )
         )
-    ).model_dump(mode="json")
+    ).to_data()
 )
 """A study of the simulated trainer in which every field is written out."""
 

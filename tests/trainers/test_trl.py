@@ -513,8 +513,7 @@ def test_a_chat_template_wraps_prompts_for_the_model_alone(
     ],
 )
 def test_contradictions_are_refused_before_any_work(make_case: MakeCase, change: dict[str, Any], message: str) -> None:
-    data = {**make_case().study.model_dump(mode="json"), **change}
-    data["fidelity"] = {"horizon_prompts": 960, "rungs": 1}
+    data = {**make_case().study.to_data(), **change, "fidelity": {"horizon_prompts": 960, "rungs": 1}}
     with pytest.raises(SpecError, match=message):
         resolve(parse_study(json.dumps(data)))
 
@@ -535,5 +534,5 @@ def test_a_larger_model_that_is_not_trained_may_ask_for_anything(tmp_path: Path)
     ]
     changes: dict[str, Any] = {"family": family, "trainer": "trl"}
     assert resolve(StudySpec.model_validate(study_data(tmp_path, target="target", **changes))).ladder.models
-    with pytest.raises(SpecError, match="model 'huge' asks for 64 devices"):
+    with pytest.raises(SpecError, match="cannot be spread evenly over the 64 devices of model 'huge'"):
         resolve(StudySpec.model_validate(study_data(tmp_path, target="huge", **changes)))
