@@ -535,5 +535,5 @@ def test_a_larger_model_that_is_not_trained_may_ask_for_anything(tmp_path: Path)
     ]
     changes: dict[str, Any] = {"family": family, "trainer": "trl"}
     assert resolve(StudySpec.model_validate(study_data(tmp_path, target="target", **changes))).ladder.models
-    with pytest.raises(SpecError, match="model 'huge' asks for 64 devices"):
+    with pytest.raises(SpecError, match="over the 64 devices of model 'huge'"):
         resolve(StudySpec.model_validate(study_data(tmp_path, target="huge", **changes)))
