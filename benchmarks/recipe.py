@@ -24,6 +24,7 @@ from benchmarks.landscapes import TABLE, Problem, load_problem
 from benchmarks.markdown import markdown_table
 from benchmarks.report import EVIDENCE
 from benchmarks.store import RESULTS
+from jfhpo_core.optimizer.best_values import DRAWS
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report.recipe import recipe
 from jfhpo_core.run.outcome import conclude
@@ -41,8 +42,8 @@ SIMULATED = ("aligned", "shifted", "noisy", "unstable")
 FOREIGN = tuple(item.name for pair in PAIRS.values() for item in pair if len(item.models) > 2)
 """Settings from which two sizes are left."""
 
-SEEDS = {"simulated": range(1004, 1008), "recorded RL": range(1004, 1007), "foreign": range(1004, 1006)}
-"""Those below were looked at when it was decided how many of the draws an interval takes."""
+SEEDS = {"simulated": range(3000, 3004), "recorded RL": range(3000, 3003), "foreign": range(3000, 3002)}
+"""Those from 1000 to 1999 were looked at while the intervals were worked on."""
 
 SAMPLE = 2**12
 """Configurations among which the best is looked for, before it is improved."""
@@ -234,6 +235,7 @@ def write(found: Sequence[Outcomes], folder: Path = EVIDENCE) -> None:
         "regret of the recipe", "of what was best on the largest size run", "recipe at least as good",
     ]  # fmt: skip
     rate, low, high = _share([value for item in found for value in item.held.values()])
+    runs = [value for item in found if item.source != "simulated" for value in item.held.values()]
     beyond = [item.beyond for item in found]
     problems = ["problem", "cases", "80 % intervals that hold", "regret of the recipe", "of the best carried over"]
     verdict = "met" if 0.75 <= rate <= 0.85 else "missed"
@@ -246,11 +248,14 @@ left out: {RUNS} configurations are run at full length on each of the other size
 beyond. The best value of a hyperparameter is that of the maximizer of the problem's surface at that size: of simulated
 landscapes (`{"`, `".join(SIMULATED)}`) the true one, of the recorded RL runs and of the
 [foreign tables](foreign.md) that of what interpolates the recorded runs, which is itself uncertain where a
-hyperparameter hardly matters. Seeds from {min(map(min, SEEDS.values()))} on; with earlier ones it was decided how many
-of the draws an interval takes: nine tenths, because four fifths held 71 %.
+hyperparameter hardly matters. Seeds from {min(map(min, SEEDS.values()))} on, which were run once, when all was
+decided; those from 1000 to 1999 were looked at while the intervals were worked on. An interval is the shortest that
+takes nine tenths of {DRAWS} draws: if the best value were one more draw, such an interval would hold it in 81 to 85 %
+of the cases, depending on the distribution, and one of four fifths in 71 to 74 %.
 
 **80 % intervals held the best value in {rate:.0%}** of {sum(len(item.held) for item in found)} hyperparameters (95 %:
 {low:.0%} to {high:.0%}; those of one case are not independent). The aim was 75 to 85 %: {verdict}.
+Of the recorded runs, RL and foreign together, it was {_percent(runs)}.
 
 {markdown_table(head, rows)}
 
@@ -262,6 +267,10 @@ of the draws an interval takes: nine tenths, because four fifths held 71 %.
   configuration from the median one; median over cases. The other column takes what scored best on the largest size
   that was run, as people do without a recipe.
 - Whole numbers and choices hold more often than 80 %: an interval takes whole values.
+- Best values of the simulated landscapes were drawn away from the ends of the ranges, where an interval that is not
+  told, and so takes most of a range, nearly always holds them.
+- Until where runs fail was drawn too, the same chance of a failure moved all draws to the same place: on the foreign
+  tables 70 % were held (seeds 1004 and 1005), of `vlm-63m` and `vlm-103m`, whose runs diverge, 9 of 24.
 
 ## By problem
 
