@@ -47,7 +47,7 @@ TRAINING = {
 }
 """Further columns of trainings.parquet; the hyperparameters stand between `KEY` and these."""
 
-UNRECORDED = {"by_prompt", "examples", "pass_at_n", "reward_parts", "reward_timeouts", "training"}
+UNRECORDED = {"by_prompt", "examples", "pass_at_n", "reward_parts", "reward_timeouts", "training", "rewarded"}
 """Fields of evaluations and steps that are no columns: the design has one completion per prompt, and one reward; means
 over steps follow from the steps."""
 
