@@ -70,6 +70,9 @@ TRIAL_ITERATIONS = 8
 
 FIT_ITERATIONS = 50
 
+NARROW = 1.5
+"""Prior deviations by which the start for a narrow peak lies below the prior mean."""
+
 UNUSABLE = 1e10
 """Objective of parameters whose covariance has no Cholesky factor."""
 
@@ -361,14 +364,20 @@ def fit_parameters(structure: JointStructure, data: Observations, draws: int = D
     mean, deviation = structure.prior_mean.numpy(), structure.prior_deviation.numpy()
     bounds = list(zip(mean - BOUND * deviation, mean + BOUND * deviation, strict=True))
     starts = [mean]
+    if structure.shifting:
+        # A narrow peak beside the wide arch: the posterior has a mode for each.
+        narrow = mean.copy()
+        narrow[structure.slices["arch"]] -= NARROW * ARCH.deviation
+        narrow[structure.slices["lengthscales"]][structure.shifting] -= NARROW * LENGTHSCALE.deviation
+        starts.append(narrow)
     if structure.shifting and float(data.inputs[:, structure.dimension].std(correction=0)) > 0:
-        # The posterior of the shift may have several modes: one start on each side.
+        # That of the shift may have several as well: one start on each side.
         for side in (-1.0, 1.0):
             start = mean.copy()
             start[structure.slices["shift"]] += side * SHIFT.deviation
             starts.append(start)
-        starts = [min((descend(start, TRIAL_ITERATIONS) for start in starts), key=lambda result: result.fun).x]
-    result = descend(starts[0], FIT_ITERATIONS)
+    start = min((descend(start, TRIAL_ITERATIONS) for start in starts), key=lambda result: result.fun).x
+    result = descend(start, FIT_ITERATIONS)
     mode = torch.from_numpy(result.x if result.fun < UNUSABLE else mean)
     return torch.cat([mode.unsqueeze(0), _laplace_draws(structure, data, mode, draws - 1)])
 
