@@ -204,13 +204,18 @@ def delivery(history: History, configuration: Configuration) -> Delivery:
     """
     study, trials = history.study, history.trials
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
-    spent = spent_seconds(trials) + spent_seconds(trials, "baseline")
+    spent = charged_seconds(trials)
     mine = [trial for trial in history.on_target if trial.configuration == configuration]
     if any(trial.final is not None for trial in mine):
         return Delivery(spent, configuration)
     done = max((trial.step * trial.prompts_per_step for trial in mine if trial.checkpoint is not None), default=0)
     missing = CostModel.fit(study, trials).estimate(configuration, target, done, horizon).seconds
     return Delivery(spent + missing, configuration)
+
+
+def charged_seconds(trials: Sequence[Trial]) -> float:
+    """Device-seconds of the search and of the recipes that it was told."""
+    return spent_seconds(trials) + spent_seconds(trials, "baseline")
 
 
 def trace(problem: Problem, deliveries: Sequence[Delivery]) -> tuple[tuple[float, float], ...]:

@@ -22,7 +22,7 @@ from benchmarks.foreign.settings import RECORDED, TUNING
 from benchmarks.landscapes import load_problem
 from benchmarks.markdown import markdown_table
 from benchmarks.report import EVIDENCE
-from benchmarks.runner import MEMORY, prepare_worker
+from benchmarks.runner import MEMORY, charged_seconds, prepare_worker
 from benchmarks.store import RESULTS
 from jfhpo_core.optimizer.allocation import Priced
 from jfhpo_core.optimizer.beliefs import Beliefs
@@ -31,8 +31,7 @@ from jfhpo_core.optimizer.joint_fidelity import JointFidelity, worth_of_going_on
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
-from jfhpo_core.study.history import History
-from jfhpo_core.study.trial import Configuration, spent_seconds
+from jfhpo_core.study.trial import Configuration
 
 FILE = RESULTS / "stopping.jsonl"
 PAGE = "stopping.md"
@@ -100,8 +99,7 @@ class Watched(JointFidelity):
         ranked = [item.configuration for item in ranked_configurations(beliefs)]
         delivered = next((item for item in ranked if history.final(item)), None)
         worth = worth_of_going_on(beliefs, items, full_seconds)
-        spent = spent_seconds(history.trials) + spent_seconds(history.trials, "baseline")
-        self.noted.append((spent, delivered, worth if math.isfinite(worth) else None))
+        self.noted.append((charged_seconds(history.trials), delivered, worth if math.isfinite(worth) else None))
         return True
 
 
@@ -119,10 +117,8 @@ def search(setting: str, seed: int) -> Search:
 
     full = problem.training_seconds
     moments = [Moment(spent / full, regret(delivered), worth) for spent, delivered, worth in strategy.noted]
-    end = History.of(study, result.trials).trials
-    spent = spent_seconds(end) + spent_seconds(end, "baseline")
     last = None if result.recommended is None else result.recommended.configuration
-    moments.append(Moment(spent / full, regret(last), None))
+    moments.append(Moment(charged_seconds(result.trials) / full, regret(last), None))
     return Search(setting, seed, regret(None), tuple(moments))
 
 
