@@ -15,6 +15,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from jfhpo_core.optimizer.constraints import LimitModel
 from jfhpo_core.optimizer.feasibility import Feasibility
 from jfhpo_core.optimizer.observations import (
+    believed_earlier,
     measurement_variance,
     milestone,
     observe,
@@ -72,7 +73,8 @@ class Beliefs:
         commits = max((result.committed for trial in history.trials for result in trial.segments), default=0)
         basis = [row for row in rows if row.order[0] <= milestone(commits)] or rows
         study, scale = history.study, scale_of(rows)
-        structure = JointStructure(study.space.dimension, study.space.shifting_coordinates, len(study.earlier))
+        earlier = len(believed_earlier(history))
+        structure = JointStructure(study.space.dimension, study.space.shifting_coordinates, earlier)
         surrogate = fitted_surrogate(
             observe(rows, scale, study.space.dimension),
             observe(basis, scale_of(basis), study.space.dimension),

@@ -114,7 +114,7 @@ class CandidateSet:
 
     def _best_of_earlier(self, beliefs: Beliefs) -> list[Configuration]:
         """What earlier studies have tried and this one has not, and the model expects most of."""
-        found = by_value(beliefs, earlier_configurations(beliefs.history.study))
+        found = by_value(beliefs, earlier_configurations(beliefs.history))
         untried = [
             item.configuration for item in found if configuration_key(item.configuration) not in beliefs.history.known
         ]

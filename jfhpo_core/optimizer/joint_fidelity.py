@@ -43,7 +43,7 @@ from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.floors import value_floors
 from jfhpo_core.optimizer.initial_design import InitialDesign
 from jfhpo_core.optimizer.known_optima import FILE, Expectations, expectations
-from jfhpo_core.optimizer.observations import earlier_configurations, point
+from jfhpo_core.optimizer.observations import EARLIER_OPTIMUM, believed_earlier, earlier_configurations, point
 from jfhpo_core.optimizer.strategy import (
     Admits,
     Count,
@@ -61,7 +61,7 @@ from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.models import progress
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import Space
-from jfhpo_core.study.trial import Configuration, Suggestion, Trial, TrialState, configuration_key
+from jfhpo_core.study.trial import Configuration, Suggestion, Trial, configuration_key
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ FINISHED_FIRST = 1
 PAYS_AFTER = 2
 """Full runs of the target that are finished before it is asked whether another would pay."""
 
-KNOWN_OPTIMUM = "known-optimum"
+KNOWN_OPTIMUM = "jfhpo/known-optimum"
 """Source of a run of what is said to be best."""
 
 DOUBT = 0.1
@@ -149,12 +149,13 @@ class JointFidelity:
     ) -> Proposal | None:
         """See `Selective.suggest_among`."""
         history, costs = History.of(study, trials), CostModel.fit(study, trials)
-        expected = self.expectations(study)
-        if _is_refuted(history):
+        expected, has_earlier = self.expectations(study), bool(believed_earlier(history))
+        if history.refuted(KNOWN_OPTIMUM):
             expected = Expectations(study.space, compared=False)
-        allocation, budget = Allocation.of(history, costs, compared=expected.compared), study.spec.budget
-        proposal = None if study.earlier else _first_run(history, costs, expected, remaining_seconds)
-        if proposal is None and not expected.compared:
+        compared = expected.compared or has_earlier
+        allocation, budget = Allocation.of(history, costs, compared=compared), study.spec.budget
+        proposal = None if has_earlier else _first_run(history, costs, expected, remaining_seconds)
+        if proposal is None and not compared:
             seconds = budget.initial_share * budget.device_seconds
             design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected.space)
             if (designed := design.following(history, costs)) is not None:
@@ -178,7 +179,7 @@ class JointFidelity:
         )
         # What might not fit is not begun: it would be paid with what is held back to finish the best. Where there is no
         # better use of the budget than the first full run, it is enough that it should fit.
-        first_run = expected.compared and not any(_sets_a_mark(history, trial) for trial in history.on_target)
+        first_run = compared and not any(_sets_a_mark(history, trial) for trial in history.on_target)
         estimates = [
             (item, costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts))
             for item in candidates
@@ -237,20 +238,24 @@ class JointFidelity:
         history, candidates = beliefs.history, [item.candidate for item in offer.items]
         seconds = torch.tensor([item.seconds for item in offer.items], dtype=torch.double)
         inputs = candidate_inputs(history.study, candidates)
-        source, gains = self.acquisition, None
+        source, gains = f"jfhpo/{self.acquisition}", None
         if not offer.due:
             considered = [item.configuration for item in ranked] + [item.configuration for item in candidates]
             different = {configuration_key(item): item for item in considered}
             gains = self._gains(beliefs, inputs, beliefs.at_target(different.values()))
         if gains is None:
-            source, gains = "expected-improvement", _expected_improvement(beliefs, candidates)
+            source, gains = "jfhpo/expected-improvement", _expected_improvement(beliefs, candidates)
         weights = self._weights(history, inputs, expected.space)
         gains = gains * beliefs.accepted(inputs) * weights
         worth = gains / full_seconds if offer.due else NetCostUtility(lambda _: seconds)(inputs, gains)
         best = int(worth.argmax())
         if offer.due and not any(_sets_a_mark(history, trial) for trial in history.on_target):
-            # The first full run is the best guess: where little is known, improvement is expected at the edges.
-            source, best = "best-expectation", int(beliefs.worth(_at_target(beliefs, candidates)).argmax())
+            # The first full run is the best guess: where little is known, improvement is expected at the edges. The
+            # less sure the model is, the more counts what is expected.
+            source = EARLIER_OPTIMUM if believed_earlier(history) else "jfhpo/best-expectation"
+            targets = _at_target(beliefs, candidates)
+            _, deviations = beliefs.values(targets)
+            best = int((beliefs.worth(targets) + deviations * weights.log()).argmax())
         unit = beliefs.scale.unit()
         return _Choice(offer.items[best], source, float(gains[best]) * unit, float(worth[best]) * unit)
 
@@ -270,7 +275,7 @@ class JointFidelity:
     def expectations(self, study: Study) -> Expectations:
         """What the search begins with, before anything is trained."""
         if self.prior == "none":
-            return Expectations(study.space, compared=bool(study.earlier))
+            return Expectations(study.space, compared=False)
         return expectations(study, FILE if self.prior == "shipped" else Path(self.prior))
 
     def _weights(self, history: History, inputs: Tensor, expected: Space) -> Tensor:
@@ -312,7 +317,7 @@ def _first_run(history: History, costs: CostModel, expected: Expectations, remai
         return None
     choices = with_other_choices(study.space, best)
     near = expected.space.log_expectation(np.array([study.space.encode(item) for item in choices]))
-    source = f"jfhpo/{KNOWN_OPTIMUM if expected.compared else 'expected'}"
+    source = KNOWN_OPTIMUM if expected.compared else "jfhpo/expected"
     why = (
         "what is expected to be best, before anything is known: values that are expected, else the middle of the range"
     )
@@ -357,27 +362,11 @@ def worth_of_going_on(beliefs: Beliefs, items: Sequence[Priced], full_seconds: f
 def _favourites(beliefs: Beliefs, expected: Space) -> list[Configuration]:
     """What is best by all that is known from elsewhere, with every combination of its choices; none without such."""
     study = beliefs.history.study
-    earlier = by_value(beliefs, earlier_configurations(study))[:1]
-    best = earlier[0].configuration if earlier else expected_configuration(expected)
-    return with_other_choices(study.space, best) if best is not None else []
-
-
-def _is_refuted(history: History) -> bool:
-    """Whether what is said to be best has been trained on the target, and is worse than a recipe there."""
-    return any(_refutes(history, trial) for trial in history.on_target)
-
-
-def _refutes(history: History, trial: Trial) -> bool:
-    """Whether a run on the target is that of what is said to be best, and is worse than a recipe."""
-    if not trial.segments or trial.segments[0].segment.suggestion.source != f"jfhpo/{KNOWN_OPTIMUM}":
-        return False
-    recipe = max(
-        (other.final.score for other in history.on_target if other.purpose == "baseline" and other.final is not None),
-        default=-math.inf,
-    )
-    return trial.state in (TrialState.STOPPED, TrialState.INFEASIBLE) or (
-        trial.final is not None and trial.final.score < recipe
-    )
+    earlier = by_value(beliefs, earlier_configurations(beliefs.history))[:1]
+    best = [item.configuration for item in earlier]
+    if (known := expected_configuration(expected)) is not None:
+        best.append(known)
+    return [item for one in best for item in with_other_choices(study.space, one)]
 
 
 def _sets_a_mark(history: History, trial: Trial) -> bool:
@@ -385,7 +374,9 @@ def _sets_a_mark(history: History, trial: Trial) -> bool:
 
     It is not if it breaks a constraint, or was to show what is known and has refuted it.
     """
-    return trial.purpose == "search" and not history.breaks(trial.configuration) and not _refutes(history, trial)
+    if trial.purpose != "search" or history.breaks(trial.configuration):
+        return False
+    return not history.refutes(trial, KNOWN_OPTIMUM, EARLIER_OPTIMUM)
 
 
 def _at_target(beliefs: Beliefs, candidates: Sequence[Candidate]) -> Tensor:
@@ -417,7 +408,7 @@ def _chosen(
         chosen.stop_prompts,
         seed=chosen.seed,
         suggestion=Suggestion(
-            source=f"jfhpo/{choice.source}",
+            source=choice.source,
             explanation=f"{verb} on {chosen.model} to {progress(history.study.spec, chosen.stop_prompts):.0%}: "
             f"should raise the best expected target score by {choice.gain:.4f} for {seconds:.1f} device-seconds, "
             f"the most per second of {len(offer.items)} candidates{_under(beliefs, chosen, drawn)}"

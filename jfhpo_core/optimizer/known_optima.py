@@ -119,7 +119,7 @@ class Expectations:
 def expectations(study: Study, file: Path = FILE) -> Expectations:
     """What the user expects, and what is known of other hyperparameters.
 
-    Nothing is added with earlier studies, and where hyperparameters do not mean what those of the recipes mean: full
+    Nothing is added where hyperparameters do not mean what those of the recipes mean: full
     fine-tuning by reinforcement learning, which the trainer says by `reinforces = True`. What was recorded on the
     study's own task is left out: a demonstration or a benchmark would know its answer.
 
@@ -130,8 +130,8 @@ def expectations(study: Study, file: Path = FILE) -> Expectations:
     Raises:
         SpecError: The file is none of this kind.
     """
-    if study.earlier or not getattr(study.trainer, "reinforces", False) or study.spec.trainer.settings.get("lora"):
-        return Expectations(study.space, compared=bool(study.earlier))
+    if not getattr(study.trainer, "reinforces", False) or study.spec.trainer.settings.get("lora"):
+        return Expectations(study.space, compared=False)
     known = [item for item in known_optima(file) if item.task is None or item.task != study.spec.task.embedded]
     size = study.ladder.target.parameters
     space = Space({name: _expecting(parameter, name, size, known) for name, parameter in study.space.root.items()})

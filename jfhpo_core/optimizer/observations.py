@@ -37,6 +37,9 @@ REFIT_GROWTH = 0.1
 COIN_VARIANCE = 0.25
 """Of a score of 0 or 1, before anything is measured."""
 
+EARLIER_OPTIMUM = "jfhpo/earlier-optimum"
+"""Source of a run of what is best by earlier studies."""
+
 ASSUMED_PROMPTS = 1000
 """Held-out prompts where a study uses all of its own and none has been scored yet."""
 
@@ -91,7 +94,7 @@ def observed_rows(history: History) -> list[Row]:
     for trial in history.evidence:
         size, unscored = study.ladder.size_coordinate(trial.model), (lowest.get(trial.model, 0.0), variance)
         rows += _curve(study, trial, trial.configuration, size, unscored)
-    rows += _earlier_rows(study)
+    rows += _earlier_rows(study, believed_earlier(history))
     return sorted((row for row in rows if math.isfinite(row.score)), key=lambda row: row.order)
 
 
@@ -138,13 +141,18 @@ def _kept(rows: Sequence[Row], values: Sequence[float]) -> list[int]:
     return sorted(chosen)
 
 
-def _earlier_rows(study: Study) -> list[Row]:
+def believed_earlier(history: History) -> tuple[EarlierStudy, ...]:
+    """The earlier studies; none once what is best by them has been trained on the target and lost to a recipe."""
+    return () if history.refuted(EARLIER_OPTIMUM) else history.study.earlier
+
+
+def _earlier_rows(study: Study, known: Sequence[EarlierStudy]) -> list[Row]:
     """What earlier studies observed on this study's space and scales; they stand before everything else.
 
     Hyperparameters that they held fixed count with that value; trials outside this study's space are left out.
     """
     rows: list[Row] = []
-    for index, earlier in enumerate(study.earlier, start=1):
+    for index, earlier in enumerate(known, start=1):
         lowest, variance = _lowest_scores(earlier.trials), measurement_variance(study, earlier.trials)
         for trial in earlier.trials:
             configuration = _translated(study, earlier, trial)
@@ -155,12 +163,12 @@ def _earlier_rows(study: Study) -> list[Row]:
     return rows
 
 
-def earlier_configurations(study: Study) -> list[Configuration]:
+def earlier_configurations(history: History) -> list[Configuration]:
     """Configurations that earlier studies have trained and that lie in this study's space, without repetitions."""
     found: dict[str, Configuration] = {}
-    for earlier in study.earlier:
+    for earlier in believed_earlier(history):
         for trial in earlier.trials:
-            configuration = _translated(study, earlier, trial) if trained_evaluations(trial) else None
+            configuration = _translated(history.study, earlier, trial) if trained_evaluations(trial) else None
             if configuration is not None:
                 found.setdefault(configuration_key(configuration), configuration)
     return list(found.values())

@@ -15,6 +15,7 @@ from jfhpo_core.study.trial import (
     Configuration,
     Evaluation,
     Trial,
+    TrialState,
     committed_seconds,
     configuration_key,
 )
@@ -119,6 +120,19 @@ class History:
             and self.canonical(trial.configuration) == wanted
         )
 
+    def refuted(self, source: str) -> bool:
+        """Whether a run on the target that a source suggested is worse than a recipe there: its knowledge is wrong."""
+        return any(self.refutes(trial, source) for trial in self.on_target)
+
+    def refutes(self, trial: Trial, *sources: str) -> bool:
+        """Whether a run on the target that one of the sources suggested failed, or is clearly worse than a recipe."""
+        if not trial.segments or trial.segments[0].segment.suggestion.source not in sources:
+            return False
+        if trial.state in (TrialState.STOPPED, TrialState.INFEASIBLE):
+            return True
+        recipes = [other.final for other in self.on_target if other.purpose == "baseline" and other.final is not None]
+        return trial.final is not None and any(_is_worse(trial.final, recipe) for recipe in recipes)
+
     def judges(self, trial: Trial) -> bool:
         """Whether a run had no part in the choice of a configuration, so that its score is an unbiased judgement."""
         return all(trial.key != other.key for other in self.search)
@@ -169,6 +183,11 @@ class History:
     def committed_seconds(self) -> float:
         """Device-seconds charged to the search, and what running segments should add."""
         return committed_seconds(self.trials)
+
+
+def _is_worse(one: Evaluation, other: Evaluation) -> bool:
+    """Whether a score lies below another one by more than twice what measuring both of them leaves open."""
+    return one.score < other.score - 2 * math.hypot(one.standard_error, other.standard_error)
 
 
 def searched_configuration(study: Study, configuration: Configuration) -> Configuration | None:

@@ -14,16 +14,24 @@ import torch
 from benchmarks.landscapes import TABLE, load_problem
 from benchmarks.prior import MISLEADING
 from benchmarks.rl_table.optima import recorded
+from benchmarks.warm_start import first_study, mirrored
 from jfhpo_core.optimizer.candidates import expected_configuration, with_other_choices
 from jfhpo_core.optimizer.joint_fidelity import DOUBT, JointFidelity
 from jfhpo_core.optimizer.known_optima import MOST_SPREAD, expectations, known_optima
-from jfhpo_core.optimizer.observations import point
+from jfhpo_core.optimizer.observations import (
+    EARLIER_OPTIMUM,
+    believed_earlier,
+    earlier_configurations,
+    observed_rows,
+    point,
+)
+from jfhpo_core.optimizer.surrogate import THIS_STUDY
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.history import History
 from jfhpo_core.study.models import build_ladder
-from jfhpo_core.study.resolved import EarlierStudy, Study
+from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.spec import StudySpec, TaskSpec
 from jfhpo_core.trainers.openrlhf.trainer import OpenRlhfTrainer
 from jfhpo_core.trainers.simulated import SimulatedTrainer
@@ -112,13 +120,11 @@ def test_ranges_that_the_recipes_do_not_reach_get_no_expectation(space: dict[str
     assert expectations(study).describe(study.space) is None
 
 
-def test_other_kinds_of_training_and_earlier_studies_get_none() -> None:
+def test_other_kinds_of_training_get_none() -> None:
     plain = of_size(7e9)
     assert expectations(replace(plain, trainer=SimulatedTrainer())).space == plain.space
     adapters = replace(of_size(7e9, lora={"rank": 16}), trainer=TrlTrainer())
     assert expectations(adapters).space == plain.space
-    informed = expectations(replace(plain, earlier=(EarlierStudy(plain.spec, plain.ladder, ()),)))
-    assert (informed.space, informed.compared) == (plain.space, True)
 
 
 def test_the_table_of_the_own_task_is_left_out(tmp_path: Path) -> None:
@@ -196,3 +202,25 @@ def test_what_is_said_to_be_best_and_is_not_is_believed_no_more(tmp_path: Path) 
     assert later[0].segments[0].segment.suggestion.source == "jfhpo/expected", "the refuted run does not count"
     assert later[0].configuration == study.space.middle()
     assert float(searched[0].configuration["learning_rate"]) > 5e-4
+
+
+@pytest.mark.slow
+def test_an_earlier_study_that_misleads_is_believed_no_more(tmp_path: Path) -> None:
+    """Its best, which is its worst, is tried once on the target; then the search begins like any other."""
+    problem = replace(load_problem("table-arithmetic", 1), trainings=4)
+    study = problem.study(tmp_path, "jfhpo", {"prior": "none"})
+    study = replace(study, earlier=(mirrored(first_study("table-instruct", 1)),))
+    strategy = JointFidelity(prior="none")
+    outcome = run_search(study, MemoryLedger(), InlineDispatcher(1, trainer=problem.trainer), strategy=strategy)
+    target = study.ladder.target.name
+    searched = [trial for trial in outcome.trials if trial.purpose == "search" and trial.model == target]
+    sources = [trial.segments[0].segment.suggestion.source for trial in searched]
+    assert sources[:2] == [EARLIER_OPTIMUM, "jfhpo/expected"]
+    assert EARLIER_OPTIMUM not in sources[1:]
+    history = History.of(study, outcome.trials)
+    assert believed_earlier(history) == ()
+    assert earlier_configurations(history) == []
+    assert all(row.inputs[-1] == THIS_STUDY for row in observed_rows(history))
+    assert outcome.recommended is not None
+    gained = problem.true_score(outcome.recommended.configuration) - problem.true_score(problem.default)
+    assert gained > 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import VALIDATION, Suggestion, Trial
+from jfhpo_core.study.trial import VALIDATION, Outcome, Suggestion, Trial
 from tests.studies import simulated_study, trained
 
 RECIPE = {"learning_rate": 1e-4}
@@ -65,6 +66,31 @@ def test_confirmations_become_evidence_when_the_search_goes_on(study: Study) -> 
     validated = run(study, 2, committed=3, source=VALIDATION)
     assert History.of(study, [*before, validated]).judges(judged)
     assert not History.of(study, [*before, run(study, 2, committed=3)]).judges(judged)
+
+
+def test_knowledge_is_refuted_by_what_noise_does_not_explain(study: Study) -> None:
+    """The recipe has 0.6; the run of what is said to be best lies below, by less or more than two standard errors."""
+    recipe, source = run(study, 0, "baseline"), "jfhpo/known-optimum"
+    assert recipe.final is not None
+    noise = 2 * math.hypot(recipe.final.standard_error, recipe.final.standard_error)
+    assert noise > 0
+
+    def ended(score: float, outcome: Outcome = Outcome.REACHED) -> History:
+        trial = trained(study, study.space.middle(), "large", [0.1, 0.3, 0.5, score], 1, committed=2)
+        suggestion = Suggestion(source=source, explanation="test")
+        segments = tuple(
+            item.model_copy(
+                update={"segment": item.segment.model_copy(update={"suggestion": suggestion}), "outcome": outcome}
+            )
+            for item in trial.segments
+        )
+        return History.of(study, [recipe, trial.model_copy(update={"segments": segments})])
+
+    assert not ended(0.6 - 0.9 * noise).refuted(source)
+    assert ended(0.6 - 1.5 * noise).refuted(source)
+    assert not ended(0.6 - 1.5 * noise).refuted("jfhpo/earlier-optimum")
+    assert ended(0.6, Outcome.STOPPED).refuted(source)
+    assert ended(0.6, Outcome.INFEASIBLE).refuted(source)
 
 
 def test_a_baseline_that_changes_what_the_study_fixes_is_no_recipe(study: Study) -> None:
