@@ -16,6 +16,7 @@ from jfhpo.places import check_places
 from jfhpo.study_facts import facts
 from jfhpo_core.errors import CheckpointError, Interruption, LedgerError
 from jfhpo_core.optimizer.joint_fidelity import JointFidelity
+from jfhpo_core.optimizer.known_optima import described
 from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report.page import PLOTS, REPORT, write_plots, write_report
 from jfhpo_core.report.why import Why, why
@@ -152,17 +153,17 @@ def informed(study: Study, on_status: Callable[[str], None] = lambda _: None) ->
 
     Args:
         study: As its file has it.
-        on_status: Told which they are, and why; without any, what the search expects before it has trained anything.
+        on_status: Told which they are, and why, and what the search expects from published recipes and recorded runs.
 
     Raises:
         LedgerError: The ledger does not hold one of them.
         SpecError: The models of one of them cannot be found any more.
     """
+    strategy = load_strategy(study)
+    known = described(strategy.expected(study), study.space) if isinstance(strategy, JointFidelity) else None
+    if known is not None:
+        on_status(f"{known} (strategy.settings.prior: none leaves that out)")
     if not study.spec.warm_start:
-        strategy = load_strategy(study)
-        known = strategy.expectations(study).describe(study.space) if isinstance(strategy, JointFidelity) else None
-        if known is not None:
-            on_status(f"{known} (strategy.settings.prior: none leaves that out)")
         return study
     found = earlier_studies(study)
     for item in found:

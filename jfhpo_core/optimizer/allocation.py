@@ -53,18 +53,18 @@ class Allocation:
     lead: float
 
     @classmethod
-    def of(cls, history: History, costs: CostModel, *, compared: bool) -> Allocation:
+    def of(cls, history: History, costs: CostModel, *, leads: bool) -> Allocation:
         """At the prices of today.
 
         Args:
             history: What was trained.
             costs: The prices.
-            compared: See `known_optima.Expectations`: then there is no lead.
+            leads: Whether anything may come before the first full run; not with earlier studies, which say what it is.
         """
         study, budget = history.study, history.study.spec.budget
         target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
         full = costs.estimate(study.space.middle(), target, 0, horizon).seconds
-        lead = 0.0 if compared else min(LEAD_RUNS * full, budget.initial_share * budget.device_seconds)
+        lead = min(LEAD_RUNS * full, budget.initial_share * budget.device_seconds) if leads else 0.0
         return cls(history, full, lead)
 
     def is_due(self, share: float) -> bool:

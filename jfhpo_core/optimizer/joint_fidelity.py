@@ -42,7 +42,7 @@ from jfhpo_core.optimizer.constraints import drawn_limit
 from jfhpo_core.optimizer.cost import CostModel
 from jfhpo_core.optimizer.floors import value_floors
 from jfhpo_core.optimizer.initial_design import InitialDesign
-from jfhpo_core.optimizer.known_optima import FILE, Expectations, expectations
+from jfhpo_core.optimizer.known_optima import FILE, with_known_optima
 from jfhpo_core.optimizer.observations import EARLIER_OPTIMUM, believed_earlier, earlier_configurations, point
 from jfhpo_core.optimizer.strategy import (
     Admits,
@@ -136,7 +136,7 @@ class JointFidelity:
     def check(self, study: Study) -> None:
         """See `Checked.check`."""
         load_acquisition(self.acquisition)
-        self.expectations(study)
+        self.expected(study)
 
     def suggest(self, study: Study, trials: Sequence[Trial], remaining_seconds: float, seed: int) -> Proposal | None:
         """See `Strategy.suggest`."""
@@ -149,15 +149,13 @@ class JointFidelity:
     ) -> Proposal | None:
         """See `Selective.suggest_among`."""
         history, costs = History.of(study, trials), CostModel.fit(study, trials)
-        expected, has_earlier = self.expectations(study), bool(believed_earlier(history))
-        if history.refuted(KNOWN_OPTIMUM):
-            expected = Expectations(study.space, compared=False)
-        compared = expected.compared or has_earlier
-        allocation, budget = Allocation.of(history, costs, compared=compared), study.spec.budget
+        expected = study.space if history.refuted(KNOWN_OPTIMUM) else self.expected(study)
+        has_earlier = bool(believed_earlier(history))
+        allocation, budget = Allocation.of(history, costs, leads=not has_earlier), study.spec.budget
         proposal = None if has_earlier else _first_run(history, costs, expected, remaining_seconds)
-        if proposal is None and not compared:
+        if proposal is None and not has_earlier:
             seconds = budget.initial_share * budget.device_seconds
-            design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected.space)
+            design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected)
             if (designed := design.following(history, costs)) is not None:
                 proposal = _propose(costs, *designed, source="jfhpo/initial-design")
         if proposal is not None:
@@ -174,20 +172,15 @@ class JointFidelity:
         candidates = self._candidates.segments(
             beliefs,
             [item.configuration for item in ranked],
-            _favourites(beliefs, expected.space),
+            _favourites(beliefs, expected),
             random,
         )
-        # What might not fit is not begun: it would be paid with what is held back to finish the best. Where there is no
-        # better use of the budget than the first full run, it is enough that it should fit.
-        first_run = compared and not any(_sets_a_mark(history, trial) for trial in history.on_target)
-        estimates = [
-            (item, costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts))
+        priced = [
+            Priced(item, costs.estimate(item.configuration, item.model, item.start_prompts, item.stop_prompts).seconds)
             for item in candidates
         ]
         affordable = [
-            Priced(item, cost.seconds)
-            for item, cost in estimates
-            if (cost.seconds if first_run else cost.high) <= remaining_seconds and admits(item.model, cost.seconds)
+            item for item in priced if item.seconds <= remaining_seconds and admits(item.candidate.model, item.seconds)
         ]
         offer = allocation.offer(affordable, remaining_seconds, self._wanted_share(beliefs))
         if not offer.items:
@@ -229,7 +222,7 @@ class JointFidelity:
         ranked: Sequence[Expectation],
         offer: Offer,
         full_seconds: float,
-        expected: Expectations,
+        expected: Space,
     ) -> _Choice:
         """The candidate worth most per second; among full runs that are due, the one worth most.
 
@@ -245,7 +238,7 @@ class JointFidelity:
             gains = self._gains(beliefs, inputs, beliefs.at_target(different.values()))
         if gains is None:
             source, gains = "jfhpo/expected-improvement", _expected_improvement(beliefs, candidates)
-        weights = self._weights(history, inputs, expected.space)
+        weights = self._weights(history, inputs, expected)
         gains = gains * beliefs.accepted(inputs) * weights
         worth = gains / full_seconds if offer.due else NetCostUtility(lambda _: seconds)(inputs, gains)
         best = int(worth.argmax())
@@ -272,11 +265,11 @@ class JointFidelity:
     def _candidates(self) -> CandidateSet:
         return CandidateSet(self.pool, self.fresh, self.local, self.known, self.continued, self.replicated)
 
-    def expectations(self, study: Study) -> Expectations:
-        """What the search begins with, before anything is trained."""
+    def expected(self, study: Study) -> Space:
+        """The study's space with what is expected of it before anything is trained."""
         if self.prior == "none":
-            return Expectations(study.space, compared=False)
-        return expectations(study, FILE if self.prior == "shipped" else Path(self.prior))
+            return study.space
+        return with_known_optima(study, FILE if self.prior == "shipped" else Path(self.prior))
 
     def _weights(self, history: History, inputs: Tensor, expected: Space) -> Tensor:
         """Weights in (0, 1] of candidates by what is expected, which fades as trials accumulate; shape (n,).
@@ -302,7 +295,7 @@ class JointFidelity:
         return max(self.target_share, 1 - beliefs.surrogate.shared_share(nearest))
 
 
-def _first_run(history: History, costs: CostModel, expected: Expectations, remaining_seconds: float) -> Proposal | None:
+def _first_run(history: History, costs: CostModel, expected: Space, remaining_seconds: float) -> Proposal | None:
     """A full run of what is expected, in the middle of its range where nothing is: ranges lie around what is meant.
 
     If it costs too much, with other choices: as few as may be, the nearest to what is expected. None if none can be
@@ -310,14 +303,14 @@ def _first_run(history: History, costs: CostModel, expected: Expectations, remai
     """
     study = history.study
     target, horizon = study.ladder.target.name, study.spec.fidelity.horizon_prompts
-    best = expected_configuration(expected.space) or study.space.middle()
+    best = expected_configuration(expected) or study.space.middle()
     on_target = [trial for trial in history.trials if trial.model == target]
     known = {configuration_key(trial.configuration) for trial in on_target}
     if configuration_key(history.canonical(best)) in known or any(_sets_a_mark(history, item) for item in on_target):
         return None
     choices = with_other_choices(study.space, best)
-    near = expected.space.log_expectation(np.array([study.space.encode(item) for item in choices]))
-    source = KNOWN_OPTIMUM if expected.compared else "jfhpo/expected"
+    near = expected.log_expectation(np.array([study.space.encode(item) for item in choices]))
+    source = "jfhpo/expected" if expected == study.space else KNOWN_OPTIMUM
     why = (
         "what is expected to be best, before anything is known: values that are expected, else the middle of the range"
     )

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -47,9 +46,6 @@ GAP = 0.15
 
 SLOPE_PRECISION = 0.1
 """Precision of the prior that good values do not move with size."""
-
-COMPARED_WITHIN = 0.5
-"""Factors of ten in parameters within which a table tells what the first full run should be."""
 
 ParameterType = TypeVar("ParameterType", bound=Parameter)
 
@@ -92,32 +88,20 @@ def known_optima(file: Path = FILE) -> tuple[Optimum, ...]:
     return (*known.recipes, *known.recorded)
 
 
-@dataclass(frozen=True)
-class Expectations:
-    """What is expected of a study before it has trained anything.
+def described(expected: Space, own: Space) -> str | None:
+    """What is expected beyond what the user has said, in words; None if that is nothing.
 
-    Attributes:
-        space: Its space, with an `expected` value and its `spread` where something is known.
-        compared: Whether configurations have been compared at its size, in earlier studies or recorded tables: then
-            the first full run of the target needs no runs of proxies before it.
+    Args:
+        expected: See `with_known_optima`.
+        own: The space as the user has it.
     """
-
-    space: Space
-    compared: bool
-
-    def describe(self, own: Space) -> str | None:
-        """What is expected beyond what the user has said, in words; None if that is nothing.
-
-        Args:
-            own: The space as the user has it.
-        """
-        added = [name for name, item in self.space.root.items() if item.expected != own[name].expected]
-        near = ", ".join(f"{name} near {_short(self.space[name].expected)}" for name in added)
-        return f"expecting {near}, from published recipes and recorded runs" if added else None
+    added = [name for name, item in expected.root.items() if item.expected != own[name].expected]
+    near = ", ".join(f"{name} near {_short(expected[name].expected)}" for name in added)
+    return f"expecting {near}, from published recipes and recorded runs" if added else None
 
 
-def expectations(study: Study, file: Path = FILE) -> Expectations:
-    """What the user expects, and what is known of other hyperparameters.
+def with_known_optima(study: Study, file: Path = FILE) -> Space:
+    """A study's space with what the user expects, and with what is known of other hyperparameters.
 
     Nothing is added where hyperparameters do not mean what those of the recipes mean: full
     fine-tuning by reinforcement learning, which the trainer says by `reinforces = True`. What was recorded on the
@@ -127,16 +111,17 @@ def expectations(study: Study, file: Path = FILE) -> Expectations:
         study: The study.
         file: What is known.
 
+    Returns:
+        The space, with an `expected` value and its `spread` where something is known.
+
     Raises:
         SpecError: The file is none of this kind.
     """
     if not getattr(study.trainer, "reinforces", False) or study.spec.trainer.settings.get("lora"):
-        return Expectations(study.space, compared=False)
+        return study.space
     known = [item for item in known_optima(file) if item.task is None or item.task != study.spec.task.embedded]
     size = study.ladder.target.parameters
-    space = Space({name: _expecting(parameter, name, size, known) for name, parameter in study.space.root.items()})
-    sizes = [math.log10(item.parameters / size) for item in known if item.task is not None]
-    return Expectations(space, compared=any(abs(distance) <= COMPARED_WITHIN for distance in sizes))
+    return Space({name: _expecting(parameter, name, size, known) for name, parameter in study.space.root.items()})
 
 
 def _short(value: Value | None) -> str:

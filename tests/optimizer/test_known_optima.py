@@ -17,7 +17,7 @@ from benchmarks.rl_table.optima import recorded
 from benchmarks.warm_start import first_study, mirrored
 from jfhpo_core.optimizer.candidates import expected_configuration, with_other_choices
 from jfhpo_core.optimizer.joint_fidelity import DOUBT, JointFidelity
-from jfhpo_core.optimizer.known_optima import MOST_SPREAD, expectations, known_optima
+from jfhpo_core.optimizer.known_optima import MOST_SPREAD, described, known_optima, with_known_optima
 from jfhpo_core.optimizer.observations import (
     EARLIER_OPTIMUM,
     believed_earlier,
@@ -74,23 +74,20 @@ def test_every_recipe_names_where_it_is_published() -> None:
 
 @pytest.mark.parametrize("parameters", [0.5e9, 7.6e9, 32e9])
 def test_large_models_are_expected_to_learn_at_the_rates_of_the_recipes(parameters: float) -> None:
-    expected = expectations(of_size(parameters))
-    rate = expected.space["learning_rate"]
+    expected = with_known_optima(of_size(parameters))
+    rate = expected["learning_rate"]
     assert 5e-7 <= float(rate.expected or 0) <= 2e-6
-    assert not expected.compared, "recipes were published, not compared: proxies come first"
 
 
 def test_small_models_are_expected_to_learn_faster_the_smaller_they_are() -> None:
-    rates = [
-        float(expectations(of_size(size, "tiny")).space["learning_rate"].expected or 0) for size in (1e5, 6e5, 4e6)
-    ]
+    rates = [float(with_known_optima(of_size(size, "tiny"))["learning_rate"].expected or 0) for size in (1e5, 6e5, 4e6)]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] > 2 * rates[-1]
 
 
 def test_far_from_every_known_size_less_is_certain() -> None:
     space = {"learning_rate": {"type": "float", "low": 1e-7, "high": 1e-2, "log": True, "shifts_with_size": True}}
-    near, far = (expectations(of_size(size, space)).space["learning_rate"].spread for size in (7e9, 3e7))
+    near, far = (with_known_optima(of_size(size, space))["learning_rate"].spread for size in (7e9, 3e7))
     assert near < far <= MOST_SPREAD
 
 
@@ -99,10 +96,10 @@ def test_what_the_user_says_stays() -> None:
         "learning_rate": {"type": "float", "low": 1e-7, "high": 1e-5, "log": True, "expected": 5e-6, "spread": 0.05},
         "n_samples": {"type": "choice", "values": [4, 8, 16]},
     }
-    expected = expectations(of_size(7e9, space))
-    assert expected.space["learning_rate"] == of_size(7e9, space).space["learning_rate"]
-    assert expected.space["n_samples"].expected is not None
-    assert "learning_rate" not in (expected.describe(of_size(7e9, space).space) or "")
+    expected = with_known_optima(of_size(7e9, space))
+    assert expected["learning_rate"] == of_size(7e9, space).space["learning_rate"]
+    assert expected["n_samples"].expected is not None
+    assert "learning_rate" not in (described(expected, of_size(7e9, space).space) or "")
 
 
 @pytest.mark.parametrize(
@@ -116,15 +113,15 @@ def test_what_the_user_says_stays() -> None:
 )
 def test_ranges_that_the_recipes_do_not_reach_get_no_expectation(space: dict[str, Any]) -> None:
     study = of_size(7e9, space)
-    assert expectations(study).space == study.space
-    assert expectations(study).describe(study.space) is None
+    assert with_known_optima(study) == study.space
+    assert described(with_known_optima(study), study.space) is None
 
 
 def test_other_kinds_of_training_get_none() -> None:
     plain = of_size(7e9)
-    assert expectations(replace(plain, trainer=SimulatedTrainer())).space == plain.space
+    assert with_known_optima(replace(plain, trainer=SimulatedTrainer())) == plain.space
     adapters = replace(of_size(7e9, lora={"rank": 16}), trainer=TrlTrainer())
-    assert expectations(adapters).space == plain.space
+    assert with_known_optima(adapters) == plain.space
 
 
 def test_the_table_of_the_own_task_is_left_out(tmp_path: Path) -> None:
@@ -132,15 +129,14 @@ def test_the_table_of_the_own_task_is_left_out(tmp_path: Path) -> None:
     study = recorded_study(tmp_path, 3)
     assert study.spec.task.embedded == "instruct"
     other = replace(study, spec=study.spec.model_copy(update={"task": TaskSpec(embedded="arithmetic")}))
-    assert expectations(study).compared
-    assert expectations(study).space != expectations(other).space
+    assert with_known_optima(study) != with_known_optima(other)
 
 
 def test_an_expectation_that_is_wrong_is_doubted(tmp_path: Path) -> None:
     """However far a candidate is from what is expected, its weight stays above `DOUBT`; the expected one has 1."""
     study = recorded_study(tmp_path, 3)
     strategy = JointFidelity()
-    expected = strategy.expectations(study).space
+    expected = strategy.expected(study)
     near = expected_configuration(expected)
     assert near is not None
     far = study.space.decode(1 - np.array(study.space.encode(near)))
@@ -153,7 +149,7 @@ def test_an_expectation_that_is_wrong_is_doubted(tmp_path: Path) -> None:
 
 
 def test_what_is_expected_is_a_candidate_with_every_choice() -> None:
-    space = expectations(of_size(6e5, "tiny")).space
+    space = with_known_optima(of_size(6e5, "tiny"))
     best = expected_configuration(space)
     assert best is not None
     found = with_other_choices(space, best)
