@@ -55,6 +55,9 @@ PAIRS = (
 FIRST_BUDGET = 10
 """Of the first study, in full runs of its target."""
 
+ELSEWHERE = "L4"
+"""GPU of the first study: prices on another one are not compared."""
+
 BUDGETS = (2, 3, 6, 10)
 """Of the second study, in full runs of its target; one of them is the recipe's."""
 
@@ -84,7 +87,9 @@ def first_study(setting: str, seed: int) -> EarlierStudy:
         study = found.study(Path(folder), STRATEGY)
         dispatcher = InlineDispatcher(1, trainer=found.trainer)
         result = run_search(study, MemoryLedger(), dispatcher, strategy=load_strategy(study))
-    return EarlierStudy(study.spec, study.ladder, tuple(result.trials))
+    # Prices of landscapes are relative to the target's full run: those of one say nothing of another's.
+    elsewhere = study.spec.model_copy(update={"cluster": study.spec.cluster.model_copy(update={"gpu": ELSEWHERE})})
+    return EarlierStudy(elsewhere, study.ladder, tuple(result.trials))
 
 
 def mirrored(earlier: EarlierStudy) -> EarlierStudy:

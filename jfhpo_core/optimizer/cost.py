@@ -29,9 +29,8 @@ FLOOR_SECONDS = 1e-3
 
 REFERENCE_COMPLETIONS = 128.0
 
-NEW_STUDY_VARIANCE = 0.25
-"""Variance that the level of log seconds gains from an earlier study to a new one (other lengths, other load): it is
-right within a factor of 1.6 (one standard deviation), like a price."""
+NEW_STUDY_VARIANCE = 0.1
+"""Variance that the level of log seconds gains from an earlier study to a new one: other lengths, other load."""
 
 
 @dataclass(frozen=True)
