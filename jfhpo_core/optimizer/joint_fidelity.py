@@ -1,8 +1,8 @@
 """The joint-fidelity strategy: which configuration to train next, on which model, up to which step.
 
 1. The recipes have been trained on the target; so is what is expected to be best, in the middle of its range where
-   nothing is. `initial_design`: recipes and Sobol configurations on the smallest proxy. Neither with earlier studies,
-   which say more.
+   nothing is. `initial_design`: recipes and Sobol configurations on the smallest proxy. With earlier studies, what they
+   say is best comes instead of both. What a run refutes is believed no more.
 2. From then on, the knowledge gradient at the target per device-second, over explicit candidates (`candidates`): new
    configurations, known configurations on other models, and continuations of paused trials, which cost only what they
    add. Every so often a full run of the target is due; expected improvement chooses it.
