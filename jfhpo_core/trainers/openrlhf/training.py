@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.files import replace_file
 from jfhpo_core.study import scoring
 from jfhpo_core.study.data import Prompt, Row, is_conversational, text_of
 from jfhpo_core.study.models import build_ladder
@@ -342,10 +343,8 @@ class _Loop:
     def _tell(self) -> None:
         """Write to the agent; the beat shows that we are alive."""
         self._beaten = time.monotonic()
-        text = json.dumps({"released": self._released, "evaluate": self._evaluate, "beat": self._beaten})
-        part = self.files.control.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.files.control)
+        message = {"released": self._released, "evaluate": self._evaluate, "beat": self._beaten}
+        replace_file(self.files.control, json.dumps(message))
 
     def _evaluate_now(self) -> Evaluation:
         """Have the agent evaluate before the next rollouts."""
