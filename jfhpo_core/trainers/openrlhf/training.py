@@ -54,7 +54,7 @@ ORPHAN_SECONDS = 900.0
 """A run that has not heard from its driver for so long ends itself. Longer than any pause of a shared disk."""
 
 UNBOUNDED = 10**9
-"""More steps than any training has."""
+"""More steps than any run has."""
 
 SETTLE_SECONDS = 1.0
 """A checkpoint is complete when its files have not changed for so long after its last part appeared."""
@@ -197,7 +197,7 @@ def link(source: str, target: str) -> str:
 def _launch(
     settings: OpenRlhfSettings, argv: list[str], variables: dict[str, str], tracking: dict[str, str], files: Files
 ) -> tuple[list[str], list[str] | None]:
-    """The command that runs the training, and the one that stops it elsewhere.
+    """The command that trains, and the one that stops it elsewhere.
 
     A job's variables are those that the driver does not have, or has for tracking only. They go by a file that is
     nobody else's to read: in a command line all of this machine would see them.

@@ -205,7 +205,7 @@ class Loop:
         return decision is not None and decision.stop
 
     def _evaluate_now(self) -> Evaluation:
-        """Have the training score the held-out prompts before it goes on."""
+        """Have the run score the held-out prompts before it goes on."""
         tell(self._files, released=self.step - 1, evaluate=self.step)
         return self._evaluation(self._next(self.step))
 
