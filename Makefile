@@ -86,7 +86,7 @@ VERL_LOCK := jfhpo_core/trainers/verl/cpu_shim/requirements.txt
 VERL_INSTALL = $(BIN)/uv pip install --no-deps
 endif
 
-verl-env: $(VERL_ENV)/.ready ## Build verl's environment for CPU tests (2.5 GB); GPU=1: for trainings on GPUs
+verl-env: $(VERL_ENV)/.ready ## Build verl's environment for CPU tests (2.5 GB); GPU=1: for runs on GPUs
 
 $(VERL_ENV)/.ready: $(VERL_LOCK) | $(READY)
 	@echo "Installing verl and vLLM into $(VERL_ENV) from $(VERL_LOCK)"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.stats import qmc
 
+from jfhpo_core.study.hyperparameters import DEFAULT_PROMPTS_PER_STEP
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Evaluation, StepRecord, Value, canonical_json
 from jfhpo_core.trainers import Job, Observer, TrainingResult
@@ -43,7 +44,7 @@ class Inputs(BaseModel):
     x3: float = Field(default=0.5, ge=0, le=1)
     x4: float = Field(default=0.5, ge=0, le=1)
     x5: float = Field(default=0.5, ge=0, le=1)
-    prompts_per_step: int = Field(default=16, ge=1)
+    prompts_per_step: int = Field(default=DEFAULT_PROMPTS_PER_STEP, ge=1)
 
 
 class Function:

@@ -9,6 +9,8 @@ from typing import Any
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 
+from jfhpo_core.files import replace_file
+
 RESULTS = Path(__file__).parent / "results"
 """Where published results lie; a tuning run writes elsewhere."""
 
@@ -108,6 +110,4 @@ def save(folder: Path, result: Result) -> None:
 
 def write(path: Path, results: Mapping[Key, Result]) -> None:
     """Replace a file at once, its lines sorted by landscape and seed."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text("".join(f"{results[key].model_dump_json()}\n" for key in sorted(results)), encoding="utf-8")
-    fresh.replace(path)
+    replace_file(path, "".join(f"{results[key].model_dump_json()}\n" for key in sorted(results)))

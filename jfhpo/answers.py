@@ -221,7 +221,7 @@ class GcAnswer(Answer):
 
     deleted: bool = Field(description="Whether those that are not kept were deleted.")
     checkpoints: list[CheckpointLine]
-    log_bytes: int = Field(description="Size of what trainings left in `trainings/`; this command never deletes it.")
+    log_bytes: int = Field(description="Size of what runs left in `trainings/`; this command never deletes it.")
 
 
 class DoctorAnswer(Answer):

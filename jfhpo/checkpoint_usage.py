@@ -61,5 +61,5 @@ def usage_view(judgements: Sequence[Judgement], log_bytes: int, *, delete: bool)
     freed = show_size(size_bytes(gone, without=kept))
     what = f"{len(gone)} of {len(judgements)} checkpoints"
     ending = f"{what} deleted, {freed} freed" if delete else f"{what} would go, freeing {freed}; --delete does it"
-    logs = f" Logs of trainings (`{TRAININGS}/`, never deleted here): {show_size(log_bytes)}." if log_bytes else ""
+    logs = f" Logs of runs (`{TRAININGS}/`, never deleted here): {show_size(log_bytes)}." if log_bytes else ""
     return Group(table, Text(f"\n{ending}. Kept: {show_size(size_bytes(kept))}.{logs}"))

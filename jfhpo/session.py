@@ -359,7 +359,7 @@ def _publish(study: Study, ledger: MlflowLedger, result: SearchResult) -> StudyO
                 registration = register_target(study, result, ledger)
             except CheckpointError as error:
                 # Not published: once the checkpoint is back, the next call registers it.
-                note, digest = f"the recommended training cannot be registered: {error}", ""
+                note, digest = f"the recommended run cannot be registered: {error}", ""
             else:
                 # The version, and not its alias, which moves on to later versions.
                 note, uri = registration.note, registration.uri or ""

@@ -15,6 +15,7 @@ from scipy.stats import qmc
 
 from benchmarks.foreign.tables import Flags, Interpolator, Matrix, Table, Vector
 from jfhpo_core.errors import TrialFailure
+from jfhpo_core.study.hyperparameters import DEFAULT_PROMPTS_PER_STEP
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Evaluation, FailureKind, StepRecord, Value, canonical_json
 from jfhpo_core.trainers import Job, Observer, Trainer, TrainingResult
@@ -120,7 +121,10 @@ class Surface:
         """A trainer that answers from this surface, and whose defaults are the recipe."""
         fields: dict[str, Any] = {name: (type(value), value) for name, value in self.setting.recipe.items()}
         model = create_model(
-            "Recipe", __config__=ConfigDict(frozen=True, extra="forbid"), **fields, prompts_per_step=(int, 16)
+            "Recipe",
+            __config__=ConfigDict(frozen=True, extra="forbid"),
+            **fields,
+            prompts_per_step=(int, DEFAULT_PROMPTS_PER_STEP),
         )
 
         class Trained(SurfaceTrainer):

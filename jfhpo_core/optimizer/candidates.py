@@ -88,7 +88,7 @@ class CandidateSet:
         levels, number = study.spec.fidelity.levels, len(history.trials)
         promising = {configuration_key(item) for item in ranked[: self.continued]}
         found: list[Candidate] = []
-        for trial in history.evidence:
+        for trial in history.in_space:
             # A baseline is trained to its end by the study itself.
             if (
                 trial.purpose == "search"
@@ -100,7 +100,7 @@ class CandidateSet:
                     Candidate(trial.configuration, trial.model, done, level, trial.number, trial.seed)
                     for level in _spread([level for level in levels if level > done])
                 ]
-        seen = {(configuration_key(trial.configuration), trial.model) for trial in history.evidence}
+        seen = {(configuration_key(trial.configuration), trial.model) for trial in history.in_space}
         best = [*ranked[: self.known], *self._best_of_earlier(beliefs)]
         new = {configuration_key(item): item for item in (*self.new_configurations(beliefs, best, random), *expected)}
         for key, configuration in ({configuration_key(item): item for item in best} | new).items():
@@ -190,7 +190,7 @@ def ranked_configurations(beliefs: Beliefs) -> list[Expectation]:
     history = beliefs.history
     ruined = (TrialState.STOPPED, TrialState.INFEASIBLE)
     tried = {
-        configuration_key(trial.configuration): trial.configuration for trial in history.evidence if trial.evaluations
+        configuration_key(trial.configuration): trial.configuration for trial in history.in_space if trial.evaluations
     }
     for trial in history.on_target:
         if trial.state in ruined:

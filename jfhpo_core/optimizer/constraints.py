@@ -165,7 +165,7 @@ def drawn_limit(history: History, random: np.random.Generator) -> Limit | None:
 def metric_rows(history: History, metric: str) -> list[Row]:
     """What the search's runs have recorded of a metric, in the order in which it became known."""
     study, rows = history.study, []
-    for trial in history.evidence:
+    for trial in history.in_space:
         size = study.ladder.size_coordinate(trial.model)
         curve = [evaluation for evaluation in trained_evaluations(trial) if metric in evaluation.training]
         for evaluation in thinned(curve, TARGET_CURVE_POINTS if size == 0 else CURVE_POINTS):

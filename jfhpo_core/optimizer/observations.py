@@ -34,8 +34,8 @@ EXACT_REFITS = 12
 REFIT_GROWTH = 0.1
 """Beyond, they are fitted anew whenever the number of commits has grown by this share."""
 
-COIN_VARIANCE = 0.25
-"""Of a score of 0 or 1, before anything is measured."""
+ASSUMED_SCORE_VARIANCE = 0.25
+"""Variance of one completion's score before any is measured: the largest of a score between 0 and 1."""
 
 EARLIER_OPTIMUM = "jfhpo/earlier-optimum"
 """Source of a run of what is best by earlier studies."""
@@ -89,9 +89,9 @@ def observed_rows(history: History) -> list[Row]:
     `unpromising`) counts with what was measured.
     """
     study = history.study
-    lowest, variance = _lowest_scores(history.evidence), measurement_variance(study, history.evidence)
+    lowest, variance = _lowest_scores(history.in_space), measurement_variance(study, history.in_space)
     rows: list[Row] = []
-    for trial in history.evidence:
+    for trial in history.in_space:
         size, unscored = study.ladder.size_coordinate(trial.model), (lowest.get(trial.model, 0.0), variance)
         rows += _curve(study, trial, trial.configuration, size, unscored)
     rows += _earlier_rows(study, believed_earlier(history))
@@ -276,7 +276,7 @@ def verdicts(history: History) -> tuple[Tensor, Tensor]:
         rejected). Runs that were lost to infrastructure say nothing.
     """
     rows, labels = [], []
-    for trial in history.evidence:
+    for trial in history.in_space:
         if trial.segments and trial.segments[-1].outcome is not Outcome.LOST:
             rows.append(point(history.study, trial.configuration, trial.model, 0)[: -FIDELITY_COLUMNS + 1])
             labels.append(float(trial.segments[-1].outcome is not Outcome.INFEASIBLE))
@@ -294,17 +294,17 @@ def running_points(history: History) -> Tensor | None:
             trial.open_segment.stop_step * trial.prompts_per_step,
             trial.number,
         )
-        for trial in history.evidence
+        for trial in history.in_space
         if trial.open_segment is not None
     ]
     return torch.tensor(rows, dtype=torch.double) if rows else None
 
 
 def measurement_variance(study: Study, trials: Sequence[Trial]) -> float:
-    """Variance of an evaluation's score: the mean of those measured so far; a coin's before there is one."""
+    """Variance of an evaluation's score: the mean of those measured so far, or what is assumed before."""
     evaluations = [evaluation for trial in trials for evaluation in trial.evaluations if evaluation.step > 0]
     if not evaluations:
-        return COIN_VARIANCE / (
+        return ASSUMED_SCORE_VARIANCE / (
             (study.spec.evaluation.prompts or ASSUMED_PROMPTS) * study.spec.evaluation.samples_per_prompt
         )
     return sum(evaluation.standard_error**2 for evaluation in evaluations) / len(evaluations)

@@ -148,8 +148,9 @@ def _respect(row: Comparison, limits: Sequence[Limit]) -> str:
 def why_nothing(result: SearchResult) -> str:
     """Why nothing can be recommended, and what to do about it."""
     target, budget = result.study.ladder.target.name, result.study.spec.budget.device_seconds
-    if is_rewardless(result.study, result.trials):
-        return _no_reward(result)
+    without_reward = runs_without_reward(result.study, result.trials)
+    if is_rewardless(result.study, without_reward):
+        return _no_reward(target, len(without_reward))
     if result.tried:
         return _none_respects(result)
     lead = f"Nothing can be recommended: no training run of the search reached full length on {target}."
@@ -186,15 +187,14 @@ def why_nothing(result: SearchResult) -> str:
     )
 
 
-def _no_reward(result: SearchResult) -> str:
+def _no_reward(target: str, runs: int) -> str:
     """What to do if no completion ever had a reward."""
-    runs = runs_without_reward(result.study, result.trials)
     return (
-        f"Nothing can be recommended: in none of {len(runs)} runs, {result.study.ladder.target.name} among them, any "
-        "completion had a reward other than 0, in training or on the held-out set, and without any there is nothing to "
-        "learn from. The search has ended before its budget. Read completions in the report: if right answers get no "
-        "reward, mend the reward and run the same command with --accept-changed-data; if there are none, take easier "
-        "prompts, allow longer completions, or first train the models on right answers, which makes a new study."
+        f"Nothing can be recommended: in {runs} runs, some of them on {target}, no completion had a reward other than "
+        "0, in training or on the held-out set. Without any reward there is nothing to learn from, so the search has "
+        "ended before its budget. Read completions in the report: if right answers get no reward, mend the reward and "
+        "run the same command with --accept-changed-data; if there are none, take easier prompts, allow longer "
+        "completions, or first train the models on right answers, which makes a new study."
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, get_args
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from jfhpo_core.files import replace_file
 from jfhpo_core.optimizer.rank_agreement import FidelityAgreement, length_agreements, most_telling, size_agreements
 from jfhpo_core.report import findings, text
 from jfhpo_core.report.completions import readings
@@ -67,9 +68,8 @@ def write_report(
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / REPORT
-    draft = path.with_suffix(".part")
-    draft.write_text(page, encoding="utf-8")
-    return draft.replace(path)
+    replace_file(path, page)
+    return path
 
 
 def write_plots(result: SearchResult, folder: Path, explained: Why | None = None) -> list[Path]:

@@ -97,7 +97,7 @@ def recipe(result: SearchResult, count: int) -> Recipe:
     """The recipe of a study, finished or not, for a model of `count` parameters."""
     study = result.study
     history = History.of(study, result.trials)
-    tried = _tried(study, history.evidence)
+    tried = _tried(study, history.in_space)
     sizes = {model.name: model.parameters for model in study.ladder.models if tried[model.name] >= FEWEST_ON_A_SIZE}
     page = Recipe(study=study.spec.study, parameters=count, sizes=sizes)
     if (refusal := _refusal(count, list(sizes.values()), tried)) is not None:

@@ -60,7 +60,7 @@ def why(result: SearchResult) -> Why:
     history = History.of(study, trials)
     evaluated = {
         configuration_key(trial.configuration)
-        for trial in history.evidence
+        for trial in history.in_space
         if any(evaluation.step for evaluation in trial.evaluations)
     }
     needed = max(FEWEST_CONFIGURATIONS, 2 * len(study.space))
@@ -297,7 +297,7 @@ def _choice(result: SearchResult, beliefs: Beliefs, importance: Sequence[Importa
     difference = scores[:, 0] - scores[:, 1]
     return Choice(
         second=second,
-        trial=min(trial.number for trial in beliefs.history.evidence if trial.configuration == second),
+        trial=min(trial.number for trial in beliefs.history.in_space if trial.configuration == second),
         difference=Estimate.of(difference),
         probability=float((difference > 0).mean()),
         differs={

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from jfhpo_core.errors import LedgerError, SpecError
+from jfhpo_core.files import replace_file
 from jfhpo_core.optimizer.strategy import Recommendation, load_strategy
 from jfhpo_core.run.planning import Phase, plan_next
 from jfhpo_core.run.standing import recommend
@@ -263,9 +264,7 @@ class Optimizer:
             "identity": self.study.spec.identity(),
             "trials": [trial.model_dump(mode="json") for trial in self.trials],
         }
-        staged = path.with_name(f"{path.name}.part")
-        staged.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        staged.replace(path)
+        replace_file(path, json.dumps(content, indent=1))
 
     def load(self, path: str | Path) -> None:
         """Continue from a file that `save` wrote: the next assignment is the one that would have come then.

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from jfhpo_core.optimizer.strategy import Recommendation, Strategy
-from jfhpo_core.run.standing import Standing, is_rewardless
+from jfhpo_core.run.standing import Standing, is_rewardless, runs_without_reward
 from jfhpo_core.run.tried import Tried, tried
 from jfhpo_core.study.history import History
 from jfhpo_core.study.metrics import Limit, broken, mean_of
@@ -79,7 +79,8 @@ class SearchResult:
 def conclude(study: Study, trials: Sequence[Trial], strategy: Strategy, complete: bool, note: str = "") -> SearchResult:
     """Recommendation and final table, from the trials alone; see `SearchResult` for `complete` and `note`."""
     history = History.of(study, trials)
-    recommended = None if is_rewardless(study, trials) else Standing(history, strategy).recommended
+    rewardless = is_rewardless(study, runs_without_reward(study, trials))
+    recommended = None if rewardless else Standing(history, strategy).recommended
     rows: list[Comparison] = []
     target_trial: Trial | None = None
     limits = study.spec.limits

@@ -105,8 +105,8 @@ def plan_next(
     comparing = any(trial.purpose in ("confirmation", "random-search") for trial in trials)
     enough = REOPEN_SHARE * spec.budget.device_seconds if comparing else 0.0
     # The largest model may do what the smaller ones cannot: one run of it is made, by the validation, before the end.
-    rewardless = len(runs_without_reward(study, trials)) >= REWARDLESS_AFTER
-    if remaining > enough and not rewardless and not _hopeless(trials, give_up_after):
+    without_reward = runs_without_reward(study, trials)
+    if remaining > enough and len(without_reward) < REWARDLESS_AFTER and not _hopeless(trials, give_up_after):
         proposal = _suggest(study, strategy, trials, remaining, opening)
         if proposal is None and not running and not is_timed(trials):
             # The price was a guess, and may be far too high: one segment is trained to know better.
@@ -117,7 +117,7 @@ def plan_next(
                 return step if _is_admitted(study, step, opening) else Step(Phase.SEARCH)
     if any(is_search(trial.open_segment) for trial in trials if trial.purpose == "search"):
         return Step(Phase.SEARCH)
-    if is_rewardless(study, trials):
+    if is_rewardless(study, without_reward):
         return Step(Phase.VALIDATION) if running else Step(Phase.DONE)
 
     step = _validate(standing)

@@ -33,10 +33,11 @@ def runs_without_reward(study: Study, trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if _had_no_reward(trial) and set(study.changed) <= set(trial.changed)]
 
 
-def is_rewardless(study: Study, trials: Sequence[Trial]) -> bool:
+def is_rewardless(study: Study, without_reward: Sequence[Trial]) -> bool:
     """Whether a search has nothing to learn from: many runs without reward, also on the target."""
-    runs = runs_without_reward(study, trials)
-    return len(runs) >= REWARDLESS_AFTER and any(trial.model == study.ladder.target.name for trial in runs)
+    return len(without_reward) >= REWARDLESS_AFTER and any(
+        trial.model == study.ladder.target.name for trial in without_reward
+    )
 
 
 def _had_no_reward(trial: Trial) -> bool:
@@ -64,10 +65,10 @@ class Standing:
     def ranked(self) -> list[Recommendation]:
         """See `rank`."""
         history = self.history
-        evidence = {trial.key for trial in history.search}
+        informing = {trial.key for trial in history.search}
         ranked = self.strategy.rank(
             history.study,
-            [trial for trial in history.trials if trial.purpose in ("search", "baseline") or trial.key in evidence],
+            [trial for trial in history.trials if trial.purpose in ("search", "baseline") or trial.key in informing],
         )
         known = {configuration_key(item.configuration) for item in ranked}
         for recipe in history.recipes.values():

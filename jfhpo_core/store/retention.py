@@ -108,9 +108,9 @@ def _value(study: Study, trial: Trial | None, step: int, recommended: Trial | No
         return True, "the search may continue its trial" if newest else "serves if the newer one is damaged"
     if trial.state is TrialState.COMPLETED:
         if not complete and trial.model == study.ladder.target.name:
-            return True, "its training may be recommended"
-        return False, "its training is complete and not recommended"
-    return False, f"its training was {trial.state.value}" if trial.segments else "nothing of its trial is committed"
+            return True, "its run may be recommended"
+        return False, "its run is complete and not recommended"
+    return False, f"its run was {trial.state.value}" if trial.segments else "nothing of its trial is committed"
 
 
 def _may_go_on(study: Study, trial: Trial) -> bool:

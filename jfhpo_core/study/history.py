@@ -25,9 +25,9 @@ from jfhpo_core.study.trial import (
 class History:
     """The trials of a study at one moment.
 
-    A baseline whose configuration lies in the search space belongs to the search: it is evidence, and a candidate for
-    everything that a configuration can be chosen for. Runs of the final comparison (confirmations, random search) do
-    not: they judge the choice. Confirmations become evidence once the search goes on after them, with a larger budget:
+    A baseline whose configuration lies in the search space belongs to the search, which learns from it and may choose
+    it for all that a configuration can be chosen for. Runs of the final comparison (confirmations, random search) do
+    not: they judge the choice. The search learns from confirmations once it goes on after them, with a larger budget:
     what was measured by several seeds must not be forgotten, and other seeds judge the next choice.
 
     Attributes:
@@ -64,17 +64,17 @@ class History:
         for trial in self.trials:
             if trial.purpose == "search":
                 found.append(trial)
-            elif trial.purpose == "baseline" or (trial.purpose == "confirmation" and self._is_evidence(trial)):
+            elif trial.purpose == "baseline" or (trial.purpose == "confirmation" and self._has_informed(trial)):
                 configuration = self.canonical(trial.configuration)
                 if trial.purpose == "confirmation" or configuration_key(trial.configuration) in self.recipes:
                     found.append(trial.model_copy(update={"configuration": configuration}))
         return tuple(found)
 
     @cached_property
-    def evidence(self) -> tuple[Trial, ...]:
-        """The search's trials that a model over the space can learn from, each with all searched hyperparameters.
+    def in_space(self) -> tuple[Trial, ...]:
+        """The search's trials within the search space, each with all searched hyperparameters.
 
-        Those that lie outside are left out: a strategy may train what it likes.
+        A strategy may also train what lies outside; a model over the space cannot learn from that.
         """
         found = []
         for trial in self.search:
@@ -88,8 +88,8 @@ class History:
                 found.append(trial)
         return tuple(found)
 
-    def _is_evidence(self, confirmation: Trial) -> bool:
-        """Whether the search has gone on since a confirmation ended."""
+    def _has_informed(self, confirmation: Trial) -> bool:
+        """Whether the search has gone on since a confirmation ended, and so has learned from it."""
         ended = max((result.committed for result in confirmation.segments), default=math.inf)
         return (
             ended < self._newest_choice and searched_configuration(self.study, confirmation.configuration) is not None

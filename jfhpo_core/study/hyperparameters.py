@@ -13,6 +13,10 @@ LossType = Literal["grpo", "dapo", "dr_grpo", "bnpo", "rloo"]
 Scheduler = Literal["constant", "cosine", "linear"]
 
 
+DEFAULT_PROMPTS_PER_STEP = 16
+"""Prompts per step, in all trainers, where a study does not say."""
+
+
 class Hyperparameters(BaseModel):
     """Hyperparameters that every trainer of the GRPO family understands, with the field's usual defaults."""
 
@@ -27,7 +31,9 @@ class Hyperparameters(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradient clipping threshold (L2 norm).")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
     n_samples: int = Field(default=8, ge=2, description="Completions sampled per prompt (group size).")
-    prompts_per_step: int = Field(default=16, ge=1, description="Prompts per training step (rollout batch).")
+    prompts_per_step: int = Field(
+        default=DEFAULT_PROMPTS_PER_STEP, ge=1, description="Prompts per training step (rollout batch)."
+    )
     mini_batches: int = Field(
         default=1, ge=1, description="Optimizer updates per step; with one, the clip range has no effect."
     )

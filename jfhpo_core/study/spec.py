@@ -16,15 +16,12 @@ from jfhpo_core.embedded import NAMES as SHIPPED
 from jfhpo_core.errors import SpecError
 from jfhpo_core.plugins import TRAINERS, load_plugin
 from jfhpo_core.study.hardware import gpus
-from jfhpo_core.study.hyperparameters import default_spaces
+from jfhpo_core.study.hyperparameters import DEFAULT_PROMPTS_PER_STEP, default_spaces
 from jfhpo_core.study.metrics import METRICS, Direction, Limit
 from jfhpo_core.study.operational import OPERATIONAL, operational_fields
 from jfhpo_core.study.space import ChoiceParameter, Space
 from jfhpo_core.study.trial import Configuration, canonical_json
 from jfhpo_core.study.yaml_text import write_yaml
-
-DEFAULT_BATCH = 16
-"""Prompts per step, in all trainers, where a study does not say."""
 
 DEFAULT_PARALLEL = 2
 """Trials at the same time where neither the study nor a number of devices says."""
@@ -647,9 +644,9 @@ class StudySpec(_Section):
                 raise _fault(
                     "space.prompts_per_step", "it must be a choice, so that every rung is a whole number of steps"
                 )
-            values = [*parameter.values, *([DEFAULT_BATCH] if parameter.when else [])]
+            values = [*parameter.values, *([DEFAULT_PROMPTS_PER_STEP] if parameter.when else [])]
         else:
-            values = [self.trainer.fixed.get("prompts_per_step", DEFAULT_BATCH)]
+            values = [self.trainer.fixed.get("prompts_per_step", DEFAULT_PROMPTS_PER_STEP)]
         values += [b.configuration["prompts_per_step"] for b in self.baselines if "prompts_per_step" in b.configuration]
         for value in values:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -29,7 +29,7 @@ which only steps are answered by, saves it there."""
 
 
 TRAININGS = "trainings"
-"""Folder beside the checkpoint store for what trainings leave behind for people: logs, command lines, events."""
+"""Folder beside the checkpoint store for what runs leave behind for people: logs, command lines, events."""
 
 
 class Job(Record):

@@ -1,4 +1,4 @@
-"""A table of recorded trainings: three Parquet files, as `python -m benchmarks.rl_table pack` writes them.
+"""A table of recorded runs: three Parquet files, as `python -m benchmarks.rl_table pack` writes them.
 
 All recorded configurations lie in the default space `tiny`; whatever that space does not search was at the trainer's
 default, and the batch was `PROMPTS_PER_STEP` prompts.

@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 
 from jfhpo_core.errors import InfrastructureError, TrialFailure
+from jfhpo_core.files import replace_file
 from jfhpo_core.study.trial import Decision, Evaluation, Pause, Record, StepRecord
 from jfhpo_core.trainers.base import TRAININGS, Job, Observer, TrainingResult
 from jfhpo_core.trainers.external.process import TrainingProcess
@@ -74,7 +75,7 @@ class Talk:
 
     def ask(self, event: StepRecord | Evaluation) -> Decision | Pause | None:
         """Tell the driver, and wait for its answer; it ends this process if it is gone."""
-        write_whole(self.event, Event(event=event).model_dump_json().encode())
+        replace_file(self.event, Event(event=event).model_dump_json())
         while not self.answer.exists():
             time.sleep(ANSWER_POLL_SECONDS)
         answer = Answer.model_validate_json(self.answer.read_bytes())
@@ -84,17 +85,10 @@ class Talk:
     def reply(self, observe: Observer) -> bool:
         """Answer what was told, if anything was. Whether it was a step."""
         event = Event.model_validate_json(self.event.read_bytes()).event
-        write_whole(self.answer, Answer(decision=observe(event)).model_dump_json().encode())
+        replace_file(self.answer, Answer(decision=observe(event)).model_dump_json())
         self.event.unlink()
         self._turn += 1
         return isinstance(event, StepRecord)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that nobody sees half written."""
-    part = path.with_suffix(f".{uuid.uuid4().hex}")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def train_apart(job: Job, settings: TrlSettings, start: Path | None, stage: Path, observe: Observer) -> TrainingResult:
@@ -108,7 +102,7 @@ def train_apart(job: Job, settings: TrlSettings, start: Path | None, stage: Path
         "stage": str(stage.absolute()),
         "folder": str(Path.cwd()),
     }
-    write_whole(folder / "plan.json", json.dumps(plan).encode())
+    replace_file(folder / "plan.json", json.dumps(plan))
     talk, log = Talk(folder), folder / "log.txt"
     with TrainingProcess(command(settings, job.devices, folder), os.environ, log) as process:
         watch = Watch(process, log, STARTUP_SECONDS, HANG_SECONDS)

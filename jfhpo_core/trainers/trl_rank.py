@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from jfhpo_core.errors import TrialFailure
+from jfhpo_core.files import replace_file
 from jfhpo_core.trainers.base import Job
 from jfhpo_core.trainers.trl import settings
-from jfhpo_core.trainers.trl_processes import Talk, write_whole
+from jfhpo_core.trainers.trl_processes import Talk
 from jfhpo_core.trainers.trl_rollout import Ranks
 from jfhpo_core.trainers.trl_training import train
 
@@ -32,13 +33,13 @@ def main(folder: Path) -> None:
             job, settings(job.study), None if start is None else Path(start), Path(plan["stage"]), talk.ask, ranks
         )
     except TrialFailure as failure:
-        write_whole(talk.failure, json.dumps({"kind": failure.kind, "message": str(failure)}).encode())
+        replace_file(talk.failure, json.dumps({"kind": failure.kind, "message": str(failure)}))
         raise
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # all of them have come to the same end
         torch.distributed.destroy_process_group()
     if ranks.first:
-        write_whole(talk.result, result.model_dump_json().encode())
+        replace_file(talk.result, result.model_dump_json())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class LoraSettings(BaseModel):
 
 
 class VllmSettings(BaseModel):
-    """Sample rollouts by vLLM engines that share the GPUs of the training (TRL's mode `colocate`).
+    """Sample rollouts by vLLM engines that share the GPUs of the run (TRL's mode `colocate`).
 
     Held-out completions are sampled by transformers all the same.
     """

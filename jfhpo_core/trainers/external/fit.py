@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from jfhpo_core.errors import InfrastructureError, SpecError, TrialFailure
+from jfhpo_core.files import replace_file
 from jfhpo_core.study.models import Model, build_ladder
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import FailureKind
@@ -125,9 +126,7 @@ class Fit:
         if safety <= _read(self.memo):
             return
         self.memo.parent.mkdir(parents=True, exist_ok=True)
-        part = self.memo.with_suffix(".part")
-        part.write_text(json.dumps({"safety": safety}), encoding="utf-8")
-        part.replace(self.memo)
+        replace_file(self.memo, json.dumps({"safety": safety}))
         logger.warning("runs of this model are placed more safely from now on (%s)", self.memo)
 
 

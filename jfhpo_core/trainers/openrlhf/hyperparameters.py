@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from jfhpo_core.study.hyperparameters import DEFAULT_PROMPTS_PER_STEP
 from jfhpo_core.trainers.openrlhf.options import check_options
 
 Algorithm = Literal["grpo", "dapo", "bnpo", "dr_grpo", "gspo", "rloo", "reinforce", "reinforce_baseline", "ppo"]
@@ -97,7 +98,9 @@ class OpenRlhfHyperparameters(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW weight decay.")
     entropy_coefficient: float = Field(default=0.0, ge=0, description="Weight of an entropy bonus.")
     n_samples: int = Field(default=8, ge=1, description="Completions sampled per prompt (group size).")
-    prompts_per_step: int = Field(default=16, ge=1, description="Prompts per training step (rollout batch).")
+    prompts_per_step: int = Field(
+        default=DEFAULT_PROMPTS_PER_STEP, ge=1, description="Prompts per training step (rollout batch)."
+    )
     mini_batches: int = Field(
         default=1, ge=1, description="Optimizer updates per step; with one, the clip range has no effect."
     )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.files import replace_file
 from jfhpo_core.study import scoring
 from jfhpo_core.study.data import Prompt, Row, is_conversational, text_of
 from jfhpo_core.study.models import build_ladder
@@ -53,7 +54,7 @@ ORPHAN_SECONDS = 900.0
 """A run that has not heard from its driver for so long ends itself. Longer than any pause of a shared disk."""
 
 UNBOUNDED = 10**9
-"""More steps than any training has."""
+"""More steps than any run has."""
 
 SETTLE_SECONDS = 1.0
 """A checkpoint is complete when its files have not changed for so long after its last part appeared."""
@@ -196,7 +197,7 @@ def link(source: str, target: str) -> str:
 def _launch(
     settings: OpenRlhfSettings, argv: list[str], variables: dict[str, str], tracking: dict[str, str], files: Files
 ) -> tuple[list[str], list[str] | None]:
-    """The command that runs the training, and the one that stops it elsewhere.
+    """The command that trains, and the one that stops it elsewhere.
 
     A job's variables are those that the driver does not have, or has for tracking only. They go by a file that is
     nobody else's to read: in a command line all of this machine would see them.
@@ -342,10 +343,8 @@ class _Loop:
     def _tell(self) -> None:
         """Write to the agent; the beat shows that we are alive."""
         self._beaten = time.monotonic()
-        text = json.dumps({"released": self._released, "evaluate": self._evaluate, "beat": self._beaten})
-        part = self.files.control.with_suffix(".part")
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.files.control)
+        message = {"released": self._released, "evaluate": self._evaluate, "beat": self._beaten}
+        replace_file(self.files.control, json.dumps(message))
 
     def _evaluate_now(self) -> Evaluation:
         """Have the agent evaluate before the next rollouts."""

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jfhpo_core.errors import InfrastructureError
+from jfhpo_core.files import replace_file
 from jfhpo_core.study import scoring
 from jfhpo_core.study.data import Row, messages_of
 from jfhpo_core.study.tasks import Task, load_task
@@ -127,9 +128,7 @@ def prepare(job: Job, task: Task, start: Path | None, files: VerlFiles) -> int:
 
 def tell(files: VerlFiles, *, released: int, evaluate: int | None = None) -> None:
     """Tell the run how far it may go, and what to evaluate; see `inside/main.py`."""
-    part = files.control.with_suffix(".part")
-    part.write_text(json.dumps({"released": released, "evaluate": evaluate}), encoding="utf-8")
-    part.replace(files.control)
+    replace_file(files.control, json.dumps({"released": released, "evaluate": evaluate}))
 
 
 def _write_rows(path: Path, rows: list[Row], source: str) -> None:
@@ -206,7 +205,7 @@ class Loop:
         return decision is not None and decision.stop
 
     def _evaluate_now(self) -> Evaluation:
-        """Have the training score the held-out prompts before it goes on."""
+        """Have the run score the held-out prompts before it goes on."""
         tell(self._files, released=self.step - 1, evaluate=self.step)
         return self._evaluation(self._next(self.step))
 

@@ -1,17 +1,17 @@
-"""What jfhpo adds to an OpenRLHF training, through its own extension point (`--train.agent_func_path`).
+"""What jfhpo adds to a run of OpenRLHF, through its own extension point (`--train.agent_func_path`).
 
-This file is copied beside its plan (`plan.json`) and `scoring.py` into the folder of a training and runs there, inside
+This file is copied beside its plan (`plan.json`) and `scoring.py` into the folder of a run and works there, inside
 OpenRLHF's vLLM actors and in the trainer's environment, where jfhpo is not installed. It does four things:
 
 * It calls rewards as every trainer of jfhpo does: prompt, completion without special tokens, the row's columns, in
-  processes of their own with a time limit. A reward that fails ends the training with a message; OpenRLHF by itself
+  processes of their own with a time limit. A reward that fails ends the run with a message; OpenRLHF by itself
   would swallow the error.
 * It tells for every group of completions whether all scored alike.
 * It writes down what each held-out prompt scored, so that a standard error can be given, and what was written for the
   first ones.
 * It holds the rollouts of a step until the driver has judged the step before (`control.json`), and evaluates then if
   asked to. So a stopping rule stops on the very step, with that step's weights. A driver that is gone for
-  `orphan_seconds` ends the training.
+  `orphan_seconds` ends the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from openrlhf.utils.agent import AgentExecutorBase
 FOLDER = Path(__file__).resolve().parent
 
 REWARD_FAILED = "jfhpo: the reward failed:"
-"""Begins the message of a training that its reward function ended. The driver looks for it in the log."""
+"""Begins the message of a run that its reward function ended. The driver looks for it in the log."""
 
 ORPHANED = "jfhpo: the driver is gone:"
 
@@ -93,7 +93,7 @@ class _Coordinator:
     """One per training, shared by all engines: admits rollouts step by step and collects evaluations.
 
     Args:
-        folder: Of the training.
+        folder: Of the run.
     """
 
     def __init__(self, folder: str) -> None:
@@ -211,7 +211,7 @@ class AgentExecutor(AgentExecutorBase):  # type: ignore[misc]
             self._plan["reward_timeout_score"],
             FOLDER / "reward.log",
         )
-        # Names are seen within one training only.
+        # Names are seen within one run only.
         self._coordinator = (
             ray.remote(_Coordinator)
             .options(name="jfhpo-coordinator", get_if_exists=True, num_cpus=0, max_concurrency=100_000)
