@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from jfhpo_core.optimizer.importance import Estimate, Importance, Interaction
 from jfhpo_core.optimizer.rank_agreement import FEW_PAIRS
@@ -47,6 +48,10 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
             f"{_percent(item.first)} alone."
         )
         matters.append(f"{text} {_locally(study, page, item)}".rstrip())
+    matters += [
+        f"Whether {', '.join(names[:-1])} and {names[-1]} matter in this order is not told: their intervals overlap."
+        for names in _alike(matter)
+    ]
     little = [item for item in page.importance if _is_little(item)]
     if little:
         each = "each at" if len(little) > 1 else "at"
@@ -126,6 +131,21 @@ def _front_sentence(front: Front) -> str:
     )
 
 
+def told_apart(first: Importance, second: Importance) -> bool:
+    """Whether a hyperparameter is clearly more important than the next: its interval lies above the other's share."""
+    return first.total.low >= second.total.value
+
+
+def _alike(importance: Sequence[Importance]) -> list[list[str]]:
+    """Names of neighbours in the order of importance that are not told apart, by group."""
+    groups: list[list[str]] = [[item.name for item in importance[:1]]]
+    for first, second in pairwise(importance):
+        if told_apart(first, second):
+            groups.append([])
+        groups[-1].append(second.name)
+    return [names for names in groups if len(names) > 1]
+
+
 def _promise_sentence(promise: Promise, standard_error: float, study: Study) -> str:
     """Where the model expects something better than the measured front, or that it does not."""
     item, second = promise.predicted, study.spec.second_objective
@@ -146,8 +166,8 @@ def _promise_sentence(promise: Promise, standard_error: float, study: Study) -> 
 
 
 def stands_out(importance: Sequence[Importance]) -> bool:
-    """Whether the first hyperparameter is clearly the most important: its interval lies above the second's share."""
-    return len(importance) < 2 or importance[0].total.low >= importance[1].total.value
+    """Whether the first hyperparameter is clearly the most important."""
+    return len(importance) < 2 or told_apart(*importance[:2])
 
 
 def _pair_sentence(pair: Interaction) -> str:
