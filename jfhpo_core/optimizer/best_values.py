@@ -98,14 +98,14 @@ def best_values(beliefs: Beliefs, size: float) -> BestValues:
     order = np.argsort(-values)[:STARTS]
     best, reached = sobol[order], values[order]
     for scale in MOVES:
-        moved = space.snap(_moved(best, scale, random).reshape(-1, space.dimension))
-        values = expected(moved).reshape(PROPOSALS, -1)
+        proposals = space.snap(moved(best, scale, random).reshape(-1, space.dimension))
+        values = expected(proposals).reshape(PROPOSALS, -1)
         chosen = values.argmax(0)
         better = values.max(0) > reached
-        places = moved.reshape(PROPOSALS, -1, space.dimension)[chosen, np.arange(len(best))]
+        places = proposals.reshape(PROPOSALS, -1, space.dimension)[chosen, np.arange(len(best))]
         best, reached = np.where(better[:, None], places, best), np.maximum(values.max(0), reached)
     summit = best[int(reached.argmax())]
-    near = space.snap(_moved(np.tile(summit, (NEAR // PROPOSALS, 1)), 0.15, random).reshape(-1, space.dimension))
+    near = space.snap(moved(np.tile(summit, (NEAR // PROPOSALS, 1)), 0.15, random).reshape(-1, space.dimension))
     anchors = np.concatenate([sobol[:ANCHORS], near])
     draws = [
         _maximizers(beliefs, anchors, size, beliefs.surrogate.parameter_draws[start : start + CHUNK], start)
@@ -141,15 +141,15 @@ def _maximizers(beliefs: Beliefs, anchors: Vector, size: float, parameters: Tens
     best = anchors[order]  # members x starts x d
     reached = np.full(best.shape[:2], -math.inf)
     for scale in (0.0, *MOVES):
-        moved = _moved(best, scale, random)  # proposals x members x starts x d
-        flat = space.snap(moved.reshape(-1, space.dimension))
-        moved = flat.reshape(moved.shape)
+        proposals = moved(best, scale, random)  # proposals x members x starts x d
+        flat = space.snap(proposals.reshape(-1, space.dimension))
+        proposals = flat.reshape(proposals.shape)
         places = _at(flat, size).reshape(PROPOSALS, members, STARTS, -1).movedim(0, 1).flatten(1, 2)
         mean = drawn.at(places).mean  # members x (proposals * starts)
         worth = _with_failures(beliefs, feasible(places), mean).reshape(members, PROPOSALS, STARTS)
         found = worth.movedim(1, 0).numpy()
         chosen, highest = found.argmax(0), found.max(0)
-        moves = np.take_along_axis(moved, chosen[None, ..., None], axis=0)[0]
+        moves = np.take_along_axis(proposals, chosen[None, ..., None], axis=0)[0]
         best = np.where((highest > reached)[..., None], moves, best)
         reached = np.maximum(highest, reached)
     summits: Vector = best[np.arange(members), reached.argmax(1)]
@@ -167,12 +167,12 @@ def _drawn_feasibility(
     return lambda inputs: probability(inputs[..., : -FIDELITY_COLUMNS + 1])
 
 
-def _moved(points: Vector, scale: float, random: np.random.Generator) -> Vector:
+def moved(points: Vector, scale: float, random: np.random.Generator) -> Vector:
     """`PROPOSALS` moves of points (..., d), a few coordinates at a time, shape (PROPOSALS, ..., d)."""
     shape = (PROPOSALS, *points.shape)
     changed = random.random(shape) < max(0.4, 1.5 / points.shape[-1])
-    moved: Vector = np.clip(points + changed * random.normal(0, 1, shape) * scale, 0, 1)
-    return moved
+    places: Vector = np.clip(points + changed * random.normal(0, 1, shape) * scale, 0, 1)
+    return places
 
 
 def _at(points: Vector, size: float) -> Tensor:

@@ -85,6 +85,11 @@ class MetricScale:
         """A metric on the scale, and the slope by which standard errors are scaled: `NOISE` is on the scale already."""
         return (_transformed(self.limit, metric) - self.middle) / self.spread + MEAN_VALUE.mean, 1.0
 
+    def metric(self, value: float) -> float:
+        """The metric that a value on the scale stands for."""
+        moved = (value - MEAN_VALUE.mean) * self.spread + self.middle
+        return 1 / (1 + math.exp(-moved)) if METRICS[self.limit.metric].share else math.exp(moved)
+
     @property
     def bound(self) -> float:
         """The limit on the scale."""

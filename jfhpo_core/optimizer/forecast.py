@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from scipy.optimize import brentq
@@ -24,6 +25,7 @@ from jfhpo_core.errors import SpecError
 from jfhpo_core.optimizer.cost import CostEstimate, CostModel
 from jfhpo_core.optimizer.strategy import Recommendation, fresh_configurations
 from jfhpo_core.study.history import History
+from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Configuration, StepRecord, Trial, TrialState, configuration_key, spent_seconds
 
@@ -48,6 +50,11 @@ foreign benchmark that are for tuning, with as many too high as too low."""
 
 SMALLEST_SHARE = 1e-3
 """A share that is nearer to 0 or 1 counts as this far from it."""
+
+SAMPLE = 4096
+"""Quantiles that stand for the distribution of a further run's value where a limit binds."""
+
+SMALLEST_PROBABILITY = 1e-12
 
 SECONDS_PER_UNIT = {"": 3600.0, "h": 3600.0, "min": 60.0, "s": 1.0}
 """Units of an added budget; a bare number is GPU-hours, as in the study file."""
@@ -238,7 +245,7 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
 
     It rests on full runs of the target, baselines within the space among them: what proxies and short runs promise of
     it is too uncertain, and the best of many such promises is one of the most exaggerated. None as long as there are
-    too few. Those that break a constraint count neither as known nor as what is still to be found.
+    too few.
 
     With A the best finished configuration's score, normal as the strategy believes it, and B the best of K further
     runs, drawn like those that have finished, the final score is max(A, B):
@@ -250,17 +257,21 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
     buys at the price paid so far; it grows with the budget, and every quantile with it, by less and less. Where all
     scores so far are shares, their logits are forecast, so that the forecast is one, too.
 
+    With constraints, A is the best of those that respect them, and a further run counts with the probability r(u) of
+    respecting them at its score u (`_Respecting`): where high scores are those that break a limit, it binds. None as
+    long as nothing respects them.
+
     Args:
         study: The study; its budget is what is left to spend.
         ranked: The strategy's ranking, best first.
         trials: The study's trials.
     """
     history, spent = History.of(study, trials), spent_seconds(trials)
-    finished = [trial for trial in history.finished if not history.breaks(trial.configuration)]
-    done = {configuration_key(trial.configuration) for trial in finished}
+    done = {configuration_key(trial.configuration) for trial in history.finished}
     known = [item for item in ranked if configuration_key(item.configuration) in done]
-    bought = sum(trial.purpose == "search" for trial in finished)
-    if len(known) < FEWEST_CONFIGURATIONS or spent <= 0 or not bought:
+    respects = np.array([not history.breaks(item.configuration) for item in known], dtype=bool)
+    bought = sum(trial.purpose == "search" for trial in history.finished)
+    if len(known) < FEWEST_CONFIGURATIONS or spent <= 0 or not bought or not respects.any():
         return None
     count, further = len(known), bought * max(0.0, study.spec.budget.device_seconds - spent) / spent
     scale = _Logits() if _are_shares(trials) else _Scores()
@@ -270,9 +281,12 @@ def forecast_quality(study: Study, ranked: Sequence[Recommendation], trials: Seq
     upper = means[means >= middle] - middle
     spread = WIDER * math.sqrt((np.mean(upper**2) + np.mean(doubts**2)) * (1 + 1 / count))
     least = max(SMALLEST_DEVIATION * float(np.ptp(means)), math.ulp(float(np.abs(means).max())) * 1e3)
-    best = int(means.argmax())
+    best = int(np.where(respects, means, -np.inf).argmax())
     believed = norm(means[best], max(WIDER * doubts[best], least))
-    another = student_t(count - 1, middle, max(spread, least))
+    another: _Draw = student_t(count - 1, middle, max(spread, least))
+    if study.spec.limits:
+        measured = [history.measured(item.configuration) for item in known]
+        another = _Respecting(another, study.spec.limits, means, measured)
     low, score, high = (
         scale.back(_quantile_of_maximum(share, believed, another, further, least)) for share in SCORE_QUANTILES
     )
@@ -310,7 +324,73 @@ def _are_shares(trials: Sequence[Trial]) -> bool:
     return all(0 <= evaluation.score <= 1 for trial in trials for evaluation in trial.evaluations)
 
 
-def _quantile_of_maximum(share: float, known: rv_frozen, another: rv_frozen, count: float, margin: float) -> float:
+class _Draw(Protocol):
+    """A distribution as scipy has them."""
+
+    def logcdf(self, x: float) -> float: ...
+
+    def ppf(self, q: float) -> float: ...
+
+
+class _Respecting:
+    """The value of a further run, minus infinity where it breaks a constraint.
+
+    Args:
+        another: Distribution of the value.
+        limits: The constraints.
+        means: Values of the known runs, shape (n,).
+        measured: What these come to, by metric.
+
+    A metric (its logarithm, of a share its logit) is a line over the value, fitted by least squares, and Student's
+    distribution around it tells the probability r(u) that a run with the value u respects the limit. So a further run
+    is above x with the probability P(U > x, respects) = E[r(U); U > x].
+    """
+
+    def __init__(
+        self, another: rv_frozen, limits: Sequence[Limit], means: np.ndarray, measured: Sequence[Mapping[str, float]]
+    ) -> None:
+        self._values = another.ppf((np.arange(SAMPLE) + 0.5) / SAMPLE)
+        respected = np.ones(SAMPLE)
+        for limit in limits:
+            recorded = np.array([limit.metric in found for found in measured])
+            respected *= _respected(
+                limit,
+                means[recorded],
+                [found[limit.metric] for found in measured if limit.metric in found],
+                self._values,
+            )
+        # Of values in ascending order the share that lies above and respects all limits.
+        self._within = 1 - np.append(np.cumsum(respected[::-1])[::-1], 0.0) / SAMPLE
+
+    def logcdf(self, x: float) -> float:
+        """Logarithm of the probability that the value is at most x."""
+        return math.log(max(SMALLEST_PROBABILITY, np.interp(x, self._values, self._within[1:], left=self._within[0])))
+
+    def ppf(self, q: float) -> float:
+        """Smallest value that is not exceeded with the probability q; minus infinity below what breaks a limit."""
+        return -math.inf if q <= self._within[0] else float(np.interp(q, self._within[1:], self._values))
+
+
+def _respected(limit: Limit, means: np.ndarray, metrics: Sequence[float], at: np.ndarray) -> np.ndarray:
+    """Probability that runs with the values `at` respect a limit, shape (len(at),)."""
+    from jfhpo_core.optimizer.constraints import NOISE, MetricScale  # needs torch, which a bill does not
+    from jfhpo_core.optimizer.score_scale import TARGET
+
+    scale = MetricScale.of(limit, metrics)
+    places = np.array([scale.value(TARGET, metric)[0] for metric in metrics])
+    count, around = len(places), means - means.mean()
+    length = max(float(around @ around), SMALLEST_PROBABILITY)
+    slope = float(around @ places) / length
+    errors = places - places.mean() - slope * around
+    variance = float(errors @ errors) / max(1, count - 2) + NOISE**2
+    distance = at - means.mean()
+    deviation = np.sqrt(variance * (1 + 1 / count + distance**2 / length))
+    within = (scale.bound - places.mean() - slope * distance) / deviation
+    probability: np.ndarray = student_t(max(1, count - 2)).cdf(within if limit.at_most else -within)
+    return probability
+
+
+def _quantile_of_maximum(share: float, known: rv_frozen, another: _Draw, count: float, margin: float) -> float:
     """Quantile of the larger one of a draw of `known` and the best of `count` draws of `another`, all independent.
 
     Args:

@@ -11,7 +11,7 @@ from the posterior of every member of the surrogate's ensemble: a share is the m
 95 % of them.
 
 Locally: how far each hyperparameter alone may move from its best value before the expected value has fallen by the
-standard error of one evaluation, or may well have fallen by several.
+standard error of one evaluation, or may well have fallen by more.
 
 References:
     Sobol (2001), global sensitivity indices; Jansen (1999) for the estimators; Saltelli et al. (2010) compares them.
@@ -45,9 +45,10 @@ MOST_POINTS = 1536
 GRID = 65
 """Values of a hyperparameter that are tried locally, if it has more."""
 
-SAFE = 0.8
-MOST_ERRORS = 3.0
-"""A value is harmless only if it costs less than so many standard errors with this probability."""
+SAFE = 0.975
+MOST_ERRORS = 1.25
+"""A value is harmless only if it costs less than so many standard errors with this probability. On simulated landscapes
+the ends of 5 of 65 such ranges truly cost more than three with 3 and 80 %, and of 1 of 127 with 1.5 and 95 %."""
 
 INTERVAL = (0.025, 0.975)
 """Ends of intervals, as quantiles."""

@@ -22,6 +22,7 @@ from matplotlib.colors import ListedColormap, LogNorm, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from jfhpo_core.optimizer.predicted_front import Predicted
 from jfhpo_core.optimizer.rank_agreement import FidelityAgreement
 from jfhpo_core.report.findings import (
     PURPOSES,
@@ -31,7 +32,7 @@ from jfhpo_core.report.findings import (
     metric_text,
     same_configuration,
 )
-from jfhpo_core.report.text import duration, duration_unit, parameters, share
+from jfhpo_core.report.text import duration, duration_unit, parameters, setting, share
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.models import Model
 from jfhpo_core.study.resolved import base_scores
@@ -223,7 +224,8 @@ def headline_figure(result: SearchResult) -> Figure:
 
 def comparison_figure(result: SearchResult) -> Figure:
     """Dot and whisker: each row of the final table with its 95 % interval."""
-    with canvas(8.4, 0.9 + 0.42 * max(1, len(result.rows))) as figure:
+    # Narrow, so that it can be read on a phone without scrolling.
+    with canvas(5.2, 0.9 + 0.42 * max(1, len(result.rows))) as figure:
         _draw_comparison(figure.subplots(), result)
     return figure
 
@@ -325,10 +327,14 @@ def _end_labels(axes: Axes, labels: Sequence[tuple[float, str, str]], panel_inch
         )  # fmt: skip
 
 
-def front_figure(result: SearchResult) -> Figure:
+def front_figure(result: SearchResult, predicted: Sequence[Predicted] = ()) -> Figure:
     """Score against each metric of the second objective and the constraints, one panel each, with limit and front.
 
     Points: configurations with full runs on the target; hollow: they break a constraint.
+
+    Args:
+        result: The study.
+        predicted: The front that the model expects.
     """
     spec = result.study.spec
     second, best = spec.second_objective, result.recommended.configuration if result.recommended is not None else None
@@ -358,6 +364,7 @@ def front_figure(result: SearchResult) -> Figure:
                     style = "steps-post" if second.direction == "minimize" else "steps-pre"
                     line = axes.plot(*zip(*front, strict=True), color=LIGHT["accent"], linewidth=1.4, zorder=2)[0]
                     line.set_drawstyle(style)
+                _draw_predicted(axes, predicted)
             for limit in spec.limits:
                 if limit.metric == name:
                     axes.axvline(limit.bound, color=LIGHT["muted"], linewidth=1.2, linestyle="--")
@@ -372,6 +379,23 @@ def front_figure(result: SearchResult) -> Figure:
             axes.set_visible(False)
         panels[0].set_ylabel(f"held-out score on {result.study.ladder.target.name}")
     return figure
+
+
+def _draw_predicted(axes: Axes, predicted: Sequence[Predicted]) -> None:
+    """The front that the model expects, with the 80 % interval of its scores."""
+    items = sorted(predicted, key=lambda item: item.metric)
+    metrics = [item.metric for item in items]
+    axes.plot(metrics, [item.score for item in items], color=LIGHT["size0"], linewidth=1.6, zorder=1)
+    lows, highs = [item.score_low for item in items], [item.score_high for item in items]
+    axes.fill_between(metrics, lows, highs, color=LIGHT["size0"], alpha=0.15, linewidth=0, zorder=0)
+    for item in items:
+        values = ", ".join(f"{name} {setting(value)}" for name, value in item.configuration.items())
+        point = axes.plot(
+            item.metric, item.score, "s", color=LIGHT["size0"], markersize=4.5, zorder=2,
+            markerfacecolor=LIGHT["surface"] if item.trial is None else LIGHT["size0"],
+        )[0]  # fmt: skip
+        number = "not run" if item.trial is None else f"#{item.trial}"
+        point.set_gid(f"{TITLE_PREFIX}{number}, expected: score {item.score:.3f}; {values}")
 
 
 def bill_figure(result: SearchResult) -> Figure:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from jfhpo_core.report.text import number, setting, signed
+from jfhpo_core.report.text import figures, number, signed
 from jfhpo_core.run.outcome import Comparison, SearchResult
 from jfhpo_core.run.standing import is_rewardless, runs_without_reward
 from jfhpo_core.study.history import History
@@ -132,7 +132,7 @@ def broken_text(limits: Sequence[Limit], measured: Mapping[str, float]) -> str:
 
 def metric_text(name: str, measured: Mapping[str, float]) -> str:
     """A metric's value for people."""
-    return setting(float(f"{measured[name]:.3g}")) if name in measured else "not recorded"
+    return figures(measured[name]) if name in measured else "not recorded"
 
 
 def _respect(row: Comparison, limits: Sequence[Limit]) -> str:

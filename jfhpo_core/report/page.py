@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from jfhpo_core.files import replace_file
 from jfhpo_core.optimizer.rank_agreement import FidelityAgreement, length_agreements, most_telling, size_agreements
 from jfhpo_core.report import findings, text
 from jfhpo_core.report.completions import readings
 from jfhpo_core.report.text import without_credentials
-from jfhpo_core.report.why import Why, why
+from jfhpo_core.report.why import Why, collapsed, why
 from jfhpo_core.report.why_records import Topic
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.study.resolved import Study
@@ -35,6 +35,9 @@ PLOTS = "plots"
 
 LISTED_TRIALS = 2000
 """Rows of the table of all trials; the newest are left out beyond it, and the page says so."""
+
+PIXELS_PER_INCH = 104.0
+"""Of a figure at its natural width: it is shown no larger, so that all figures have letters of one size."""
 
 LONGEST_TEXT = 600
 """Characters of a message or value that are shown."""
@@ -92,7 +95,7 @@ def write_plots(result: SearchResult, folder: Path, explained: Why | None = None
     if measured:
         drawn["learning-curves"] = figures.learning_figure
     if result.study.spec.secondary_metrics and result.tried:
-        drawn["front"] = figures.front_figure
+        drawn["front"] = lambda result: figures.front_figure(result, explained.predicted_front if explained else ())
     if explained is not None and explained.importance:
         drawn["importance"] = lambda _: response.importance_figure(explained)
     if result.trials:
@@ -132,9 +135,11 @@ def _template() -> Any:
         "parameters": text.parameters,
         "share": text.share,
         "number": text.number,
+        "figures": text.figures,
         "signed": text.signed,
         "setting": text.setting,
         "clip": clip,
+        "prose": prose,
     }
     return environment.get_template("template.html")
 
@@ -143,6 +148,11 @@ def clip(value: object) -> str:
     """Text cut to `LONGEST_TEXT` characters, without credentials."""
     whole = without_credentials(str(value))
     return whole if len(whole) <= LONGEST_TEXT else f"{whole[:LONGEST_TEXT]} … ({len(whole)} characters)"
+
+
+def prose(sentence: str) -> Markup:
+    """A sentence as `clip` leaves it; what stands in backticks is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(clip(sentence)))))  # noqa: S704 - escaped here
 
 
 def _context(
@@ -161,7 +171,10 @@ def _context(
 
     def figure(name: str, label: str, draw: Callable[[], Any], wanted: bool = True) -> Markup | None:
         drawn = draw() if wanted else None
-        return None if drawn is None else Markup(figures.inline_svg(drawn, name, label))  # noqa: S704 - escaped there
+        if drawn is None:
+            return None
+        natural = f'<svg style="--natural:{drawn.get_figwidth() * PIXELS_PER_INCH:.0f}px" '
+        return Markup(figures.inline_svg(drawn, name, label).replace("<svg ", natural, 1))  # noqa: S704 - escaped there
 
     return {
         "study": study,
@@ -195,7 +208,7 @@ def _context(
         "front": figure(
             "front",
             f"Scatter of score against {', '.join(study.spec.secondary_metrics)}; the table below has the numbers.",
-            lambda: figures.front_figure(result),
+            lambda: figures.front_figure(result, explained.predicted_front),
             wanted=bool(study.spec.secondary_metrics and result.tried),
         ),
         "bill": figure(
@@ -244,6 +257,7 @@ def _context(
             {model.name: length_agreements(study, trials, model.name) for model in study.ladder.models}
         ),
         "share_of": lambda item: share_of(study, item),
+        "any_collapsed": any(trial.segments and collapsed(trial) for trial in trials),
         "stopped": [trial for trial in trials if trial.state is TrialState.STOPPED],
         "failed": [trial for trial in trials if trial.state in (TrialState.INFEASIBLE, TrialState.LOST)],
         "sources": findings.sources(trials),

@@ -74,6 +74,15 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}f}".replace("-", MINUS)
 
 
+def figures(value: float) -> str:
+    """A measured quantity to three significant digits.
+
+    >>> figures(0.123456), figures(51234.0)
+    ('0.123', '51200')
+    """
+    return f"{float(f'{value:.3g}'):g}"
+
+
 def signed(value: float) -> str:
     """A difference of scores.
 

@@ -20,11 +20,13 @@ from jfhpo_core.optimizer.candidates import ranked_configurations
 from jfhpo_core.optimizer.forecast import Quality, forecast_quality, with_more
 from jfhpo_core.optimizer.importance import Estimate, Importance, expected_draws, importances, interactions
 from jfhpo_core.optimizer.observations import went_wrong
+from jfhpo_core.optimizer.predicted_front import Predicted, predicted_front
 from jfhpo_core.optimizer.rank_agreement import most_telling, size_agreements
 from jfhpo_core.optimizer.score_scale import TARGET
 from jfhpo_core.optimizer.strategy import load_strategy
+from jfhpo_core.report.findings import Z_95, contrasts
 from jfhpo_core.report.text import duration
-from jfhpo_core.report.why_records import Boundary, Change, Choice, Constraint, Front, More, Proxy, Why
+from jfhpo_core.report.why_records import Boundary, Change, Choice, Constraint, Front, More, Promise, Proxy, Why
 from jfhpo_core.report.why_sentences import NOTABLE, SIGNIFICANCE, sections
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.run.standing import rank
@@ -64,13 +66,14 @@ def why(result: SearchResult) -> Why:
         if any(evaluation.step for evaluation in trial.evaluations)
     }
     needed = max(FEWEST_CONFIGURATIONS, 2 * len(study.space))
-    beliefs, lacking = None, _lacking(result, len(evaluated), needed)
+    beliefs, lacking = None, f"{len(evaluated)} configurations have been evaluated; {needed} are needed."
     if len(evaluated) >= needed:
         try:
             beliefs = Beliefs.form(history)
             found = _importance(result, beliefs) if beliefs is not None else ()
             paired = [item.name for item in found if item.total.value >= NOTABLE][:MOST_PAIRED]
             together = tuple(interactions(beliefs, paired)) if beliefs is not None else ()
+            predicted = predicted_front(beliefs) if beliefs is not None else ()
         except NUMERICAL_ERRORS as error:
             beliefs, lacking = None, f"no model could be fitted to the trials ({error})."
     recommended = result.recommended.configuration if result.recommended is not None else {}
@@ -79,6 +82,8 @@ def why(result: SearchResult) -> Why:
         configurations=len(evaluated),
         constraints=tuple(_constraints(result)),
         front=_front(result),
+        predicted_front=() if beliefs is None else predicted,
+        promise=None if beliefs is None else _promise(result, predicted),
         standard_error=None if beliefs is None else beliefs.measurement_variance**0.5 * beliefs.scale.unit(),
         importance=() if beliefs is None else found,
         interactions=() if beliefs is None else together,
@@ -90,26 +95,38 @@ def why(result: SearchResult) -> Why:
             name for name in study.space if name in recommended and study.space[name].at_edge(recommended[name])
         ),
     )
-    lead = [] if beliefs is not None else [f"What matters cannot be told: {lacking}"]
     topics = {topic: tuple(said) for topic, said in sections(study, page).items()}
-    topics["matters"] = (*lead, *topics["matters"])
+    if beliefs is None:
+        topics["matters"] = (f"What matters cannot be told: {lacking}", *topics["matters"])
+    if len(evaluated) < needed:
+        topics["next"] = (_more_configurations(result, len(evaluated), needed), *topics["next"])
+    topics["next"] += tuple(_undecided(result))
     topics["collapse"] = topics["collapse"] or _without_boundary(_telling(trials))
     sentences = tuple(sentence for said in topics.values() for sentence in said)
     return page.model_copy(update={"topics": topics, "sentences": sentences})
 
 
-def _lacking(result: SearchResult, evaluated: int, needed: int) -> str:
-    """How many evaluated configurations there are and must be, and how to get them."""
-    text = f"{evaluated} configurations have been evaluated; {needed} are needed."
+def _more_configurations(result: SearchResult, evaluated: int, needed: int) -> str:
+    """How to get the configurations that importance needs."""
+    text = f"To learn what matters takes {needed - evaluated} more configurations"
     if not result.complete:
-        return f"{text} The study is not finished: run the search on, then ask again."
+        return f"{text}. The study is not finished: run the same command to continue, then ask again."
     if not evaluated or not result.spent_seconds:
-        return f"{text} Raise the budget (`jfhpo plan` forecasts what runs cost) and run the search again."
-    more = result.spent_seconds / evaluated * max(1, needed - evaluated)
+        return f"{text}: raise the budget (`jfhpo plan` forecasts what runs cost) and run the search again."
+    more = result.spent_seconds / evaluated * (needed - evaluated)
     return (
-        f"{text} At what they have cost so far, {duration(more)} of device-time more should buy the rest: raise the "
+        f"{text}. At what they have cost so far, {duration(more)} of device-time more should buy them: raise the "
         f"budget by as much (`jfhpo plan --more {math.ceil(more)}s` says what to expect) and run the search again."
     )
+
+
+def _undecided(result: SearchResult) -> list[str]:
+    """What would tell the recommendation from recipes that it does not clearly beat."""
+    unclear = [item.label for item in contrasts(result) if math.isfinite(item.z) and abs(item.z) < Z_95]
+    if not unclear:
+        return []
+    said = f"The comparison with {', '.join(unclear)} is not decided: further training seeds (`seeds.training`, which"
+    return [f"{said} may be extended at any time) narrow its interval."]
 
 
 def _constraints(result: SearchResult) -> list[Constraint]:
@@ -145,6 +162,24 @@ def _front(result: SearchResult) -> Front | None:
         best_score=(first.score, first.measured[second.metric]),
         best_metric=(last.score, last.measured[second.metric]),
     )
+
+
+def _promise(result: SearchResult, predicted: Sequence[Predicted]) -> Promise | None:
+    """The point of the predicted front without a full run that is expected to gain most on what was measured."""
+    second = result.study.spec.second_objective
+    if second is None:
+        return None
+    sign = 1.0 if second.direction == "minimize" else -1.0
+    found = []
+    for item in predicted:
+        rivals = [
+            tried.score
+            for tried in result.tried
+            if not tried.broken and sign * tried.measured.get(second.metric, sign * math.inf) <= sign * item.metric
+        ]
+        if item.trial is None and rivals:
+            found.append(Promise(predicted=item, measured=max(rivals)))
+    return max(found, key=lambda item: item.predicted.score - item.measured, default=None)
 
 
 def _importance(result: SearchResult, beliefs: Beliefs) -> tuple[Importance, ...]:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from jfhpo_core.optimizer.importance import Estimate, Importance, Interaction
+from jfhpo_core.optimizer.predicted_front import Predicted
 from jfhpo_core.study.trial import Configuration, Record, Value
 
 Topic = Literal["tradeoffs", "matters", "collapse", "proxies", "choice", "next"]
@@ -62,13 +63,20 @@ class Constraint(Record):
 
 
 class Front(Record):
-    """The ends of the Pareto front of score and second objective."""
+    """The ends of the Pareto front of score and second objective, as measured."""
 
     metric: str
     direction: Literal["minimize", "maximize"]
     configurations: int = Field(description="Configurations on it; `jfhpo show` lists them.")
     best_score: tuple[float, float] = Field(description="Score and metric of the one with the best score.")
     best_metric: tuple[float, float] = Field(description="Score and metric of the one with the best metric.")
+
+
+class Promise(Record):
+    """The configuration without a full run that is expected to lie farthest above the measured front."""
+
+    predicted: Predicted
+    measured: float = Field(description="Best score that was measured with as good a metric, constraints respected.")
 
 
 class Choice(Record):
@@ -102,6 +110,12 @@ class Why(Record):
     standard_error: float | None = Field(description="Of one evaluation's score; null without a model.")
     constraints: tuple[Constraint, ...] = Field(default=(), description="Of the study; empty before any full run.")
     front: Front | None = Field(default=None, description="With a second objective, once it has two configurations.")
+    predicted_front: tuple[Predicted, ...] = Field(
+        default=(),
+        description="The front that the model expects, at even distances of the metric, best score first; empty "
+        "without a second objective or a model.",
+    )
+    promise: Promise | None = Field(default=None, description="Of the predicted front; null without one.")
     importance: tuple[Importance, ...] = Field(default=(), description="Most important first; empty if unknown.")
     interactions: tuple[Interaction, ...] = Field(
         default=(), description="Of the most important ones, strongest first."

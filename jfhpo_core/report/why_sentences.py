@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from jfhpo_core.optimizer.importance import Estimate, Importance, Interaction
 from jfhpo_core.optimizer.rank_agreement import FEW_PAIRS
-from jfhpo_core.report.text import duration, number, setting, share, signed
-from jfhpo_core.report.why_records import Choice, Constraint, Front, More, Proxy, Topic, Why
+from jfhpo_core.report.text import duration, figures, number, setting, share, signed
+from jfhpo_core.report.why_records import Choice, Constraint, Front, More, Promise, Proxy, Topic, Why
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import ChoiceParameter
 
@@ -32,6 +33,8 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
     tradeoffs = [_constraint_sentence(item, study.ladder.target.name) for item in page.constraints]
     if page.front is not None:
         tradeoffs.append(_front_sentence(page.front))
+    if page.promise is not None and page.standard_error is not None:
+        tradeoffs.append(_promise_sentence(page.promise, page.standard_error, study))
     matters: list[str] = []
     collapse: list[str] = []
     proxies: list[str] = []
@@ -45,6 +48,10 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
             f"{_percent(item.first)} alone."
         )
         matters.append(f"{text} {_locally(study, page, item)}".rstrip())
+    matters += [
+        f"Whether {', '.join(names[:-1])} and {names[-1]} matter in this order is not told: their intervals overlap."
+        for names in _alike(matter)
+    ]
     little = [item for item in page.importance if _is_little(item)]
     if little:
         each = "each at" if len(little) > 1 else "at"
@@ -110,7 +117,7 @@ def _constraint_sentence(item: Constraint, target: str) -> str:
     if item.without is None:
         return text
     metric = item.limit.split()[0]
-    value = "not recorded" if item.without_value is None else setting(float(f"{item.without_value:.3g}"))
+    value = "not recorded" if item.without_value is None else figures(item.without_value)
     text += f" Without this constraint trial {item.without_trial} would lead: {number(item.without)} ({metric} {value})"
     return f"{text}." if item.best is None else f"{text}, against {number(item.best)} of the best that respects it."
 
@@ -119,14 +126,48 @@ def _front_sentence(front: Front) -> str:
     (score, at), (least, end) = front.best_score, front.best_metric
     return (
         f"The Pareto front of score and {front.metric} ({front.direction}) has {front.configurations} configurations: "
-        f"from a score of {number(score)} with {front.metric} {setting(float(f'{at:.3g}'))} to {number(least)} with "
-        f"{setting(float(f'{end:.3g}'))}."
+        f"from a score of {number(score)} with {front.metric} {figures(at)} to {number(least)} with "
+        f"{figures(end)}."
+    )
+
+
+def told_apart(first: Importance, second: Importance) -> bool:
+    """Whether a hyperparameter is clearly more important than the next: its interval lies above the other's share."""
+    return first.total.low >= second.total.value
+
+
+def _alike(importance: Sequence[Importance]) -> list[list[str]]:
+    """Names of neighbours in the order of importance that are not told apart, by group."""
+    groups: list[list[str]] = [[item.name for item in importance[:1]]]
+    for first, second in pairwise(importance):
+        if told_apart(first, second):
+            groups.append([])
+        groups[-1].append(second.name)
+    return [names for names in groups if len(names) > 1]
+
+
+def _promise_sentence(promise: Promise, standard_error: float, study: Study) -> str:
+    """Where the model expects something better than the measured front, or that it does not."""
+    item, second = promise.predicted, study.spec.second_objective
+    assert second is not None
+    if item.score - promise.measured < standard_error:
+        return (
+            "No configuration without a full run is expected to lie above the measured front by more than one standard "
+            f"error of a score ({number(standard_error)})."
+        )
+    metric, low, high = (figures(value) for value in (item.metric, item.metric_low, item.metric_high))
+    values = ", ".join(f"{name} {setting(value)}" for name, value in item.configuration.items())
+    side = "at most" if second.direction == "minimize" else "at least"
+    return (
+        f"Without a full run so far, but expected above the front: a score of {number(item.score)} (80 % interval "
+        f"{number(item.score_low)} to {number(item.score_high)}) with {second.metric} {metric} ({low} to {high}), "
+        f"where the best that was measured with {side} as much scores {number(promise.measured)}: {values}."
     )
 
 
 def stands_out(importance: Sequence[Importance]) -> bool:
-    """Whether the first hyperparameter is clearly the most important: its interval lies above the second's share."""
-    return len(importance) < 2 or importance[0].total.low >= importance[1].total.value
+    """Whether the first hyperparameter is clearly the most important."""
+    return len(importance) < 2 or told_apart(*importance[:2])
 
 
 def _pair_sentence(pair: Interaction) -> str:

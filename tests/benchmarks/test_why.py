@@ -10,13 +10,14 @@ from benchmarks.why import FILE, Outcomes
 
 def test_the_page_counts_what_is_true_and_lists_what_is_not(tmp_path: Path) -> None:
     found = [
-        Outcomes(1, {"boundaries": 2}, [], top=True, boundary=True, blamed=False),
-        Outcomes(2, {"boundaries": 1, "pairs": 1}, ["pairs: x"], top=False, boundary=None, blamed=False),
+        Outcomes(1, {"boundaries": 2}, [], top=True, boundary=True, blamed=False, told=True),
+        Outcomes(2, {"boundaries": 1, "pairs": 1}, ["pairs: x"], top=False, boundary=None, blamed=False, told=False),
     ]
     why.write(found, tmp_path)
     text = (tmp_path / why.PAGE).read_text(encoding="utf-8")
     assert "| the three most important hyperparameters are right | 1 of 2 (50%) | 95% | missed |" in text
     assert "| all | 4 | 1 |" in text
+    assert "On 1 of these the\npage tells the third from the fourth, and is right on 1;" in text
     assert "- 2: pairs: x" in text
 
 

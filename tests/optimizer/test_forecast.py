@@ -27,6 +27,7 @@ from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.trial import Configuration, Trial
 from jfhpo_core.trainers.simulated import study_surface, true_score
+from tests.optimizer.test_constraints import with_metrics
 from tests.studies import simulated_study, trained
 
 TRIED: Configuration = {"learning_rate": 1e-4}
@@ -202,6 +203,34 @@ def test_the_forecast_is_the_larger_of_what_is_known_and_what_is_still_bought(st
     final = np.maximum(random.normal(values.max(), doubts[values.argmax()], size=200_000), further.max(axis=1))
     expected = [share_of(value) for value in np.quantile(final, [0.1, 0.5, 0.9])]
     assert (quality.low, quality.score, quality.high) == pytest.approx(expected, abs=0.002)
+
+
+def limited_runs(study: Study, kls: Sequence[float]) -> list[Trial]:
+    """The runs of `spent`, a third of the budget, with these KLs."""
+    return [with_metrics(trial, kl=kl) for trial, kl in zip(spent(study, 1 / 3), kls, strict=True)]
+
+
+def test_a_limit_that_binds_lowers_the_forecast_and_one_that_does_not_leaves_it(tmp_path: Path, study: Study) -> None:
+    limited = simulated_study(tmp_path, seeds={"training": [0, 1, 2]}, constraints={"kl": "<= 0.1"})
+    rising = [0.3, 0.2, 0.08, 0.02, 0.01]  # the better the score, the higher the KL: the best two break the limit
+    quality = forecast_quality(limited, BELIEFS, limited_runs(limited, rising))
+    assert quality is not None
+    assert (quality.now, quality.further) == (0.6, pytest.approx(10))
+    free, loose = forecast_at(study, 1 / 3), forecast_quality(limited, BELIEFS, limited_runs(limited, [0.001] * 5))
+    assert loose is not None
+    assert (loose.low, loose.score, loose.high) == pytest.approx((free.low, free.score, free.high), abs=0.005)
+    assert quality.score < free.score - 0.03
+    # The same scores, but the KL says nothing about them: high scores may respect the limit as well as low ones.
+    mixed = forecast_quality(limited, BELIEFS, limited_runs(limited, [0.3, 0.2, 0.03, 0.25, 0.02]))
+    assert mixed is not None
+    assert mixed.now == 0.6
+    assert quality.high < mixed.high
+
+
+def test_as_long_as_nothing_respects_the_limit_there_is_no_forecast(tmp_path: Path) -> None:
+    limited = simulated_study(tmp_path, seeds={"training": [0]}, constraints={"kl": "<= 0.1"})
+    assert forecast_quality(limited, BELIEFS, limited_runs(limited, [0.3] * 5)) is None
+    assert forecast_quality(limited, BELIEFS, spent(limited, 1 / 3)) is None  # nor as long as no run recorded it
 
 
 def test_more_budget_promises_more_but_by_less_and_less(study: Study) -> None:

@@ -97,14 +97,28 @@ def test_what_is_lacking_comes_with_a_way_to_get_it(tmp_path: Path) -> None:
     study = simulated_study(tmp_path)
     trials = runs(study, 1.0, count=4)  # of 20 s each
 
-    def lead(*, complete: bool) -> str:
-        return why(conclude(study, trials, RandomSearch(), complete=complete)).topics["matters"][0]
+    def said(*, complete: bool) -> tuple[str, str]:
+        topics = why(conclude(study, trials, RandomSearch(), complete=complete)).topics
+        return topics["matters"][0], topics["next"][0]
 
     needed = 2 * len(study.space)
-    assert f"4 configurations have been evaluated; {needed} are needed. The study is not finished" in lead(
-        complete=False
-    )
-    assert f"`jfhpo plan --more {20 * (needed - 4)}s`" in lead(complete=True)
+    matters, following = said(complete=False)
+    assert matters == f"What matters cannot be told: 4 configurations have been evaluated; {needed} are needed."
+    assert f"takes {needed - 4} more configurations. The study is not finished" in following
+    assert f"`jfhpo plan --more {20 * (needed - 4)}s`" in said(complete=True)[1]
+
+
+def test_an_undecided_comparison_asks_for_further_seeds(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path, baselines=[{"name": "recipe", "configuration": {"learning_rate": 1e-4}}])
+
+    def following(recipe: float) -> str:
+        chosen = trained(study, study.space.middle(learning_rate=2e-4), "large", [0.1, 0.2, 0.3, 0.5], 0)
+        other = trained(study, study.spec.baselines[0].configuration, "large", [0.1, 0.2, 0.3, recipe], 1)
+        other = other.model_copy(update={"purpose": "baseline", "label": "recipe"})
+        return " ".join(why(conclude(study, [chosen, other], RandomSearch(), complete=True)).topics["next"])
+
+    assert "The comparison with recipe is not decided: further training seeds" in following(0.49)
+    assert "not decided" not in following(0.1)
 
 
 def test_runs_out_of_memory_have_not_collapsed(tmp_path: Path) -> None:
