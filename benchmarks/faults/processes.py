@@ -14,7 +14,7 @@ from typing import Any
 
 from jfhpo_core.errors import JfhpoError
 
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 900.0
 ENDING_SECONDS = 30.0
 """Within this time every process of a search that has died must be gone."""
 

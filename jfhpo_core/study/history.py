@@ -16,6 +16,7 @@ from jfhpo_core.study.trial import (
     Evaluation,
     Trial,
     TrialState,
+    Value,
     committed_seconds,
     configuration_key,
 )
@@ -153,9 +154,17 @@ class History:
 
     def final(self, configuration: Configuration) -> tuple[Evaluation, ...]:
         """Evaluations at full length on the target that the search has of a configuration, one for each seed."""
-        return tuple(
-            trial.final for trial in self.on_target if trial.final is not None and trial.configuration == configuration
-        )
+        return self._finals.get(frozenset(configuration.items()), ())
+
+    @cached_property
+    def _finals(self) -> dict[frozenset[tuple[str, Value]], tuple[Evaluation, ...]]:
+        """All of them by configuration: asked for each of 1,000 trials, a look at every trial would take a minute."""
+        found: dict[frozenset[tuple[str, Value]], tuple[Evaluation, ...]] = {}
+        for trial in self.on_target:
+            if trial.final is not None:
+                key = frozenset(trial.configuration.items())
+                found[key] = (*found.get(key, ()), trial.final)
+        return found
 
     def measured(self, configuration: Configuration) -> dict[str, float]:
         """What the search's full runs of a configuration on the target come to, by metric: see `metrics`."""

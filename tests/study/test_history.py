@@ -10,7 +10,7 @@ import pytest
 
 from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import VALIDATION, Outcome, Suggestion, Trial
+from jfhpo_core.study.trial import VALIDATION, Evaluation, Outcome, Suggestion, Trial
 from tests.studies import simulated_study, trained
 
 RECIPE = {"learning_rate": 1e-4}
@@ -91,6 +91,27 @@ def test_knowledge_is_refuted_by_what_noise_does_not_explain(study: Study) -> No
     assert not ended(0.6 - 1.5 * noise).refuted("jfhpo/earlier-optimum")
     assert ended(0.6, Outcome.STOPPED).refuted(source)
     assert ended(0.6, Outcome.INFEASIBLE).refuted(source)
+
+
+def test_final_scores_of_all_configurations_take_one_look_at_each_trial(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study of 1,000 trials asks for those of each: looking through all trials for one would be quadratic."""
+    rates = [1e-4 * 1.01**number for number in range(100)]
+    trials = [
+        trained(study, {"learning_rate": rate}, "large", [0.1, 0.2, 0.3, rate], number)
+        for number, rate in enumerate(rates)
+    ]
+    final, looks = Trial.final, []
+
+    def counted(trial: Trial) -> Evaluation | None:
+        looks.append(trial.key)
+        return final.__get__(trial)
+
+    monkeypatch.setattr(Trial, "final", property(counted))
+    history = History.of(study, trials)
+    assert [history.final(trial.configuration)[0].score for trial in trials] == rates
+    assert len(looks) <= 2 * len(trials)
 
 
 def test_a_baseline_that_changes_what_the_study_fixes_is_no_recipe(study: Study) -> None:
