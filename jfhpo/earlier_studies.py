@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from jfhpo_core.errors import JfhpoError
 from jfhpo_core.optimizer.observations import earlier_configurations
+from jfhpo_core.study.history import History
 from jfhpo_core.study.models import build_ladder
 from jfhpo_core.study.resolved import EarlierStudy, Study
 from jfhpo_core.study.spec import AUTO, StudySpec
@@ -71,7 +72,7 @@ def _fitting(study: Study) -> Iterator[Found]:
             found = _found(study, ledger, spec)
         except JfhpoError:
             continue  # its models are gone, or it was written by another version: it is not needed
-        if len(earlier_configurations(replace(study, earlier=(found.study,)))) >= FEWEST_TRIALS:
+        if len(earlier_configurations(History.of(replace(study, earlier=(found.study,)), []))) >= FEWEST_TRIALS:
             yield found
 
 

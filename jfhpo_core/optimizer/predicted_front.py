@@ -99,7 +99,7 @@ def predicted_front(beliefs: Beliefs) -> tuple[Predicted, ...]:
         kept = order[values[order] > best[:-1]]
         return points[kept], metrics[kept]
 
-    tried = [space.encode(trial.configuration) for trial in history.evidence]
+    tried = [space.encode(trial.configuration) for trial in history.in_space]
     sobol = space.snap(qmc.Sobol(space.dimension, rng=random).random(SAMPLE))
     archive, metrics = front_of(np.concatenate([sobol, np.array(tried).reshape(-1, space.dimension)]))
     for scale in MOVES:
