@@ -14,7 +14,7 @@ from jfhpo_core.study.spec import ClusterSpec
 LOCAL = "local"
 
 NVIDIA = Path("/proc/driver/nvidia/gpus")
-"""Of the kernel: a folder for each GPU, whether or not the torch that is installed here could use it."""
+"""The kernel has a folder for each GPU here, whether or not the torch that is installed could use it."""
 
 
 def with_counted_devices(study: Study) -> Study:

@@ -34,7 +34,7 @@ class Watchdog:
 
     @property
     def median_seconds(self) -> float:
-        """Of a step; 0 before the second one."""
+        """Median duration of a step; 0 before the second one."""
         return statistics.median(self._intervals or [0.0])
 
     @property

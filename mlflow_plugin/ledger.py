@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -26,41 +25,31 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 
-from jfhpo_core.errors import LedgerError, SpecError
+from jfhpo_core.errors import LedgerError
 from jfhpo_core.report.text import without_credentials
 from jfhpo_core.run.outcome import SearchResult
 from jfhpo_core.store.ledger import changes_message, check_begin, check_commit
 from jfhpo_core.study.contents import contents
-from jfhpo_core.study.models import Ladder, build_ladder
-from jfhpo_core.study.resolved import checkpoint_store
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import parse_study
-from jfhpo_core.study.trial import Configuration, Segment, SegmentResult, StepRecord, Trial, canonical_json
-from jfhpo_core.trainers import load_trainer
+from jfhpo_core.study.trial import Segment, SegmentResult, StepRecord, Trial, canonical_json
 from mlflow_plugin import checkpoints
 from mlflow_plugin.failures import explained, meaning
 from mlflow_plugin.owner import Owner
 from mlflow_plugin.presentation import (
     NOTE,
     STATE,
-    STATUS,
     STUDY_STATUS,
     StudyState,
-    completions_table,
     outcome_labels,
     outcome_metrics,
-    result_metrics,
-    run_name,
-    step_metrics,
     study_metrics,
     study_note,
     study_parameters,
-    trial_labels,
-    trial_parameters,
     view_page,
 )
-from mlflow_plugin.provenance import TaskData, environment, source_tags, task_data
-from mlflow_plugin.runs import log, read_text, search_runs
+from mlflow_plugin.provenance import environment
+from mlflow_plugin.runs import log, now, read_text
 from mlflow_plugin.study_run import (
     accepted_changes,
     changed_contents,
@@ -77,20 +66,11 @@ from mlflow_plugin.tags import (
     DESCRIBED,
     FACTS,
     FORGOTTEN,
-    HEADER,
     IDENTITY,
-    OPEN,
-    PARENT,
-    SEGMENT,
     STUDY,
-    TRIAL_KEY,
-    Child,
     pack,
-    parse,
-    read_child,
     read_facts,
     unpack,
-    unseen,
 )
 from mlflow_plugin.tracking import (
     absolute_uri,
@@ -100,13 +80,9 @@ from mlflow_plugin.tracking import (
     open_experiment,
     store_exists,
 )
+from mlflow_plugin.trial_runs import Particulars, TrialRuns
 from mlflow_plugin.views import saved_views
 from mlflow_plugin.worker import trial_environment
-
-STREAM_SECONDS = 2.0
-"""Shortest time between two writes of a running trial's metrics: a write costs about 20 ms of CPU."""
-COMPLETIONS = "completions.json"
-"""Artifact of a trial that has ended: MLflow shows it as a table, and compares those of several runs."""
 
 logger = logging.getLogger(__name__)
 
@@ -133,12 +109,8 @@ class MlflowLedger:
         self._experiment_id: str
         self._parent: Run
         self._state: StudyState
-        self._ladder: Ladder
-        self._data: TaskData
-        self._source: dict[str, str]
-        self._defaults: Configuration
-        self._children: dict[str, Child] = {}
-        self._uncertain: set[str] = set()
+        self._particulars: Particulars
+        self._trial_runs: TrialRuns | None = None
         self._facts: dict[str, str | float] = {}
         self._owner: Owner | None = None
 
@@ -162,23 +134,18 @@ class MlflowLedger:
         changes = changed_contents(parent, known) if parent is not None else []
         if changes and not self._accept_changes:
             raise LedgerError(changes_message(study.study, changes))
-        self._ladder, self._data, self._source = build_ladder(study), task_data(study.task), source_tags()
-        self._defaults = _defaults(study)
+        self._particulars = Particulars.of(study)
         self._opened, self._study, self._experiment_id = client, study, experiment.experiment_id
         self._parent = parent if parent is not None else self._create_study()
         self._note_contents(known, changes)
         self._facts = read_facts(self._parent)
         shown = self._parent.data.tags.get(STATE)
         self._state = next((state for state in StudyState if state.value == shown), StudyState.RUNNING)
-        self._children = self._read_children()
+        self._trial_runs = TrialRuns(client, study, self._experiment_id, self.study_run_id, self._particulars)
         self._account_for_deleted()
         self._owner = Owner.claim(client, self.study_run_id, study.study)
         self._describe_study()
-        for child in self._children.values():
-            if changes and child.trial.open_segment is not None:
-                self._mark_open(child, child.trial.open_segment)
-            self._settle(child)
-            self._index(child, child.trial)
+        self._trial_runs.put_right(self.changed if changes else ())
         if any(trial.open_segment is not None for trial in self.trials()):
             self._show(StudyState.RUNNING)
 
@@ -202,7 +169,7 @@ class MlflowLedger:
         refuse_other_meaning(client, parent, study)
         self._opened, self._study, self._experiment_id = client, study, experiment.experiment_id
         self._parent, self._facts = parent, read_facts(parent)
-        self._children = self._read_children()
+        self._trial_runs = TrialRuns(client, study, self._experiment_id, self.study_run_id)
         return True
 
     def refuse_changes(self) -> None:
@@ -246,86 +213,51 @@ class MlflowLedger:
 
     def trials(self) -> list[Trial]:
         """See `Ledger.trials`."""
-        return [child.trial for child in self._children.values()]
+        return self._trial_runs.trials() if self._trial_runs is not None else []
 
     @explained
     def begin(self, trial: Trial, segment: Segment) -> None:
         """See `Ledger.begin`."""
-        self._client  # noqa: B018  refuses a ledger that is not open
-        child = self._children.get(trial.key)
+        child = self._runs.get(trial.key)
         known = child.trial if child else trial.model_copy(update={"segments": (), "open_segment": None})
         check_begin(known, segment)
         if known.open_segment is not None:
             if child is not None:
-                self._settle(child)
+                self._runs.settle(child)
             return
         self._check_owner()
         self._show(StudyState.RUNNING)
-        begun = known.model_copy(update={"open_segment": segment})
-        tags = {**pack(OPEN, segment.model_dump_json()), **trial_labels(begun)}
-        if child is None:
-            run = self._found_run(trial.key) or self._create_run(begun, tags)
-            child = Child(run.info.run_id, begun, False, run.info.status, run.info.run_name, records={})
-            self._children[trial.key] = child
-        else:
-            log(self._client, child.run_id, tags=tags)
-            child.trial = begun
-        self._settle(child)
+        self._runs.begin(known.model_copy(update={"open_segment": segment}))
 
     @explained
     def stream(self, key: str, records: Sequence[StepRecord]) -> None:
-        """See `Ledger.stream`; written at most every `STREAM_SECONDS`."""
-        child = self._child(key)
-        child.waiting.extend(records)
-        if time.monotonic() - child.streamed_at >= STREAM_SECONDS:
-            log(self._client, child.run_id, step_metrics(unseen(child, child.waiting), _now()))
-            child.shown.update({record.step: record for record in child.waiting})
-            child.waiting = []
-            child.streamed_at = time.monotonic()
+        """See `Ledger.stream`; written at most every `trial_runs.STREAM_SECONDS`."""
+        self._runs.stream(self._runs[key], records)
 
     @explained
     def commit(self, key: str, result: SegmentResult, records: Sequence[StepRecord]) -> None:
         """See `Ledger.commit`."""
-        child = self._child(key)
+        child = self._runs[key]
         if not check_commit(child.trial, result):
-            self._settle(child)
+            self._runs.settle(child)
             return
         self._check_owner()
-        trial = child.trial.model_copy(update={"segments": (*child.trial.segments, result), "open_segment": None})
-        known = self._records(child)
-        lines = "".join(f"{record.model_dump_json()}\n" for record in records)
-        self._client.log_text(child.run_id, lines, _records_file(result.segment.index))
-        self._index(child, trial)
-        model_id = child.checkpoint.model_id if child.checkpoint is not None else None
-        steps = step_metrics(unseen(child, records), _now())
-        log(
-            self._client,
-            child.run_id,
-            [
-                *steps,
-                *result_metrics(trial, result, _now(), model_id, self._data, self._study.secondary_metrics),
-            ],
-            tags={**pack(SEGMENT.format(result.segment.index), result.model_dump_json()), **trial_labels(trial)},
-        )
-        child.trial, child.waiting, child.shown = trial, [], {}
-        if (table := completions_table(trial)) is not None:
-            self._client.log_table(child.run_id, table, COMPLETIONS)
-        known.update({record.step: record for record in records})
-        self._settle(child)
+        self._runs.commit(child, result, records)
         trials = self.trials()
         log(
             self._client,
             self.study_run_id,
-            study_metrics(self._study, trials, _now()),
+            study_metrics(self._study, trials, now()),
             tags={NOTE: study_note(self._study, trials)},
         )
 
     @explained
     def step_records(self, key: str) -> list[StepRecord]:
         """See `Ledger.step_records`."""
-        if key not in self._children:
+        child = self._trial_runs.get(key) if self._trial_runs is not None else None
+        if child is None:
             return []
-        records = self._records(self._children[key])
+        records = self._runs.records(child)
         return [records[step] for step in sorted(records)]
 
     @explained
@@ -351,14 +283,14 @@ class MlflowLedger:
         for path in plots:
             self._client.log_artifact(self.study_run_id, str(path), "plots")
         note = study_note(self._study, result.trials, result)
-        now = _now()
-        further = [Metric(name, value, now, 0) for name, value in (figures or {}).items()]
-        metrics = [*outcome_metrics(result, now), *further]
+        moment = now()
+        further = [Metric(name, value, moment, 0) for name, value in (figures or {}).items()]
+        metrics = [*outcome_metrics(result, moment), *further]
         log(self._client, self.study_run_id, metrics, tags={**outcome_labels(result), NOTE: note})
 
     def forget_checkpoint(self, key: str) -> None:
         """Note that the newest checkpoint of a trial was deleted, so that the index offers it no longer."""
-        entry = self._child(key).checkpoint
+        entry = self._runs[key].checkpoint
         if entry is not None:
             checkpoints.mark_deleted(self._client, entry)
 
@@ -370,11 +302,8 @@ class MlflowLedger:
         try:
             if self._owner is not None:
                 self._owner.release()
-            for child in self._children.values():
-                if child.trial.open_segment is not None and child.status != "KILLED":
-                    log(self._client, child.run_id, tags={STATE: StudyState.INTERRUPTED.value})
-                    self._client.set_terminated(child.run_id, "KILLED")
-                    child.status = "KILLED"
+            if self._trial_runs is not None:
+                self._trial_runs.interrupt()
             self._show(state)
         except MlflowException as error:
             logger.warning("MLflow still shows study %r as running: %s", self._study.study, error.message)
@@ -395,7 +324,7 @@ class MlflowLedger:
 
     def environment(self, key: str) -> dict[str, str]:
         """See `Ledger.environment`: runs that are started for the trial become children of its run."""
-        child = self._child(key)
+        child = self._runs[key]
         uri = absolute_uri(self._client.tracking_uri)
         return trial_environment(uri, self._experiment_id, self._study.study, child.trial, child.run_id)
 
@@ -445,7 +374,7 @@ class MlflowLedger:
         Raises:
             LedgerError: The trial is unknown.
         """
-        return self._child(key).run_id
+        return self._runs[key].run_id
 
     @property
     def _client(self) -> MlflowClient:
@@ -453,15 +382,18 @@ class MlflowLedger:
             raise LedgerError("the ledger is not open; call open(study) first")
         return self._opened
 
-    def _child(self, key: str) -> Child:
-        self._client  # noqa: B018  refuses a ledger that is not open
-        if key not in self._children:
-            raise LedgerError(f"trial {key} is unknown; begin a segment first")
-        return self._children[key]
+    @property
+    def _runs(self) -> TrialRuns:
+        """The runs of the trials; refuses a ledger that is not open."""
+        if self._trial_runs is None:
+            raise LedgerError("the ledger is not open; call open(study) first")
+        return self._trial_runs
 
     def _create_study(self) -> Run:
         tags = {STUDY: self._study.study, IDENTITY: self._study.identity(), STATE: StudyState.RUNNING.value}
-        return self._client.create_run(self._experiment_id, tags={**self._source, **tags}, run_name=self._study.study)
+        return self._client.create_run(
+            self._experiment_id, tags={**self._particulars.source, **tags}, run_name=self._study.study
+        )
 
     def _note_contents(self, known: Mapping[str, str], changes: Sequence[str]) -> None:
         """Keep the digests of what the study reads, and which of them changed; those of old studies begin today."""
@@ -476,32 +408,6 @@ class MlflowLedger:
         if any(tags.get(name) != value for name, value in fresh.items()):
             log(self._client, self.study_run_id, tags=fresh)
             self._parent = self._client.get_run(self.study_run_id)
-
-    def _mark_open(self, child: Child, segment: Segment) -> None:
-        """Note that an interrupted segment will be trained with what has changed."""
-        marked = segment.model_copy(update={"changed": self.changed})
-        child.trial = child.trial.model_copy(update={"open_segment": marked})
-        log(self._client, child.run_id, tags={**pack(OPEN, marked.model_dump_json()), **trial_labels(child.trial)})
-
-    def _create_run(self, trial: Trial, tags: Mapping[str, str]) -> Run:
-        header = trial.model_copy(update={"segments": (), "open_segment": None}).model_dump_json()
-        self._uncertain.add(trial.key)
-        run = self._client.create_run(
-            self._experiment_id,
-            tags={
-                **self._source, PARENT: self.study_run_id, TRIAL_KEY: trial.key, **pack(HEADER, header), **tags,
-            },
-            run_name=run_name(trial),
-        )  # fmt: skip
-        self._uncertain.discard(trial.key)
-        return run
-
-    def _found_run(self, key: str) -> Run | None:
-        """The run of a trial that was created, but whose creation was not answered, if there is one."""
-        if key not in self._uncertain:
-            return None
-        condition = f"tags.`{PARENT}` = '{self.study_run_id}' and tags.`{TRIAL_KEY}` = '{key}'"
-        return next(iter(search_runs(self._client, self._experiment_id, condition)), None)
 
     def _show(self, state: StudyState) -> None:
         """Bring state and status of the study's run up to date."""
@@ -521,16 +427,16 @@ class MlflowLedger:
             tracking = tracking.model_copy(update={"uri": without_credentials(tracking.uri)})
         text = self._study.model_copy(update={"tracking": tracking}).to_yaml()
         versions = environment()
-        digest = hashlib.sha256(canonical_json([text, versions, self._source]).encode()).hexdigest()
+        digest = hashlib.sha256(canonical_json([text, versions, self._particulars.source]).encode()).hexdigest()
         if self._parent.data.tags.get(DESCRIBED) == digest:
             return
         self._client.log_text(self.study_run_id, text, "study.yaml")
         self._client.log_text(self.study_run_id, json.dumps(versions, indent=1), "environment.json")
-        self._client.log_inputs(self.study_run_id, self._data.inputs())
-        for name, view in saved_views(self._study, self._ladder, _now()).items():
+        self._client.log_inputs(self.study_run_id, self._particulars.data.inputs())
+        for name, view in saved_views(self._study, self._particulars.ladder, now()).items():
             self._client.set_experiment_tag(self._experiment_id, name, view)
         tags = {
-            **self._source,
+            **self._particulars.source,
             "jfhpo.version": version("jfhpo"),
             "jfhpo.strategy": self._study.strategy.name,
             NOTE: study_note(self._study, self.trials()),
@@ -540,17 +446,6 @@ class MlflowLedger:
         known = self._parent.data.params
         params = {name: value for name, value in study_parameters(self._study).items() if name not in known}
         log(self._client, self.study_run_id, params=params, tags=tags)
-
-    def _read_children(self) -> dict[str, Child]:
-        entries = checkpoints.read_index(self._client, self._experiment_id)
-        runs = search_runs(self._client, self._experiment_id, f"tags.`{PARENT}` = '{self.study_run_id}'")
-        children = [child for run in runs if (child := read_child(run, entries)) is not None]
-        # A create_run sent twice (its answer was lost) leaves two runs of one trial: the one that got further counts.
-        children.sort(key=lambda child: (child.trial.number, -len(child.trial.segments)))
-        by_key: dict[str, Child] = {}
-        for child in children:
-            by_key.setdefault(child.trial.key, child)
-        return by_key
 
     def _check_owner(self) -> None:
         """Refuse to write to a study that another process has taken over."""
@@ -572,63 +467,3 @@ class MlflowLedger:
                 "on without it by `jfhpo search --forget`, which may train and pay for the same again"
             )
         self._client.set_tag(self.study_run_id, FORGOTTEN, parts.noted())
-
-    def _settle(self, child: Child) -> None:
-        """Bring inputs, parameters, status and name of a trial's run up to date."""
-        trial = child.trial
-        if not child.described:
-            self._client.log_inputs(child.run_id, self._data.inputs())
-            size = self._ladder[trial.model].parameters
-            params = trial_parameters(trial, size, self._study.space, self._defaults)
-            log(self._client, child.run_id, params=params)
-            child.described = True
-        status, name = STATUS[trial.state], run_name(trial)
-        if status != child.status:
-            if status == "RUNNING":
-                log(self._client, child.run_id, tags={STATE: trial.state.value})
-                self._client.update_run(child.run_id, status)
-            else:
-                self._client.set_terminated(child.run_id, status)
-            child.status = status
-        if name != child.name:
-            self._client.set_tag(child.run_id, "mlflow.runName", name)
-            child.name = name
-
-    def _index(self, child: Child, trial: Trial) -> None:
-        """Bring the index up to the newest checkpoint of `trial`."""
-        child.checkpoint = checkpoints.write_index(
-            self._client,
-            self._experiment_id,
-            child.run_id,
-            trial,
-            child.checkpoint,
-            checkpoint_store(self._study),
-        )
-
-    def _records(self, child: Child) -> dict[int, StepRecord]:
-        if child.records is None:
-            records = {}
-            for result in child.trial.segments:
-                text = read_text(self._client, child.run_id, _records_file(result.segment.index))
-                for line in text.splitlines():
-                    record = parse(StepRecord, line, child.run_id)
-                    records[record.step] = record
-            child.records = records
-        return child.records
-
-
-def _defaults(study: StudySpec) -> Configuration:
-    """Hyperparameters of trials that do not name them; none where the trainer is not installed."""
-    try:
-        trainer = load_trainer(study.trainer.name)
-    except SpecError:
-        return {}
-    return {**trainer.hyperparameters().model_dump(), **study.trainer.fixed}
-
-
-def _records_file(index: int) -> str:
-    return f"records/segment-{index:04d}.jsonl"
-
-
-def _now() -> int:
-    return int(time.time() * 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +17,11 @@ from mlflow_plugin.tracking import is_server
 METRICS_PER_CALL = 800
 """MLflow takes 1000 entities in one call, tags and parameters included."""
 PARAMETERS_PER_CALL = 100
+
+
+def now() -> int:
+    """Milliseconds since the epoch, as MLflow counts."""
+    return int(time.time() * 1000)
 
 
 def search_runs(

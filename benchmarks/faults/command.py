@@ -57,6 +57,7 @@ MANY_SECONDS = 3.0
 """What such a trial has cost."""
 MORE_SECONDS = 30
 UPGRADED = Path(__file__).parents[2] / "tests" / "upgrade" / "c5cb37e.tar.xz"
+"""Database, artifacts and workspace of a simulated study of an earlier version, cut off by Ctrl-C within its budget."""
 UPGRADED_SEGMENTS = 4
 ORIGIN = "/tmp/upgrade"
 """Where the archive was made: MLflow keeps absolute paths of artifacts."""

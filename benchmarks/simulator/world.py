@@ -30,7 +30,7 @@ from jfhpo_core.store import checkpoints, outbox
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import Segment, SegmentResult, StepRecord, Trial
 from mlflow_plugin import ledger as ledgers
-from mlflow_plugin import owner
+from mlflow_plugin import owner, runs, trial_runs
 from mlflow_plugin.presentation import StudyState
 from mlflow_plugin.tags import HEADER, INTERNAL
 
@@ -409,7 +409,7 @@ class World:
         process = SimpleNamespace(getpid=lambda: self.driver.process, kill=self._probe)
         threads = SimpleNamespace(Event=_Event, Thread=self._thread)
         swaps: list[tuple[Any, str, Any]] = [
-            *((module, "time", clock) for module in (search, outbox, owner, ledgers, parts, worker)),
+            *((module, "time", clock) for module in (search, outbox, owner, runs, trial_runs, parts, worker)),
             *((module, "Path", SimulatedPath) for module in (checkpoints, worker)),
             *((module, "os", SimulatedOs) for module in (checkpoints, outbox)),
             *((module, "shutil", SimulatedShutil) for module in (checkpoints, worker)),
@@ -420,9 +420,9 @@ class World:
             (owner, "os", process),
             (owner, "threading", threads),
             (owner, "socket", SimpleNamespace(gethostname=lambda: self.driver.host)),
-            (ledgers, "source_tags", dict),
+            (trial_runs, "source_tags", dict),
             (ledgers, "environment", dict),
-            (ledgers, "task_data", lambda _task: _NO_DATA),
+            (trial_runs, "task_data", lambda _task: _NO_DATA),
             (ledgers, "saved_views", lambda *_: {}),
             (StudySpec, "to_yaml", lambda _spec: "a third of the time of a schedule otherwise"),
         ]

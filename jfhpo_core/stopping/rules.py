@@ -68,7 +68,7 @@ class Course:
 
     @property
     def share(self) -> float:
-        """Of the full horizon that is trained."""
+        """Share of the full horizon that is trained."""
         return len(self.records) / self.total_steps
 
 
@@ -102,7 +102,7 @@ def _least(values: Iterable[float]) -> float:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    """Of the mean, from the spread of the values; 0 if there is only one."""
+    """Standard error of the mean, from the spread of the values; 0 if there is only one."""
     mean, count = _mean(values), len(values)
     return math.dist(values, [mean] * count) / math.sqrt(count * max(1, count - 1))
 

@@ -14,7 +14,7 @@ from jfhpo_core.study.spec import ModelSpec, StudySpec
 from jfhpo_core.study.trial import Trial
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-"""Of a model on the Hugging Face hub: 'organization/name', or the name alone."""
+"""Name of a model on the Hugging Face hub: 'organization/name', or the name alone."""
 
 HUB_SECONDS = 10.0
 """For the hub to answer."""

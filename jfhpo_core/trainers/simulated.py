@@ -279,7 +279,7 @@ class _Mixture:
         return cls(waves, kept - scale * rest[0], -scale * rest[1], weight - scale * rest[2], scale)
 
     def quality(self, target: float, common: float, configuration: Mapping[str, Value], size: float) -> float:
-        """Of a configuration whose common quality is `target` on the target and `common` on the proxy."""
+        """Quality of a configuration whose common quality is `target` on the target and `common` on the proxy."""
         own = self.waves.at(coordinates(configuration), size)
         return self.intercept + self.target * target + self.common * common + self.own * own
 

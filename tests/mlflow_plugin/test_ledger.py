@@ -308,7 +308,7 @@ def test_what_may_change_in_the_space_does_not_lock_the_study(ledger: MlflowLedg
 
 
 def test_streamed_records_are_logged_once(ledger: MlflowLedger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlflow_plugin.ledger.STREAM_SECONDS", 0.0)
+    monkeypatch.setattr("mlflow_plugin.trial_runs.STREAM_SECONDS", 0.0)
     trial, segment = make_trial(0), make_segment(0, 0, 4)
     ledger.begin(trial, segment)
     ledger.stream(trial.key, make_records(0, 2))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +24,7 @@ from jfhpo_core.study.spec import ClusterSpec
 from jfhpo_core.study.trial import FailureKind, Outcome
 from jfhpo_core.trainers import Job
 from tests.run.conftest import GPUS
-from tests.run.support import ENDING_SECONDS, all_gone, collect, descendants, first_job, wait_until
+from tests.run.support import ENDING_SECONDS, all_gone, collect, first_job, wait_until
 from tests.studies import BECAUSE, simulated_study
 
 pytestmark = pytest.mark.slow
@@ -82,34 +80,14 @@ def test_records_arrive_while_the_job_runs(ray_dispatcher: RayDispatcher, tmp_pa
     ray_dispatcher.cancel(job.trial_key)
 
 
-def test_a_killed_worker_is_replaced_and_the_result_is_the_same(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
-    slow = {"name": "simulated", "settings": {"real_seconds_per_step": 0.05}}
-    job = first_job(simulated_study(tmp_path, trainer=slow))
-    ray_dispatcher.submit(job)
-    seen = 0
-    while seen < 5:
-        seen += sum(len(event.records) for event in ray_dispatcher.wait(0.5) if isinstance(event, Streamed))
-    trains = [pid for pid, command in descendants(os.getpid()).items() if "WorkerProcess.train" in command]
-    assert len(trains) == 1
-    os.kill(trains[0], signal.SIGKILL)
-    _, finished = collect(ray_dispatcher, 1)
-    event, expected = finished[job.trial_key], undisturbed(tmp_path)
-    assert event.result == expected.result.model_copy(update={"attempts": 2})
-    assert event.records == expected.records
-
-
-@pytest.mark.parametrize("how", ["kill", "disk"])
-def test_what_fails_twice_and_then_works_counts_once(ray_dispatcher: RayDispatcher, tmp_path: Path, how: str) -> None:
-    job = first_job(fragile_study(tmp_path, how, times=ATTEMPTS - 1))
+def test_killed_workers_are_replaced_and_the_result_is_the_same(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
+    job = first_job(fragile_study(tmp_path, "kill", times=ATTEMPTS - 1))
     ray_dispatcher.submit(job)
     _, finished = collect(ray_dispatcher, 1)
     event, expected = finished[job.trial_key], undisturbed(tmp_path)
-    assert event.result.attempts == ATTEMPTS
+    assert event.result == expected.result.model_copy(update={"attempts": ATTEMPTS, "segment": job.segment})
     assert event.records == expected.records
-    assert event.result.evaluations == expected.result.evaluations
-    assert event.result.seconds == expected.result.seconds
-    staging = Path(job.store) / "staging"
-    assert not list(staging.iterdir()), "a killed attempt left its stage behind"
+    assert not list((Path(job.store) / "staging").iterdir()), "a killed attempt left its stage behind"
 
 
 def hand_over(patch: pytest.MonkeyPatch, store: str, *arguments: Any) -> None:
@@ -217,6 +195,8 @@ def test_what_always_fails_is_lost_and_free(
     assert (event.result.attempts, event.result.charge_seconds, event.result.failure) == (ATTEMPTS, 0.0, None)
     assert event.records == ()
     assert quote in str(event.result.message)
+    if how != "kill":  # who is killed cannot clean up; the next attempt would
+        assert not list((Path(job.store) / "staging").iterdir()), "a failed attempt left its stage behind"
 
 
 def test_memory_exhausted_in_python_is_the_configurations_fault(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:

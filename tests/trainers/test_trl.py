@@ -145,7 +145,7 @@ class TestTrlTrainer(TrainerConformance):
         return make_case(settings, **configuration)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("case", ["grpo", "rloo-no-kl"], indirect=True)
+    @pytest.mark.parametrize("case", ["grpo"], indirect=True)
     def test_a_kill_costs_at_most_the_steps_since_the_last_checkpoint(self, case: Case, tmp_path: Path) -> None:
         super().test_a_kill_costs_at_most_the_steps_since_the_last_checkpoint(case, tmp_path)
 

@@ -83,12 +83,16 @@ def whole(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Training:
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_exactly_where_they_stopped(case: Case, whole: Training, tmp_path: Path) -> None:
-    first = train(on_both(case.job(0, BREAK, tmp_path / "store", [0, BREAK])), tmp_path / "first")
+def test_two_processes_go_on_exactly_where_they_paused_and_stopped(case: Case, whole: Training, tmp_path: Path) -> None:
+    job = on_both(case.job(0, BREAK, tmp_path / "store", [0, BREAK]))
+    paused = train(job, tmp_path / "paused", decide=lambda event: Pause() if event.step == 1 else None)
+    assert paused.result.end_step == 1
+    job = on_both(case.job(1, BREAK, tmp_path / "store", [BREAK]))
+    first = train(job, tmp_path / "first", paused.stage)
     job = on_both(case.job(BREAK, TOTAL_STEPS, tmp_path / "store", [TOTAL_STEPS]))
     second = train(job, tmp_path / "second", first.stage)
-    assert first.records + second.records == whole.records
-    assert first.evaluations + second.evaluations == whole.evaluations
+    assert paused.records + first.records + second.records == whole.records
+    assert paused.evaluations + first.evaluations + second.evaluations == whole.evaluations
     assert differing(second.stage, whole.stage) == []
     assert differing(second.stage, first.stage) != []
     assert {path.name for path in whole.stage.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
@@ -117,17 +121,6 @@ def test_a_stopping_decision_ends_both_processes_at_its_step(case: Case, whole: 
     assert stopped.result.end_step == 2
     assert stopped.records == whole.records[:2]
     assert [evaluation.step for evaluation in stopped.evaluations] == [2]
-
-
-@pytest.mark.slow
-def test_a_pause_saves_what_both_processes_need(case: Case, whole: Training, tmp_path: Path) -> None:
-    job = on_both(case.job(0, TOTAL_STEPS, tmp_path / "store", [0, BREAK, TOTAL_STEPS]))
-    first = train(job, tmp_path / "first", decide=lambda event: Pause() if event.step == 1 else None)
-    assert first.result.end_step == 1
-    rest = on_both(case.job(1, TOTAL_STEPS, tmp_path / "store", [BREAK, TOTAL_STEPS]))
-    second = train(rest, tmp_path / "second", first.stage)
-    assert first.records + second.records == whole.records
-    assert differing(second.stage, whole.stage) == []
 
 
 @pytest.mark.slow

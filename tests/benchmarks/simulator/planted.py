@@ -15,7 +15,7 @@ from jfhpo_core.store import checkpoints, ledger, outbox
 from jfhpo_core.store.outbox import Outbox, PendingWrite
 from jfhpo_core.study.resolved import Study
 from mlflow_plugin import ledger as mlflow_ledger
-from mlflow_plugin import tags
+from mlflow_plugin import tags, trial_runs
 from mlflow_plugin.failures import explained
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.owner import Owner
@@ -171,7 +171,7 @@ def pages_are_not_turned(patch: pytest.MonkeyPatch) -> None:
     def first_page(client: Any, experiment: str, condition: str, view: int = 1) -> list[Any]:
         return list(client.search_runs([experiment], condition, view, order_by=[], page_token=None))
 
-    patch.setattr(mlflow_ledger, "search_runs", first_page)
+    patch.setattr(trial_runs, "search_runs", first_page)
 
 
 PLANTED: tuple[Plant, ...] = (
