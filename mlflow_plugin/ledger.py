@@ -237,9 +237,7 @@ class MlflowLedger:
             )
         self._opened = client
         experiment, run = found
-        spec = parse_study(
-            read_text(client, run.info.run_id, "study.yaml"), f"study {name!r} in the ledger", recorded=True
-        )
+        spec = parse_study(read_text(client, run.info, "study.yaml"), f"study {name!r} in the ledger", recorded=True)
         spec = spec.model_copy(update={"tracking": study.tracking.model_copy(update={"experiment": experiment.name})})
         self.look(spec)
         return spec
@@ -265,7 +263,7 @@ class MlflowLedger:
         tags = {**pack(OPEN, segment.model_dump_json()), **trial_labels(begun)}
         if child is None:
             run = self._found_run(trial.key) or self._create_run(begun, tags)
-            child = Child(run.info.run_id, begun, False, run.info.status, run.info.run_name, records={})
+            child = Child(run.info, begun, False, run.info.status, run.info.run_name, records={})
             self._children[trial.key] = child
         else:
             log(self._client, child.run_id, tags=tags)
@@ -609,7 +607,7 @@ class MlflowLedger:
         if child.records is None:
             records = {}
             for result in child.trial.segments:
-                text = read_text(self._client, child.run_id, _records_file(result.segment.index))
+                text = read_text(self._client, child.run, _records_file(result.segment.index))
                 for line in text.splitlines():
                     record = parse(StepRecord, line, child.run_id)
                     records[record.step] = record
