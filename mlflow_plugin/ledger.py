@@ -204,9 +204,7 @@ class MlflowLedger:
             )
         self._opened = client
         experiment, run = found
-        spec = parse_study(
-            read_text(client, run.info.run_id, "study.yaml"), f"study {name!r} in the ledger", recorded=True
-        )
+        spec = parse_study(read_text(client, run.info, "study.yaml"), f"study {name!r} in the ledger", recorded=True)
         spec = spec.model_copy(update={"tracking": study.tracking.model_copy(update={"experiment": experiment.name})})
         self.look(spec)
         return spec

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from mlflow.entities import Run
+from mlflow.entities import Run, RunInfo
 from pydantic import BaseModel, ValidationError
 
 from jfhpo_core.errors import LedgerError
@@ -40,6 +40,7 @@ class Child:
     """A trial and its run.
 
     Attributes:
+        run: What MLflow says of the run when it is found or created; status and name may have changed since.
         described: Whether the run has its parameters.
         status: The run's status, as MLflow has it.
         name: The run's name, as MLflow has it.
@@ -50,7 +51,7 @@ class Child:
         streamed_at: When metrics were last streamed, by the monotonic clock.
     """
 
-    run_id: str
+    run: RunInfo
     trial: Trial
     described: bool
     status: str
@@ -60,6 +61,11 @@ class Child:
     shown: dict[int, StepRecord] = field(default_factory=dict)
     waiting: list[StepRecord] = field(default_factory=list)
     streamed_at: float = -math.inf
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run."""
+        return str(self.run.run_id)
 
 
 def read_child(run: Run, entries: Mapping[str, checkpoints.IndexEntry]) -> Child | None:
@@ -77,7 +83,7 @@ def read_child(run: Run, entries: Mapping[str, checkpoints.IndexEntry]) -> Child
         segment = None
     trial = parse(Trial, header, run_id).model_copy(update={"segments": tuple(segments), "open_segment": segment})
     return Child(
-        run_id, trial, bool(run.data.params), run.info.status, run.info.run_name, checkpoint=entries.get(run_id)
+        run.info, trial, bool(run.data.params), run.info.status, run.info.run_name, checkpoint=entries.get(run_id)
     )
 
 

@@ -117,7 +117,7 @@ class TrialRuns:
         child = self._children.get(trial.key)
         if child is None:
             run = self._created(trial.key) or self._create(trial)
-            child = Child(run.info.run_id, trial, False, run.info.status, run.info.run_name, records={})
+            child = Child(run.info, trial, False, run.info.status, run.info.run_name, records={})
             self._children[trial.key] = child
         else:
             log(self._client, child.run_id, tags=_open_tags(trial))
@@ -160,7 +160,7 @@ class TrialRuns:
         if child.records is None:
             records = {}
             for result in child.trial.segments:
-                text = read_text(self._client, child.run_id, _records_file(result.segment.index))
+                text = read_text(self._client, child.run, _records_file(result.segment.index))
                 for line in text.splitlines():
                     record = parse(StepRecord, line, child.run_id)
                     records[record.step] = record

@@ -20,6 +20,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from sqlalchemy import Engine, event
 
 from jfhpo.testing.ledgers import (
@@ -403,18 +405,38 @@ def test_records_that_do_not_come_are_no_lost_ones(
         ledger.commit(trial.key, make_result(segment), records)
     again = MlflowLedger(client)
     again.open(make_study())
-    download, calls = client.download_artifacts, iter((True, False))
+    calls = iter((True, False))
 
-    def falter(*arguments: Any) -> str:
+    def falter(*arguments: Any, **options: Any) -> ArtifactRepository:
         if next(calls, True):
-            return str(download(*arguments))
+            return get_artifact_repository(*arguments, **options)
         raise MlflowException("Failed to download artifacts")
 
     monkeypatch.setattr("mlflow_plugin.runs.is_server", lambda _uri: True)
-    monkeypatch.setattr(client, "download_artifacts", falter)
+    monkeypatch.setattr("mlflow_plugin.runs.get_artifact_repository", falter)
     with pytest.raises(LedgerUnavailable, match="does not come"):
         again.step_records(trial.key)
     assert again.step_records(trial.key) == make_records(0, 8)
+
+
+def test_records_are_read_without_asking_the_database(ledger: MlflowLedger, client: MlflowClient) -> None:
+    """A report reads those of all trials."""
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, make_result(segment), make_records(0, 4))
+    again = MlflowLedger(client)
+    assert again.look(make_study())
+    asked: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        assert again.step_records(trial.key) == make_records(0, 4)
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+    assert asked == []
 
 
 def test_a_locked_database_is_away_and_not_a_fault(tracking_uri: str) -> None:
