@@ -46,8 +46,8 @@ DEVIATIONS = 1.2816
 WIDER = 1.55
 METRIC_WIDER = 1.75
 """Factors on the deviations of scores and metrics, chosen on thirteen simulated fronts: where a mean is highest it is
-too high. Without them 63 % of the scores and 41 % of the metrics held on six of these fronts, with them 87 % of both on six
-others."""
+too high. Without them 63 % of the scores and 41 % of the metrics held on six of these fronts, with them 87 % of both on
+six others."""
 
 
 class Predicted(Record):
