@@ -356,7 +356,7 @@ def _trial_note(trial: Trial) -> str:
     newest = trial.open_segment or trial.segments[-1].segment
     lines = [
         (
-            f"**{trial.state.value.capitalize()}** at step {trial.step} of {trial.total_steps}. "
+            f"**{trial.state.value.capitalize()}** at step {trial.step} of {trial.total_steps}{_score_so_far(trial)}. "
             f"**Why this trial:** {newest.suggestion.explanation}."
         ),
         "",
@@ -366,16 +366,13 @@ def _trial_note(trial: Trial) -> str:
     if trial.segments and trial.segments[-1].message is not None:
         lines += [f"**What happened:** {trial.segments[-1].message}", ""]
     if trial.evaluations:
-        last = trial.evaluations[-1]
-        low, high = interval(last.score, last.standard_error)
-        best = ""
+        last, best = trial.evaluations[-1], ""
         if (of_n := last.pass_at_n) is not None:
             best = f"Pass@{of_n.n} is {number(of_n.score)} ± {number(of_n.standard_error)}. "
         lines += [
             (
-                f"**How sure:** held-out score {number(last.score)} at step {last.step}, 95 % interval {number(low)} "
-                f"to {number(high)} from {last.samples} completions. {best}The spread between training seeds comes on "
-                "top."
+                f"**How sure:** the score is of step {last.step}, its 95 % interval rests on {last.samples} "
+                f"completions. {best}The spread between training seeds comes on top."
             ),
             "",
         ]
@@ -390,6 +387,15 @@ def _trial_note(trial: Trial) -> str:
         segment = trial.open_segment
         lines.append(f"| {segment.start_step} to {segment.stop_step} | {_chosen(segment)} | running | | |")
     return "\n".join(lines)
+
+
+def _score_so_far(trial: Trial) -> str:
+    """The newest score for the first line of a description: MLflow shows the metrics in its own order."""
+    if not trial.evaluations:
+        return ""
+    last = trial.evaluations[-1]
+    low, high = interval(last.score, last.standard_error)
+    return f", held-out score **{number(last.score)}** ({number(low)} to {number(high)})"
 
 
 def _chosen(segment: Segment) -> str:

@@ -169,13 +169,15 @@ def _promise(result: SearchResult, predicted: Sequence[Predicted]) -> Promise | 
     second = result.study.spec.second_objective
     if second is None:
         return None
+    # What is not known of the metric counts against a configuration that was not run: its rivals may have as much.
     sign = 1.0 if second.direction == "minimize" else -1.0
     found = []
     for item in predicted:
+        bound = item.metric_high if second.direction == "minimize" else item.metric_low
         rivals = [
             tried.score
             for tried in result.tried
-            if not tried.broken and sign * tried.measured.get(second.metric, sign * math.inf) <= sign * item.metric
+            if not tried.broken and sign * tried.measured.get(second.metric, sign * math.inf) <= sign * bound
         ]
         if item.trial is None and rivals:
             found.append(Promise(predicted=item, measured=max(rivals)))

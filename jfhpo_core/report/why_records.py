@@ -76,7 +76,10 @@ class Promise(Record):
     """The configuration without a full run that is expected to lie farthest above the measured front."""
 
     predicted: Predicted
-    measured: float = Field(description="Best score that was measured with as good a metric, constraints respected.")
+    measured: float = Field(
+        description="Best score that was measured with a metric as good as the far end of its interval, constraints "
+        "respected."
+    )
 
 
 class Choice(Record):

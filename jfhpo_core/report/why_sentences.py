@@ -157,11 +157,11 @@ def _promise_sentence(promise: Promise, standard_error: float, study: Study) -> 
         )
     metric, low, high = (figures(value) for value in (item.metric, item.metric_low, item.metric_high))
     values = ", ".join(f"{name} {setting(value)}" for name, value in item.configuration.items())
-    side = "at most" if second.direction == "minimize" else "at least"
+    side, end = ("at most", high) if second.direction == "minimize" else ("at least", low)
     return (
         f"Without a full run so far, but expected above the front: a score of {number(item.score)} (80 % interval "
         f"{number(item.score_low)} to {number(item.score_high)}) with {second.metric} {metric} ({low} to {high}), "
-        f"where the best that was measured with {side} as much scores {number(promise.measured)}: {values}."
+        f"where the best that was measured with {side} {end} scores {number(promise.measured)}: {values}."
     )
 
 

@@ -57,7 +57,13 @@ def test_the_only_hyperparameter_that_matters_comes_first_and_alone_is_narrow(tm
     assert first.harmless is not None
     low, high = (float(value) for value in first.harmless)
     assert low <= float(first.best or 0) <= high < 10 * low
-    assert next(item.harmless for item in others if item.name == "max_grad_norm") == (0.1, 2.0)
+    widths = {}
+    for item in (first, *others):
+        if item.name in ("learning_rate", "max_grad_norm") and item.harmless is not None:
+            ends = [study.space[item.name].encode(value)[0] for value in item.harmless]
+            widths[item.name] = ends[1] - ends[0]
+    # On max_grad_norm nothing depends, but 20 runs tell so little that not all of its range is called harmless.
+    assert widths["max_grad_norm"] > 5 * widths["learning_rate"]
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ from jfhpo_core.optimizer.strategy import load_strategy
 from jfhpo_core.report import write_report
 from jfhpo_core.report.page import write_plots
 from jfhpo_core.report.why import why
+from jfhpo_core.report.why_sentences import sections
 from jfhpo_core.run.outcome import SearchResult, conclude
 from tests.optimizer.test_constraints import full_runs, limited
+from tests.optimizer.test_predicted_front import runs as simulated_runs
 
 RUNS = ((0.7, 0.3), (0.6, 0.09), (0.5, 0.07), (0.4, 0.02), (0.35, 0.05))
 
@@ -41,6 +43,31 @@ def test_why_says_what_a_constraint_costs_and_where_the_front_ends(result: Searc
         "with 0.02."
     )
     assert page.sentences[:2] == page.topics["tradeoffs"]
+
+
+@pytest.mark.slow
+def test_what_is_expected_above_the_front_is_named_drawn_and_listed(tmp_path: Path) -> None:
+    study = limited(tmp_path, strategy="random", second_objective="kl", constraints={})
+    trials = simulated_runs(study, 32)
+    # The best runs with a KL between 0.05 and 0.2 are taken away: there the model has to say what could be had.
+    left = [t for t in trials if t.final is not None and not 0.05 < t.final.training["kl"] < 0.2]
+    result = conclude(study, left, load_strategy(study), complete=True)
+    page = why(result)
+    assert page.promise is not None
+    assert page.promise.predicted in page.predicted_front
+    assert page.promise.predicted.trial is None
+    sentence = page.topics["tradeoffs"][-1]
+    assert f"expected above the front: a score of {page.promise.predicted.score:.3f}" in sentence
+    assert f"scores {page.promise.measured:.3f}: learning_rate" in sentence
+    report = write_report(result, {}, tmp_path, explained=page).read_text(encoding="utf-8")
+    section = report.split('aria-labelledby="tradeoffs"')[1].split("</section>")[0]
+    assert section.count(", expected: score ") == len(page.predicted_front)
+    table = section.split("The front that the model expects")[-1]
+    assert table.count("<tr><td") == len(page.predicted_front)
+    # Nothing is promised of a configuration that is expected to be no better than what was measured.
+    level = page.promise.model_copy(update={"measured": page.promise.predicted.score})
+    said = sections(study, page.model_copy(update={"promise": level}))["tradeoffs"]
+    assert said[-1].startswith("No configuration without a full run is expected to lie above the measured front")
 
 
 @pytest.mark.slow
