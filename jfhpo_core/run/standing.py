@@ -12,11 +12,7 @@ from jfhpo_core.optimizer.strategy import Recommendation, Strategy
 from jfhpo_core.stopping.rules import ZeroReward
 from jfhpo_core.study.history import History
 from jfhpo_core.study.resolved import Study
-from jfhpo_core.study.trial import (
-    Trial,
-    TrialState,
-    configuration_key,
-)
+from jfhpo_core.study.trial import VALIDATION, Trial, TrialState, configuration_key
 
 REWARDLESS_AFTER = 8
 """So many runs without any reward, one of them on the target, show that there is nothing to learn from. Each of them
@@ -98,7 +94,8 @@ class Standing:
     def finalists(self) -> list[tuple[Recommendation, Trial | None]]:
         """The best-ranked configurations, as many as are validated, and what was trained of them on the target.
 
-        Those that a rule stopped, that failed or that broke a constraint on the target are passed over.
+        Those that a rule stopped, that failed or that broke a constraint on the target are passed over. The list ends
+        with the first one that the search itself has completed there: what is ranked below would not be recommended.
         """
         on_target = first_seed_on_target(self.history)
         ranked = ((item, on_target.get(configuration_key(item.configuration))) for item in self.ranked)
@@ -108,7 +105,13 @@ class Standing:
             for item, known in ranked
             if (known is None or known.state not in ruined) and not self.history.breaks(item.configuration)
         ]
-        return left[: self.history.study.spec.budget.top_k]
+        needed = next((index + 1 for index, (_, known) in enumerate(left) if _is_completed_by_search(known)), len(left))
+        return left[: min(self.history.study.spec.budget.top_k, needed)]
+
+
+def _is_completed_by_search(trial: Trial | None) -> bool:
+    """Whether a run reached its full length before the validation, which must not depend on the order of its runs."""
+    return trial is not None and trial.final is not None and trial.segments[-1].segment.suggestion.source != VALIDATION
 
 
 def recommend(study: Study, strategy: Strategy, trials: Sequence[Trial]) -> Recommendation | None:

@@ -302,7 +302,13 @@ class BudgetSpec(_Section):
     validation_share: float = Field(
         default=0.35, ge=0, lt=1, description="Share held back for full-length trials on the target."
     )
-    top_k: int = Field(default=2, ge=1, le=1000, description="Configurations validated on the target at full length.")
+    top_k: int = Field(
+        default=2,
+        ge=1,
+        le=1000,
+        description="At most so many configurations that rank above all complete ones are brought to full length on "
+        "the target before one is recommended.",
+    )
 
     hourly_cost: float | None = Field(
         default=None, ge=0, le=1e6, description="Price of a device-hour; with it every bill is given in money, too."

@@ -192,9 +192,9 @@ def test_what_is_said_to_be_best_and_is_not_is_believed_no_more(tmp_path: Path) 
     assert sources[0] == "jfhpo/known-optimum"
     assert sources.count("jfhpo/known-optimum") == 1
     assert searched[0].model == study.ladder.target.name
-    proxy = study.ladder.models[0].name
-    assert any(trial.model == proxy for trial in searched), "proxies come after all"
-    later = [trial for trial in searched[1:] if trial.model != proxy]
+    target = study.ladder.target.name
+    assert any(trial.model != target for trial in searched), "proxies come after all"
+    later = [trial for trial in searched[1:] if trial.model == target]
     assert later[0].segments[0].segment.suggestion.source == "jfhpo/expected", "the refuted run does not count"
     assert later[0].configuration == study.space.middle()
     assert float(searched[0].configuration["learning_rate"]) > 5e-4

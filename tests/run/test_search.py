@@ -556,6 +556,22 @@ def test_validation_continues_or_begins_the_best_on_the_target(tmp_path: Path) -
     assert target[zero].state is TrialState.COMPLETED
 
 
+@pytest.mark.parametrize(("plan", "validated"), [(((0, "large", 480),), []), (((1, "large", 480),), [0])])
+def test_only_what_ranks_above_a_complete_run_is_validated(
+    tmp_path: Path, plan: tuple[tuple[int, str, int], ...], validated: list[int]
+) -> None:
+    """`Climb` ranks configuration 0 above 1, and no other."""
+    study = simulated_study(tmp_path, budget={"trial_seconds": 2000, "top_k": 2, "max_parallel": 1})
+    outcome, _ = search(study, strategy=Climb((*((index, "small", 160) for index in range(3)), *plan)))
+    configurations = fresh_configurations(study, (), 0, 3)
+    assert [
+        configurations.index(trial.configuration)
+        for trial in outcome.trials
+        for result in trial.segments
+        if result.segment.suggestion.source == VALIDATION
+    ] == validated
+
+
 @dataclass(frozen=True)
 class Told(Climb):
     """Remembers what it was told to be left."""
