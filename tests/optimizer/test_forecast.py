@@ -304,7 +304,7 @@ def forecasts_and_end(study: Study) -> tuple[list[Quality], float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "budget"),
-    [("random", 300), ({"name": "jfhpo", "settings": {"initial_trials": 5, "pool": 64, "fresh": 6, "local": 6}}, 300)],
+    [("random", 300), ({"name": "jfhpo", "settings": {"initial_trials": 5, "pool": 64, "fresh": 6, "local": 6}}, 400)],
 )
 def test_forecasts_hold_what_simulated_searches_end_with(strategy: object, budget: float, tmp_path: Path) -> None:
     space = {
