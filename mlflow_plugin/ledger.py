@@ -389,9 +389,11 @@ class MlflowLedger:
 
     def _create_study(self) -> Run:
         tags = {STUDY: self._study.study, IDENTITY: self._study.identity(), STATE: StudyState.RUNNING.value}
-        return self._client.create_run(
+        created = self._client.create_run(
             self._experiment_id, tags={**self._particulars.source, **tags}, run_name=self._study.study
         )
+        # The answer may name another run than the one that later processes will find.
+        return find_study_run(self._client, self._experiment_id, self._study) or created
 
     def _note_contents(self, known: Mapping[str, str], changes: Sequence[str]) -> None:
         """Keep the digests of what the study reads, and which of them changed; those of old studies begin today."""

@@ -22,6 +22,7 @@ from jfhpo_core.study.resolved import checkpoint_store
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.study_file import parse_study
 from jfhpo_core.study.trial import Trial
+from mlflow_plugin.owner import TAG as OWNER
 from mlflow_plugin.runs import search_runs
 from mlflow_plugin.tags import (
     CHANGED,
@@ -38,8 +39,13 @@ from mlflow_plugin.tracking import connect, experiment_name, store_exists
 
 
 def find_study_run(client: MlflowClient, experiment_id: str, study: StudySpec) -> Run | None:
+    """The run of a study; None if there is none.
+
+    A `create_run` that was sent twice, or by two processes at a time, leaves two runs: the one that a process has owned
+    counts, or else the oldest.
+    """
     runs = search_runs(client, experiment_id, f"tags.`{STUDY}` = '{study.study}'")
-    return runs[0] if runs else None
+    return min(runs, key=lambda run: OWNER not in run.data.tags, default=None)
 
 
 def refuse_other_meaning(client: MlflowClient, run: Run, study: StudySpec) -> None:

@@ -2,7 +2,8 @@
 
 The model is that of a journaling file system. The content of a file is sure to be there after `fsync` of the file. A
 name in a folder is sure to be there after `fsync` of the folder. Of what is not flushed, a loss of power keeps any
-part: of contents any beginning, of names any set in which no change of a folder is kept without those before it.
+part: of contents any beginning, of names any set in which no change of a folder is kept without those before it. What
+is flushed stays when more is appended to the file, and may be lost with the rest when the file is written anew.
 """
 
 from __future__ import annotations
@@ -21,11 +22,21 @@ from typing import Any, ClassVar
 
 @dataclass(eq=False)
 class File:
-    """A file's content, and as much of it as is on the platter."""
+    """A file's content, and as much of it as is on the platter.
+
+    Attributes:
+        flushed: The content at the last flush.
+        safe: So many first bytes of the content are flushed and have not been written again.
+    """
 
     content: bytes = b""
     flushed: bytes = b""
+    safe: int = 0
     links: int = 0
+
+    def settle(self) -> None:
+        """All of the content is on the platter."""
+        self.flushed, self.safe = self.content, len(self.content)
 
 
 @dataclass(eq=False)
@@ -91,6 +102,7 @@ class Disk:
 
         def change() -> None:
             file.content = whole
+            file.safe = file.safe if append else 0
             self._files[id(file)] = file
 
         self._point("write", change)
@@ -122,7 +134,7 @@ class Disk:
 
         def change() -> None:
             if isinstance(node, File):
-                node.flushed = node.content
+                node.settle()
                 self._files.pop(id(node), None)
             else:
                 self._settle({id(node)})
@@ -179,7 +191,7 @@ def _restore(folder: Folder, seen: set[int]) -> None:
             _restore(node, seen)
         else:
             node.links = node.links + 1 if id(node) in seen else 1
-            node.flushed = node.content
+            node.settle()
             seen.add(id(node))
 
 
@@ -196,7 +208,7 @@ def _torn(file: File, draw: random.Random) -> bytes:
     """What a loss of power leaves of a file that is not flushed: the old content, or a beginning of the new one."""
     if draw.random() < 0.3:
         return file.flushed
-    cut = draw.randint(0, len(file.content))
+    cut = draw.randint(file.safe, len(file.content))
     return file.content[:cut]
 
 

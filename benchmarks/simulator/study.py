@@ -17,8 +17,8 @@ from jfhpo_core.trainers import Job, TrainingResult
 from jfhpo_core.trainers.base import Observer
 
 SEGMENT_SECONDS = 4.0
-WORDS = "because the schedule asks for it; " * 200
-"""A reason that is longer than a tag of MLflow may be."""
+WORDS = "因为计划要求它; " * 800
+"""A reason ("because the schedule asks for it") of several bytes a character, longer than a tag of MLflow may be."""
 
 
 @cache

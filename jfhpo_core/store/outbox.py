@@ -227,7 +227,7 @@ def waiting(path: Path) -> list[PendingWrite]:
     if not path.exists():
         return []
     entries = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")  # not decoded as a whole: what is cut off may end within a character
     for number, line in enumerate(lines, 1):
         try:
             entries += [PendingWrite.model_validate_json(line)] if line else []

@@ -377,6 +377,41 @@ def test_a_trial_that_was_created_twice_counts_once(ledger: MlflowLedger, client
     assert again.trials() == ledger.trials()
 
 
+def test_a_study_that_was_created_twice_goes_on_where_it_was(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, created = client.create_run, []
+
+    def create_twice(*arguments: Any, **keywords: Any) -> Run:
+        created.extend(create(*arguments, **keywords) for _ in range(2))
+        return created[-1]
+
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    first = MlflowLedger(client)
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "create_run", create_twice)
+        first.open(make_study())
+    first.begin(trial, segment)
+    first.commit(trial.key, make_result(segment), make_records(0, 4))
+    assert len(created) == 2
+    again = MlflowLedger(client)
+    again.open(make_study())
+    assert again.trials() == first.trials()
+
+
+def test_a_study_stays_in_its_run_when_a_late_request_creates_an_older_one(
+    ledger: MlflowLedger, client: MlflowClient
+) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, make_result(segment), make_records(0, 4))
+    tags = {"jfhpo.study": make_study().study, "jfhpo.identity": make_study().identity()}
+    client.create_run(ledger.experiment_id, start_time=0, tags=tags)
+    again = MlflowLedger(client)
+    again.open(make_study())
+    assert again.trials() == ledger.trials()
+
+
 def test_unreadable_content_is_explained(ledger: MlflowLedger, client: MlflowClient) -> None:
     trial, segment = make_trial(0), make_segment(0, 0, 4)
     ledger.begin(trial, segment)

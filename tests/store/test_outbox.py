@@ -19,7 +19,7 @@ from jfhpo_core.errors import LedgerError, LedgerUnavailable
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import Ledger, MemoryLedger
-from jfhpo_core.store.outbox import Outbox, waiting
+from jfhpo_core.store.outbox import Outbox, PendingWrite, waiting
 from jfhpo_core.study.trial import Segment, SegmentResult, StepRecord, Trial
 from tests.studies import simulated_study
 
@@ -122,6 +122,15 @@ def test_what_a_crash_has_cut_off_does_not_spoil_what_waits_next(tmp_path: Path)
     after = Outbox(store, path)
     after.open(make_study())
     assert after.trials() == outbox.trials()
+
+
+def test_what_a_crash_has_cut_off_may_end_within_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "outbox.jsonl"
+    whole = (
+        PendingWrite(key="0", result=make_result(make_segment(0, 0, 4), message="größer")).model_dump_json().encode()
+    )
+    path.write_bytes(whole + b"\n" + whole[: whole.index("ö".encode()) + 1])
+    assert [entry.model_dump_json().encode() for entry in waiting(path)] == [whole]
 
 
 @pytest.mark.usefixtures("no_waiting")

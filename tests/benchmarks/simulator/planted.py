@@ -1,4 +1,4 @@
-"""Twenty-one bugs, each planted into the real code in the place of what is there."""
+"""Twenty-two bugs, each planted into the real code in the place of what is there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.simulator.disk import SimulatedOs
+from benchmarks.simulator.world import OUTBOX
 from jfhpo_core.run import planning, search, worker
 from jfhpo_core.store import checkpoints, ledger, outbox
 from jfhpo_core.store.outbox import Outbox, PendingWrite
@@ -30,6 +32,11 @@ def nothing(*_: object, **__: object) -> None:
 def name_of_the_outbox_is_not_flushed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(outbox, "flush", nothing)
     patch.setattr(outbox, "make_folder", lambda folder: folder.mkdir(parents=True, exist_ok=True))
+
+
+def content_of_the_outbox_is_not_flushed(patch: pytest.MonkeyPatch) -> None:
+    real = SimulatedOs.fsync
+    patch.setattr(SimulatedOs, "fsync", lambda path: None if path == OUTBOX else real(path))
 
 
 def what_waits_is_not_written_down(patch: pytest.MonkeyPatch) -> None:
@@ -176,6 +183,7 @@ def pages_are_not_turned(patch: pytest.MonkeyPatch) -> None:
 
 PLANTED: tuple[Plant, ...] = (
     name_of_the_outbox_is_not_flushed,
+    content_of_the_outbox_is_not_flushed,
     what_waits_is_not_written_down,
     what_waits_is_not_delivered,
     the_outbox_is_deleted_before_it_is_delivered,

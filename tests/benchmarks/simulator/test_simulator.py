@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import pytest
 
+from benchmarks.simulator.disk import Disk, SimulatedPath
 from benchmarks.simulator.schedules import Schedule, explore, fault_of, run, shrink
 from tests.benchmarks.simulator.planted import PLANTED, Plant, a_study_that_was_released_counts_as_ours
 
@@ -24,6 +28,51 @@ def test_a_schedule_is_replayed_from_its_text() -> None:
     one, other = run(schedule), run(Schedule.parse(str(schedule)))
     assert one.operations == other.operations
     assert one.trials == other.trials
+
+
+@pytest.mark.parametrize(
+    "finding",
+    [
+        pytest.param("500012 22:away:1 85:power:1", id="power is lost while the outbox grows"),
+        pytest.param("1218 6:twice:0", id="the run of the study is created twice"),
+        pytest.param("4746 4:power:8 39:away:9 89:power:0 139:away:6 371:late:8", id="a character is cut off"),
+    ],
+)
+def test_what_was_found_holds_now(finding: str) -> None:
+    assert fault_of(Schedule.parse(finding)) is None
+
+
+def left_by_a_loss_of_power(change: Callable[[SimulatedPath], object], monkeypatch: pytest.MonkeyPatch) -> set[bytes]:
+    """What a hundred losses of power leave of a file whose content `old` was flushed before the change."""
+    left = set()
+    for seed in range(100):
+        disk = Disk(lambda _kind, apply: apply())
+        monkeypatch.setattr(SimulatedPath, "disk", disk, raising=False)
+        path = SimulatedPath("/file")
+        path.write_bytes(b"old")
+        disk.flush(path)
+        disk.flush(path.parent)
+        change(path)
+        disk.lose_power(random.Random(seed))
+        left.add(path.read_bytes())
+    return left
+
+
+def test_a_loss_of_power_takes_nothing_that_was_flushed_before_more_was_appended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def append(path: SimulatedPath) -> None:
+        with path.open("a") as file:
+            file.write("new")
+
+    assert left_by_a_loss_of_power(append, monkeypatch) == {b"old", b"oldn", b"oldne", b"oldnew"}
+
+
+def test_a_loss_of_power_may_take_what_was_flushed_from_a_file_that_is_written_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = left_by_a_loss_of_power(lambda path: path.write_bytes(b"new"), monkeypatch)
+    assert left == {b"old", b"", b"n", b"ne", b"new"}
 
 
 def test_a_finding_is_shrunk_to_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
