@@ -92,6 +92,7 @@ class Case:
         return Job(
             study=self.study,
             trial_key=KEY,
+            trial_number=0,
             model="small",
             model_path=self.model_path,
             parameters=10_000,

@@ -309,7 +309,7 @@ class RayDispatcher:
                 raise too_large(job, largest)
             if time.monotonic() > notice:
                 notice += PLACEMENT_NOTICE_SECONDS
-                logger.info("trial %s waits for %d devices; %d are busy", job.trial_key, job.devices, load)
+                logger.info("trial #%d waits for %d devices; %d are busy", job.trial_number, job.devices, load)
 
     def _await_start(self, ticket: _Ticket) -> None:
         """Wait until Ray has started.
@@ -343,9 +343,9 @@ class RayDispatcher:
                 result = outcome.model_copy(update={"attempts": len(losses) + 1})
                 return Finished(job.trial_key, result, tuple(records))
             losses.append(outcome)
-            logger.warning("trial %s: attempt %d was lost: %s", job.trial_key, len(losses), outcome.reason)
+            logger.warning("trial #%d: attempt %d was lost: %s", job.trial_number, len(losses), outcome.reason)
             if outcome.details is not None:
-                logger.info("trial %s: %s", job.trial_key, outcome.details)
+                logger.info("trial #%d: %s", job.trial_number, outcome.details)
             if len(losses) > self._cluster.segment_retries:
                 return _give_up(job, losses, records, seconds)
             if not ticket.granted.is_set():
@@ -363,7 +363,7 @@ class RayDispatcher:
             if isinstance(stored, SegmentResult):
                 return stored
             loss = stored
-            logger.warning("trial %s: %s", ticket.job.trial_key, loss.reason)
+            logger.warning("trial #%d: %s", ticket.job.trial_number, loss.reason)
         if staged.result.end_step >= ticket.job.total_steps:
             return loss
         what = f"{loss.reason}; what was measured counts, and the trial can go on from the checkpoint before"

@@ -15,6 +15,8 @@ from typing import Any
 from jfhpo_core.errors import SpecError
 from jfhpo_core.run.ray_versions import version_mismatch
 
+PR_SET_PDEATHSIG = 1
+
 OBJECT_STORE_BYTES = 100 * 2**20
 """Step records are all that a private instance has to hold."""
 
@@ -125,6 +127,15 @@ def hear_of_children() -> None:
     set_handler = ctypes.CDLL(None).signal
     set_handler.argtypes, set_handler.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     set_handler(signal.SIGCHLD, None)
+
+
+def end_with_raylet() -> None:
+    """Have the kernel end this worker when its raylet dies.
+
+    A worker that hears of its raylet's death ends by itself. One that stands still (SIGSTOP, a frozen device driver)
+    hears nothing, and would hold its memory and devices after driver and raylet were killed; SIGKILL reaches it.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def last_line(error: BaseException) -> str:

@@ -188,8 +188,8 @@ class WorkerPool:
             if time.monotonic() > notice:
                 notice += PLACEMENT_NOTICE_SECONDS
                 logger.warning(
-                    "trial %s waits for its worker: Ray has to find %s for it (it has %s), and the worker has to "
-                    "import trainer %r", job.trial_key, self._resources(worker.devices), ray.cluster_resources(),
+                    "trial #%d waits for its worker: Ray has to find %s for it (it has %s), and the worker has to "
+                    "import trainer %r", job.trial_number, self._resources(worker.devices), ray.cluster_resources(),
                     job.study.trainer.name,
                 )  # fmt: skip
         ray.get(ready)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from jfhpo_core.run.dispatch import Suspended
 from jfhpo_core.run.parts import Paused
-from jfhpo_core.run.ray_instance import hear_of_children, last_line, this_node
+from jfhpo_core.run.ray_instance import end_with_raylet, hear_of_children, last_line, this_node
 from jfhpo_core.run.worker import Cancelled, Staged, store_staged, train_job
 from jfhpo_core.study.trial import FailureKind, SegmentResult, StepRecord
 from jfhpo_core.trainers import Job, load_trainer
@@ -50,6 +50,7 @@ class WorkerProcess:
     """
 
     def __init__(self, trainer: str) -> None:
+        end_with_raylet()
         hear_of_children()
         _trainer(trainer).warm_up()
         self._cancelled = threading.Event()
@@ -95,6 +96,9 @@ class WorkerProcess:
 
 class StorageProcess:
     """What stores the checkpoint of a segment once its devices were given back."""
+
+    def __init__(self) -> None:
+        end_with_raylet()
 
     def store(self, staged: Staged, again: bool) -> SegmentResult:
         """See `store_staged`."""

@@ -291,7 +291,7 @@ def _note(job: Job, step: int, faults: list[str]) -> str | None:
         return None
     reasons = "; ".join(faults) or "the checkpoint there was not stored"
     note = f"trained again from step {step} instead of {job.segment.start_step}: {reasons}"
-    logger.warning("trial %s: %s", job.trial_key, note)
+    logger.warning("trial #%d: %s", job.trial_number, note)
     return note
 
 

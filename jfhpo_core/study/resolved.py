@@ -152,6 +152,7 @@ class Study:
         return Job(
             study=self.spec,
             trial_key=trial.key,
+            trial_number=trial.number,
             model=model.name,
             model_path=model.path,
             parameters=model.parameters,

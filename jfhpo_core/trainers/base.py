@@ -47,6 +47,7 @@ class Job(Record):
 
     study: StudySpec
     trial_key: str
+    trial_number: int = Field(ge=0, description="By which messages name the trial.")
     model: str
     model_path: str = Field(description="Folder of the checkpoint, or its name on the hub.")
     parameters: int = Field(ge=1, description="Parameter count of the model.")

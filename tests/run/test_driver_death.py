@@ -20,7 +20,7 @@ from jfhpo_core.study.resolved import resolve
 from jfhpo_core.study.spec import StudySpec
 from jfhpo_core.study.trial import SegmentResult, Trial
 from mlflow_plugin.ledger import MlflowLedger
-from tests.run.support import PATIENCE_SECONDS, all_gone, descendants
+from tests.run.support import PATIENCE_SECONDS, all_gone, descendants, processes
 from tests.studies import study_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tracking_uri")]
@@ -142,6 +142,21 @@ def test_a_search_whose_driver_dies_goes_on(tmp_path: Path, blow: signal.Signals
         shorter = min(len(mine), len(theirs))
         assert mine[:shorter] == theirs[:shorter]
         assert shorter > 3
+
+
+def test_a_worker_that_stands_still_ends_with_its_driver(tmp_path: Path) -> None:
+    search = Search(tmp_path, study_of(tmp_path, 0.05, parallel=1))
+    with search:
+        search.until(lambda: len(search.submitted()) >= 2 and trains(search))
+        started = descendants(search.process.pid)
+        workers = {pid for pid, command in started.items() if "WorkerProcess" in command}
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+    try:
+        assert all_gone(set(started)), "the driver is gone and a stopped worker is left"
+    finally:
+        for pid in workers & processes().keys():
+            os.kill(pid, signal.SIGKILL)
 
 
 def trained(trial: Trial) -> tuple[Any, ...]:

@@ -307,6 +307,22 @@ def test_a_trial_on_all_gpus_is_not_overtaken_and_no_gpu_is_given_twice(
     assert sorted(first) == [1, 2]
 
 
+@pytest.mark.usefixtures("running_ray")
+def test_who_waits_for_devices_is_named_by_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_dispatch, "PLACEMENT_NOTICE_SECONDS", 0.0)
+    study = fragile_study(tmp_path, "hang", times=1)
+    dispatcher = RayDispatcher(ClusterSpec(address="local"), slots=1)
+    with caplog.at_level("INFO", logger=ray_dispatch.__name__):
+        for number in (7, 8):
+            trial = study.new_trial(number, {"learning_rate": 1e-4 * number}, study.ladder.target.name, seed=0)
+            dispatcher.submit(study.job(trial, study.next_segment(trial, 480, BECAUSE), (), None))
+        wait_until(lambda: " waits for " in caplog.text, "a notice")
+    dispatcher.close()
+    assert "trial #8 waits for 1 devices; 1 are busy" in caplog.text
+
+
 def test_programs_that_a_reward_runs_may_fail_visibly(ray_dispatcher: RayDispatcher, tmp_path: Path) -> None:
     study = fragile_study(tmp_path, "program", times=1)
     ray_dispatcher.submit(first_job(study))

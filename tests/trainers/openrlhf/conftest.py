@@ -69,6 +69,7 @@ def job(spec: StudySpec, folder: Path, *, start: int = 0, stop: int = 2, devices
     return Job(
         study=spec,
         trial_key=KEY,
+        trial_number=0,
         model="m",
         model_path=spec.family.models[0].path,
         parameters=600_000,
