@@ -108,7 +108,9 @@ def recorded_before(study: StudySpec) -> list[str]:
         raise LedgerError(f"warm_start: earlier studies cannot be looked up: {error.message}") from error
     begun = min((run.info.start_time for run in runs if run.data.tags[STUDY] == study.study), default=math.inf)
     earlier = [run for run in runs if run.info.start_time < begun]
-    return [run.data.tags[STUDY] for run in sorted(earlier, key=lambda run: -run.info.start_time)]
+    # A request whose answer was lost may have created a run twice.
+    names = (run.data.tags[STUDY] for run in sorted(earlier, key=lambda run: -run.info.start_time))
+    return list(dict.fromkeys(names))
 
 
 def refuse_deleted_study(client: MlflowClient, experiment_id: str, study: StudySpec) -> None:

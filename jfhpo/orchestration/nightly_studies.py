@@ -112,7 +112,7 @@ def recorded_studies(base: StudySpec) -> list[str]:
         runs = [] if experiment is None else search_runs(client, experiment.experiment_id, f"tags.`{STUDY}` != ''")
     except MlflowException as error:
         raise LedgerError(f"the earlier nights of study {base.study!r} cannot be read: {error.message}") from error
-    return [run.data.tags[STUDY] for run in runs]
+    return list(dict.fromkeys(run.data.tags[STUDY] for run in runs))
 
 
 def look_up(base: StudySpec, name: str) -> RecordedStudy:

@@ -48,6 +48,7 @@ from jfhpo_core.study.spec import StudySpec, TrackingSpec
 from jfhpo_core.study.trial import Decision, FailureKind, Outcome, PassAtN, Trial
 from mlflow_plugin.ledger import MlflowLedger
 from mlflow_plugin.presentation import StudyState
+from mlflow_plugin.study_run import recorded_before
 from mlflow_plugin.tags import TAG_LIMIT
 from mlflow_plugin.tracking import absolute_uri, store_exists
 
@@ -397,6 +398,9 @@ def test_a_study_that_was_created_twice_goes_on_where_it_was(
     again = MlflowLedger(client)
     again.open(make_study())
     assert again.trials() == first.trials()
+    monkeypatch.setattr("mlflow_plugin.study_run.connect", lambda _: client)
+    monkeypatch.setattr("mlflow_plugin.study_run.store_exists", lambda _: True)
+    assert recorded_before(make_study(study="another")) == [make_study().study], "it is one study to learn from"
 
 
 def test_a_study_stays_in_its_run_when_a_late_request_creates_an_older_one(
