@@ -84,8 +84,9 @@ INTRODUCTION = (
     "`table-instruct` and `table-arithmetic` were looked at, with other seeds, while this was built; on them the same "
     "configurations rank almost alike (0.96), so that each knows nearly everything of the other. `table-countdown` is "
     "a task and a family of another kind (rank correlation with the other two 0.66 and 0.70); it was recorded after "
-    "all this had been built, and served for [decision 29](../decisions/0029-comparable-runs.md) and "
-    "[31](../decisions/0031-arch.md) like the other two, with other seeds than these."
+    "all this had been built, and served for decisions [29](../decisions/0029-comparable-runs.md), "
+    "[31](../decisions/0031-arch.md) and [33](../decisions/0033-what-is-believed.md) like the other two, with other "
+    "seeds than these."
 )
 
 HEAD = (

@@ -36,8 +36,8 @@ PAGE = "warm-start.md"
 
 STARTS = {
     "cold": "no earlier study, but what is shipped, less what was recorded of its own task",
-    "warm": "the first study",
-    "misled": "the first study with every score turned round: its best is its worst",
+    "warm": "the first study beside what is shipped",
+    "misled": "the same with every score of the first study turned round: its best is its worst",
 }
 """What a second study starts from."""
 

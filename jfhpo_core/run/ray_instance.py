@@ -10,6 +10,7 @@ import signal
 import socket
 import textwrap
 import warnings
+from pathlib import Path
 from typing import Any
 
 from jfhpo_core.errors import SpecError
@@ -130,12 +131,14 @@ def hear_of_children() -> None:
 
 
 def end_with_raylet() -> None:
-    """Have the kernel end this worker when its raylet dies.
+    """Have the kernel end this worker when its raylet dies, where it is Linux and the raylet its parent.
 
     A worker that hears of its raylet's death ends by itself. One that stands still (SIGSTOP, a frozen device driver)
     hears nothing, and would hold its memory and devices after driver and raylet were killed; SIGKILL reaches it.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = Path(f"/proc/{os.getppid()}/comm")
+    if parent.exists() and parent.read_text(encoding="utf-8").strip() == "raylet":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def last_line(error: BaseException) -> str:
