@@ -92,8 +92,8 @@ and a flow run could fail at its very end; a study whose database was lost as a 
 one whose database was cut off was refused with the wrong remedy.
 
 The Ray worker of seed 9000 that was left stood still (SIGSTOP) when its driver was killed, and so heard nothing of it.
-Since then the kernel ends workers together with their raylet; the test is in `tests/run/test_driver_death.py`, the run of
-the suite was not repeated.
+Since then the kernel ends workers together with their raylet; the test is in `tests/run/test_driver_death.py`, the run
+of the suite was not repeated.
 
 Five runs at the command line were taken off the record because the suite's own check was wrong (a search that had ended
 before its study was deleted or its second driver came; an upgraded study that was looked for in the wrong place), and

@@ -30,7 +30,12 @@ class StoredRun:
     def shown(self) -> Any:
         """As the client returns it."""
         info = SimpleNamespace(
-            run_id=self.identity, run_name=self.name, status=self.status, lifecycle_stage="active", experiment_id="1"
+            run_id=self.identity,
+            run_name=self.name,
+            status=self.status,
+            lifecycle_stage="active",
+            experiment_id="1",
+            artifact_uri=self.identity,
         )
         return SimpleNamespace(info=info, data=SimpleNamespace(tags=dict(self.tags), params=dict(self.params)))
 
@@ -140,14 +145,6 @@ class Client:
         paths = self._request(lambda: list(self._server.runs[run_id].artifacts))
         return [SimpleNamespace(path=path) for path in paths]
 
-    def download_artifacts(self, run_id: str, path: str, folder: str) -> str:
-        text = self._request(lambda: self._server.runs[run_id].artifacts.get(path))
-        if text is None:
-            raise FileNotFoundError(path)
-        local = Path(folder) / Path(path).name
-        local.write_text(text, encoding="utf-8")
-        return str(local)
-
     def log_inputs(self, run_id: str, inputs: object) -> None:
         self._request(lambda: None)
 
@@ -174,3 +171,20 @@ class Client:
 
     def search_logged_models(self, *arguments: object, **keywords: object) -> Page:
         return self._request(lambda: Page(self._server.models.values()))  # type: ignore[no-any-return]
+
+
+@dataclass
+class Artifacts:
+    """The artifacts of one run, as MLflow's repositories offer them."""
+
+    run: StoredRun
+    request: Callable[[Callable[[], Any]], Any]
+
+    def download_artifacts(self, path: str, folder: str) -> str:
+        """Write an artifact into a folder; returns where."""
+        text = self.request(lambda: self.run.artifacts.get(path))
+        if text is None:
+            raise FileNotFoundError(path)
+        local = Path(folder) / Path(path).name
+        local.write_text(text, encoding="utf-8")
+        return str(local)

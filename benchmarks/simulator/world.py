@@ -22,7 +22,7 @@ from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from benchmarks.simulator.disk import Disk, File, Folder, SimulatedOs, SimulatedPath, SimulatedShutil
 from benchmarks.simulator.study import Halving, Trainer, study
-from benchmarks.simulator.tracking import Client, Server, StoredRun
+from benchmarks.simulator.tracking import Artifacts, Client, Server, StoredRun
 from jfhpo_core.errors import CheckpointError, InfrastructureError, LedgerError, LedgerUnavailable
 from jfhpo_core.run import parts, search, worker
 from jfhpo_core.run.dispatch import Event, Finished, InlineDispatcher
@@ -401,6 +401,10 @@ class World:
             self.trials = reader.trials()
         return self
 
+    def _artifacts(self, uri: str, *, tracking_uri: str) -> Artifacts:
+        """In place of MLflow's registry of repositories; a run's address is its id."""
+        return Artifacts(self.server.runs[uri], self.request)
+
     @contextlib.contextmanager
     def _in_place(self) -> Iterator[None]:
         """Put clock, disk and processes of this world in the place of the real ones."""
@@ -417,6 +421,7 @@ class World:
             (checkpoints, "SHARED_BYTES", SHARED_BYTES),
             (worker, "_companions", lambda: ()),
             (worker, "_surroundings", lambda _job: contextlib.nullcontext()),
+            (runs, "get_artifact_repository", self._artifacts),
             (owner, "os", process),
             (owner, "threading", threads),
             (owner, "socket", SimpleNamespace(gethostname=lambda: self.driver.host)),

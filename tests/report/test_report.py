@@ -18,6 +18,7 @@ from jfhpo_core.optimizer.strategy import Proposal, RandomSearch, Recommendation
 from jfhpo_core.report import caveats, contrasts, figures, verdict, write_headline, write_report
 from jfhpo_core.report import findings as summary
 from jfhpo_core.report.page import clip, settings_table
+from jfhpo_core.report.text import share
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.outcome import Comparison, SearchResult, conclude
 from jfhpo_core.run.search import run_search
@@ -202,7 +203,7 @@ def test_the_page_is_self_contained_and_accessible(report: Path) -> None:
     assert len(page.of("h1")) == 1
     assert len(page.of("caption")) == len(page.of("table"))
     variables = set(re.findall(r"var\(--([\w]+)\)", text))
-    assert variables <= {*figures.LIGHT, "panel", "warn", "good"}
+    assert variables <= {*figures.LIGHT, "panel", "warn", "good", "natural"}
 
 
 @pytest.mark.slow
@@ -281,7 +282,7 @@ def test_what_the_model_believes_of_proxies_stands_beside_what_was_measured(tmp_
     assert 0 < believed["small"] < believed["medium"] < 1
     text = page_of(write_report(result, {}, tmp_path)).text
     assert "no order can be compared" in text
-    assert f"small shares {believed['small']:.0%}" in text
+    assert f"small shares {share(believed['small'])}" in text
     assert summary.believed_shares(conclude(other, trials, RandomSearch(), complete=False)) == {}
 
 
