@@ -46,7 +46,7 @@ def study() -> Study:
 
 
 class Halving:
-    """Every second trial goes on to the next rung."""
+    """Every second trial of the proxy goes on to the next rung; the target's are left to the validation."""
 
     name: ClassVar[str] = "halving"
 
@@ -57,10 +57,11 @@ class Halving:
         draw = random.Random(seed)
         mine = [trial for trial in trials if trial.purpose == "search"]
         first, full = study.spec.fidelity.levels
+        target = study.ladder.target.name
         reason = WORDS if len(mine) == 1 else "because"
         why = Suggestion(source="halving", explanation=reason, expected_cost_seconds=SEGMENT_SECONDS)
         for trial in mine:
-            if trial.state is TrialState.PAUSED and trial.number % 2 == 0:
+            if trial.state is TrialState.PAUSED and trial.number % 2 == 0 and trial.model != target:
                 return Proposal(trial.configuration, trial.model, full, why)
         configuration = {"learning_rate": 10 ** draw.uniform(-5, -3)}
         values = {**study.space.decode([0.5] * study.space.dimension), **configuration}

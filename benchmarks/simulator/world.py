@@ -55,8 +55,8 @@ FITS: dict[Kind, set[str]] = {
 
 MOST_OPERATIONS = 40_000
 MOST_LIVES = 60
-OUTBOX = SimulatedPath("/simulated/outbox.jsonl")
-STORE = SimulatedPath("/simulated/checkpoints")
+OUTBOX = SimulatedPath("/work/simulated/outbox.jsonl")
+STORE = SimulatedPath("/work/simulated/checkpoints")
 ALIVE_SECONDS = owner.BEAT_SECONDS * owner.MISSED_BEATS
 """After its last sign of life nobody may take a study from its owner for so long."""
 SHARED_BYTES = 8

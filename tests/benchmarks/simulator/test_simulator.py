@@ -11,7 +11,7 @@ from tests.benchmarks.simulator.planted import PLANTED, Plant, a_study_that_was_
 
 FINDING_SCHEDULES = 3000
 """Schedules within which a planted bug is found; most need fewer than a hundred, the rarest some 1,200."""
-FIRST = {"name_of_the_outbox_is_not_flushed": 190, "damage_is_not_noticed": 1200}
+FIRST = {"name_of_the_outbox_is_not_flushed": 190}
 """Where to begin with the bugs that few schedules show: shortly before one that does, at the time of writing."""
 
 
