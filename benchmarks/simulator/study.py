@@ -16,6 +16,8 @@ from jfhpo_core.study.trial import Evaluation, StepRecord, Suggestion, Trial, Tr
 from jfhpo_core.trainers import Job, TrainingResult
 from jfhpo_core.trainers.base import Observer
 
+WORKSPACE = "/workspace"
+"""On the simulated disk."""
 SEGMENT_SECONDS = 4.0
 WORDS = "因为计划要求它; " * 800
 """A reason ("because the schedule asks for it") of several bytes a character, longer than a tag of MLflow may be."""
@@ -39,7 +41,7 @@ def study() -> Study:
                 "fidelity": {"horizon_prompts": 64, "rungs": 2},
                 "budget": {"trial_seconds": 8 * SEGMENT_SECONDS, "max_parallel": 1},
                 "seeds": {"training": [0, 1]},
-                "tracking": {"workspace": "/work"},
+                "tracking": {"workspace": WORKSPACE},
             }
         )
     )

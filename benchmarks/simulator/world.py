@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from benchmarks.simulator.disk import Disk, File, Folder, SimulatedOs, SimulatedPath, SimulatedShutil
-from benchmarks.simulator.study import Halving, Trainer, study
+from benchmarks.simulator.study import WORKSPACE, Halving, Trainer, study
 from benchmarks.simulator.tracking import Artifacts, Client, Server, StoredRun
 from jfhpo_core.errors import CheckpointError, InfrastructureError, LedgerError, LedgerUnavailable
 from jfhpo_core.run import parts, search, worker
@@ -55,8 +55,8 @@ FITS: dict[Kind, set[str]] = {
 
 MOST_OPERATIONS = 40_000
 MOST_LIVES = 60
-OUTBOX = SimulatedPath("/work/simulated/outbox.jsonl")
-STORE = SimulatedPath("/work/simulated/checkpoints")
+OUTBOX = SimulatedPath(f"{WORKSPACE}/simulated/outbox.jsonl")
+STORE = SimulatedPath(f"{WORKSPACE}/simulated/checkpoints")
 ALIVE_SECONDS = owner.BEAT_SECONDS * owner.MISSED_BEATS
 """After its last sign of life nobody may take a study from its owner for so long."""
 SHARED_BYTES = 8
@@ -376,7 +376,8 @@ class World:
             Wrong: Something does not hold.
         """
         with self._in_place():
-            self.disk.root.entries["work"] = self.disk.root.flushed["work"] = Folder()
+            name = WORKSPACE.strip("/")
+            self.disk.root.entries[name] = self.disk.root.flushed[name] = Folder()
             for _ in range(MOST_LIVES):
                 try:
                     if self.live("main"):

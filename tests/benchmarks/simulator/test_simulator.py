@@ -10,7 +10,7 @@ from benchmarks.simulator.schedules import Schedule, explore, fault_of, run, shr
 from tests.benchmarks.simulator.planted import PLANTED, Plant, a_study_that_was_released_counts_as_ours
 
 FINDING_SCHEDULES = 3000
-"""Schedules within which a planted bug is found; most need fewer than a hundred, the rarest some 1,200."""
+"""Schedules within which a planted bug is found; most need fewer than a hundred, the rarest some 200."""
 FIRST = {"name_of_the_outbox_is_not_flushed": 190}
 """Where to begin with the bugs that few schedules show: shortly before one that does, at the time of writing."""
 
