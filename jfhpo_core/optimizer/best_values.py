@@ -27,7 +27,8 @@ from scipy.stats import qmc
 from torch import Tensor
 
 from jfhpo_core.optimizer.beliefs import Beliefs
-from jfhpo_core.optimizer.surrogate import ANY_SEED, FIDELITY_COLUMNS, JITTER, THIS_STUDY, Moments
+from jfhpo_core.optimizer.observations import full_length_inputs
+from jfhpo_core.optimizer.surrogate import FIDELITY_COLUMNS, JITTER, Moments
 from jfhpo_core.study.space import INACTIVE, ZERO_SHARE, FloatParameter, IntParameter, Parameter, Vector
 from jfhpo_core.study.trial import Configuration, Value
 
@@ -90,7 +91,7 @@ def best_values(beliefs: Beliefs, size: float) -> BestValues:
     moments = beliefs.surrogate.moments()
 
     def expected(points: Vector) -> Vector:
-        inputs = _at(points, size)
+        inputs = full_length_inputs(points, size)
         return _with_failures(beliefs, beliefs.probability(inputs), moments.at(inputs).mean.mean(0)).numpy()
 
     sobol = space.snap(qmc.Sobol(space.dimension, rng=random).random(SAMPLE))
@@ -123,7 +124,7 @@ def _maximizers(beliefs: Beliefs, anchors: Vector, size: float, parameters: Tens
     )
     members, structure = len(parameters), beliefs.surrogate.structure
     moments = Moments(structure, parameters, data.inputs, data.values.expand(members, -1), data.variances)
-    inputs = _at(anchors, size)
+    inputs = full_length_inputs(anchors, size)
     predicted = moments.at(inputs)
     factor = psd_safe_cholesky(moments.covariance(predicted, predicted) + JITTER * torch.eye(len(anchors)))
     normal = torch.from_numpy(random.standard_normal((members, len(anchors), 1)))
@@ -144,7 +145,7 @@ def _maximizers(beliefs: Beliefs, anchors: Vector, size: float, parameters: Tens
         proposals = moved(best, scale, random)  # proposals x members x starts x d
         flat = space.snap(proposals.reshape(-1, space.dimension))
         proposals = flat.reshape(proposals.shape)
-        places = _at(flat, size).reshape(PROPOSALS, members, STARTS, -1).movedim(0, 1).flatten(1, 2)
+        places = full_length_inputs(flat, size).reshape(PROPOSALS, members, STARTS, -1).movedim(0, 1).flatten(1, 2)
         mean = drawn.at(places).mean  # members x (proposals * starts)
         worth = _with_failures(beliefs, feasible(places), mean).reshape(members, PROPOSALS, STARTS)
         found = worth.movedim(1, 0).numpy()
@@ -173,12 +174,6 @@ def moved(points: Vector, scale: float, random: np.random.Generator) -> Vector:
     changed = random.random(shape) < max(0.4, 1.5 / points.shape[-1])
     places: Vector = np.clip(points + changed * random.normal(0, 1, shape) * scale, 0, 1)
     return places
-
-
-def _at(points: Vector, size: float) -> Tensor:
-    """Inputs of snapped points (m, d) at a size and full length, shape (m, d + 4)."""
-    fidelity = torch.tensor([size, 1.0, ANY_SEED, THIS_STUDY], dtype=torch.double)
-    return torch.cat([torch.from_numpy(points), fidelity.expand(len(points), -1)], dim=-1)
 
 
 def _with_failures(beliefs: Beliefs, feasible: Tensor, values: Tensor) -> Tensor:

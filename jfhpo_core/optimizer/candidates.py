@@ -12,7 +12,7 @@ from scipy.stats import qmc
 from torch import Tensor
 
 from jfhpo_core.optimizer.beliefs import Beliefs
-from jfhpo_core.optimizer.observations import earlier_configurations
+from jfhpo_core.optimizer.observations import earlier_configurations, full_length_inputs
 from jfhpo_core.optimizer.surrogate import THIS_STUDY
 from jfhpo_core.study.history import History
 from jfhpo_core.study.models import progress
@@ -247,8 +247,7 @@ def _promising(beliefs: Beliefs, points: Vector, count: int, random: np.random.G
         count: How many are wanted.
         random: Draws values.
     """
-    fidelity = np.tile([0.0, 1.0, -1.0, 0.0], (len(points), 1))
-    inputs = torch.from_numpy(np.concatenate([points, fidelity], axis=1))
+    inputs = full_length_inputs(points)
     means, deviations = (values.numpy() for values in beliefs.values(inputs))
     feasible, failed = beliefs.accepted(inputs).numpy(), beliefs.useless_value
     chosen: list[int] = []

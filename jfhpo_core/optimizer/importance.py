@@ -31,8 +31,9 @@ from scipy.stats import qmc
 from torch import Tensor
 
 from jfhpo_core.optimizer.beliefs import Beliefs
+from jfhpo_core.optimizer.observations import full_length_inputs
 from jfhpo_core.optimizer.score_scale import TARGET
-from jfhpo_core.optimizer.surrogate import ANY_SEED, JITTER, THIS_STUDY
+from jfhpo_core.optimizer.surrogate import JITTER
 from jfhpo_core.study.space import ChoiceParameter, Parameter, Vector
 from jfhpo_core.study.trial import Configuration, Record, Value
 
@@ -130,7 +131,7 @@ def importances(beliefs: Beliefs, best: Configuration) -> list[Importance]:
         points = base.copy()
         points[:, coordinates] = other[:, coordinates]
         mixed.append(points)
-    inputs = _at_target(space.snap(np.concatenate([base, other, *mixed])))
+    inputs = full_length_inputs(space.snap(np.concatenate([base, other, *mixed])))
     draws = expected_draws(beliefs, inputs).reshape(-1, len(space) + 2, count)
     variance = draws[:, :2].flatten(1).var(-1).clamp_min(np.finfo(float).tiny)
     found = []
@@ -179,7 +180,7 @@ def interactions(beliefs: Beliefs, names: Sequence[str]) -> list[Interaction]:
         for name in chosen:
             points[:, slices[name]] = other[:, slices[name]]
         mixed.append(points)
-    draws = expected_draws(beliefs, _at_target(space.snap(np.concatenate(mixed)))).reshape(-1, len(sets), count)
+    draws = expected_draws(beliefs, full_length_inputs(space.snap(np.concatenate(mixed)))).reshape(-1, len(sets), count)
     variance = draws.flatten(1).var(-1).clamp_min(np.finfo(float).tiny)
     found = []
     for pair in pairs:
@@ -196,7 +197,7 @@ def _harmless(beliefs: Beliefs, best: Configuration, name: str) -> tuple[Value, 
     values = _tried_values(parameter, best[name])
     points = np.tile(space.encode(best), (len(values), 1))
     points[:, space.slices()[name]] = [parameter.encode(value) for value in values]
-    inputs, place = _at_target(space.snap(points)), values.index(best[name])
+    inputs, place = full_length_inputs(space.snap(points)), values.index(best[name])
     # In scores: the scale is logarithmic below the best.
     scores = beliefs.scale.score(TARGET, beliefs.expected(inputs)[0].tolist())
     draws = beliefs.scale.score(TARGET, expected_draws(beliefs, inputs).flatten().tolist()).reshape(-1, len(values))
@@ -216,10 +217,3 @@ def _tried_values(parameter: Parameter, best: Value) -> list[Value]:
         return [best if value == best and type(value) is type(best) else value for value in parameter.values]
     decoded = {parameter.decode([share]) for share in np.linspace(0, 1, GRID)}
     return sorted(decoded | {best}, key=float)
-
-
-def _at_target(points: Vector) -> Tensor:
-    """Inputs at (target, full horizon) of snapped points (m, d), shape (m, d + 4)."""
-    size, progress = TARGET[1:]
-    fidelity = torch.tensor([size, progress, ANY_SEED, THIS_STUDY], dtype=torch.double)
-    return torch.cat([torch.from_numpy(points), fidelity.expand(len(points), -1)], dim=-1)

@@ -151,13 +151,8 @@ class JointFidelity:
         history, costs = History.of(study, trials), CostModel.fit(study, trials)
         expected = study.space if history.refuted(KNOWN_OPTIMUM) else self.expected(study)
         has_earlier = bool(believed_earlier(history))
-        allocation, budget = Allocation.of(history, costs, leads=not has_earlier), study.spec.budget
-        proposal = None if has_earlier else _first_run(history, costs, expected, remaining_seconds)
-        if proposal is None and not has_earlier:
-            seconds = budget.initial_share * budget.device_seconds
-            design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected)
-            if (designed := design.following(history, costs)) is not None:
-                proposal = _propose(costs, *designed, source="jfhpo/initial-design")
+        allocation = Allocation.of(history, costs, leads=not has_earlier)
+        proposal = None if has_earlier else self._opening(history, costs, expected, remaining_seconds)
         if proposal is not None:
             return proposal if admits(proposal.model, proposal.suggestion.expected_cost_seconds or 0.0) else None
         random = np.random.default_rng(seed)
@@ -215,6 +210,19 @@ class JointFidelity:
             full_seconds: Price of a full run of usual length.
         """
         return not self.stop_gain or worth_of_going_on(beliefs, items, full_seconds) > self.stop_gain
+
+    def _opening(
+        self, history: History, costs: CostModel, expected: Space, remaining_seconds: float
+    ) -> Proposal | None:
+        """What is trained before the model is asked: the first run of the target, then the initial design."""
+        first = _first_run(history, costs, expected, remaining_seconds)
+        if first is not None:
+            return first
+        budget = history.study.spec.budget
+        seconds = budget.initial_share * budget.device_seconds
+        design = InitialDesign(self.initial_trials, self.choice, self.anchors, seconds, expected)
+        designed = design.following(history, costs)
+        return None if designed is None else _propose(costs, *designed, source="jfhpo/initial-design")
 
     def _choose(
         self,

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jfhpo_core.optimizer.score_scale import Group, Scale, ScoreScale
+from jfhpo_core.optimizer.score_scale import TARGET, Group, Scale, ScoreScale
 from jfhpo_core.optimizer.surrogate import ANY_SEED, FIDELITY_COLUMNS, THIS_STUDY, Observations
 from jfhpo_core.stopping.rules import Unpromising
 from jfhpo_core.study.history import History, searched_configuration
 from jfhpo_core.study.models import progress
 from jfhpo_core.study.resolved import EarlierStudy, Study
+from jfhpo_core.study.space import Vector
 from jfhpo_core.study.trial import Configuration, Evaluation, Outcome, Trial, TrialState, configuration_key
 
 MAX_OBSERVATIONS = 240
@@ -53,6 +54,12 @@ def point(study: Study, configuration: Configuration, model: str, prompts: int, 
         float(trial),
         THIS_STUDY,
     ]
+
+
+def full_length_inputs(points: Vector, size: float = TARGET[1]) -> Tensor:
+    """Surrogate inputs of snapped points (m, d) at full length on a model of this size z, shape (m, d + 4)."""
+    fidelity = torch.tensor([size, TARGET[2], ANY_SEED, THIS_STUDY], dtype=torch.double)
+    return torch.cat([torch.from_numpy(points), fidelity.expand(len(points), -1)], dim=-1)
 
 
 @dataclass(frozen=True)

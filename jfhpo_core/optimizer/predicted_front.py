@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from statistics import median
 
 import numpy as np
-import torch
 from pydantic import Field
 from scipy.stats import qmc
 
 from jfhpo_core.optimizer.beliefs import Beliefs
 from jfhpo_core.optimizer.best_values import moved
 from jfhpo_core.optimizer.constraints import LimitModel
+from jfhpo_core.optimizer.observations import full_length_inputs
 from jfhpo_core.optimizer.score_scale import TARGET
-from jfhpo_core.optimizer.surrogate import ANY_SEED, THIS_STUDY
 from jfhpo_core.study.metrics import Limit
 from jfhpo_core.study.space import Vector
 from jfhpo_core.study.trial import Configuration, Record, configuration_key
@@ -89,7 +88,7 @@ def predicted_front(beliefs: Beliefs) -> tuple[Predicted, ...]:
 
     def front_of(points: Vector) -> tuple[Vector, Vector]:
         """The points that no other one beats, and their metrics on the scale; the best metric comes first."""
-        inputs = _at_target(points)
+        inputs = full_length_inputs(points)
         values, deviations = (item.numpy() for item in beliefs.expected(inputs))
         metrics = model.surrogate.mean_and_deviation(inputs)[0].numpy()
         better = values - DEVIATIONS * WIDER * deviations > least
@@ -110,12 +109,6 @@ def predicted_front(beliefs: Beliefs) -> tuple[Predicted, ...]:
     return tuple(_predicted(beliefs, model, space.snap(told)))
 
 
-def _at_target(points: Vector) -> torch.Tensor:
-    """Inputs at (target, full horizon) of snapped points (m, d), shape (m, d + 4)."""
-    fidelity = torch.tensor([*TARGET[1:], ANY_SEED, THIS_STUDY], dtype=torch.double)
-    return torch.cat([torch.from_numpy(points), fidelity.expand(len(points), -1)], dim=-1)
-
-
 def _even(values: Vector, count: int) -> list[int]:
     """Indices of at most `count` of some ordered values, at about even distances, both ends among them."""
     if len(values) <= count:
@@ -127,7 +120,7 @@ def _even(values: Vector, count: int) -> list[int]:
 def _predicted(beliefs: Beliefs, model: LimitModel, points: Vector) -> Sequence[Predicted]:
     history = beliefs.history
     finished = {configuration_key(trial.configuration): trial.number for trial in reversed(history.finished)}
-    inputs = _at_target(points)
+    inputs = full_length_inputs(points)
     means, deviations = beliefs.expected(inputs)
     deviations = WIDER * deviations
     middles, spreads = model.surrogate.mean_and_deviation(inputs)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jfhpo_core.optimizer.beliefs import Beliefs
 from jfhpo_core.optimizer.importance import Importance
-from jfhpo_core.optimizer.surrogate import ANY_SEED, THIS_STUDY
+from jfhpo_core.optimizer.observations import full_length_inputs
+from jfhpo_core.optimizer.surrogate import THIS_STUDY
 from jfhpo_core.report.figures import LIGHT, POWER_OF_TEN, RATE_BINS, TITLE_PREFIX, canvas, short_label, tooltip
 from jfhpo_core.report.text import parameters, setting
 from jfhpo_core.report.why import Boundary, Why, collapsed
@@ -90,9 +90,7 @@ def _grid(parameter: Parameter, best: Value | None) -> list[Value]:
 def _scores(beliefs: Beliefs, model: str, points: Vector) -> tuple[Vector, Vector, Vector]:
     """Expected score and its 80 % interval of snapped points (m, d) on a model at full length, each of shape (m,)."""
     size = beliefs.history.study.ladder.size_coordinate(model)
-    fidelity = torch.tensor([size, 1.0, ANY_SEED, THIS_STUDY], dtype=torch.double)
-    inputs = torch.cat([torch.from_numpy(points), fidelity.expand(len(points), -1)], dim=-1)
-    means, deviations = beliefs.expected(inputs)
+    means, deviations = beliefs.expected(full_length_inputs(points, size))
     group = (THIS_STUDY, size, 1.0)
     middle, low, high = (
         beliefs.scale.score(group, (means + side * DEVIATIONS * deviations).tolist()) for side in (0, -1, 1)

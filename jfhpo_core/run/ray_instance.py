@@ -15,8 +15,7 @@ from typing import Any
 
 from jfhpo_core.errors import SpecError
 from jfhpo_core.run.ray_versions import version_mismatch
-
-PR_SET_PDEATHSIG = 1
+from jfhpo_core.trainers.external.reaper import PR_SET_PDEATHSIG
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Step records are all that a private instance has to hold."""
