@@ -55,6 +55,10 @@ INTERVAL = (0.025, 0.975)
 """Ends of intervals, as quantiles."""
 
 
+LEADING = 3
+"""How many hyperparameters are the most important ones: so many are asked for."""
+
+
 class Estimate(Record):
     """A quantity of which the posterior was sampled."""
 
@@ -75,6 +79,7 @@ class Importance(Record):
     name: str
     first: Estimate = Field(description="Share of the variance over the space that it explains alone, in [0, 1].")
     total: Estimate = Field(description="The same with its interactions, in [0, 1].")
+    leading: float = Field(description=f"Probability that it is among the {LEADING} most important ones.")
     best: Value | None = Field(description="Its value in the recommended configuration; null if it is not active.")
     harmless: tuple[Value, ...] | None = Field(
         description="Lowest and highest value (of a choice: all values) at which it alone costs less than one standard "
@@ -134,16 +139,19 @@ def importances(beliefs: Beliefs, best: Configuration) -> list[Importance]:
     inputs = full_length_inputs(space.snap(np.concatenate([base, other, *mixed])))
     draws = expected_draws(beliefs, inputs).reshape(-1, len(space) + 2, count)
     variance = draws[:, :2].flatten(1).var(-1).clamp_min(np.finfo(float).tiny)
+    totals = (draws[:, :1] - draws[:, 2:]).square().mean(-1) / (2 * variance).unsqueeze(-1)
+    leading = torch.zeros_like(totals).scatter(1, totals.topk(min(LEADING, len(space)), dim=1).indices, 1.0).mean(0)
     found = []
-    for index, name in enumerate(slices, start=2):
-        alone = 1 - (draws[:, 1] - draws[:, index]).square().mean(-1) / (2 * variance)
-        total = (draws[:, 0] - draws[:, index]).square().mean(-1) / (2 * variance)
+    for index, name in enumerate(slices):
+        alone = 1 - (draws[:, 1] - draws[:, 2 + index]).square().mean(-1) / (2 * variance)
+        total = totals[:, index]
         found.append(
             Importance(
                 name=name,
                 # Of one draw of f it cannot exceed the total; estimated over few points it may.
                 first=Estimate.of(alone.minimum(total).clamp(0, 1).numpy()),
                 total=Estimate.of(total.clamp(0, 1).numpy()),
+                leading=float(leading[index]),
                 best=best.get(name),
                 harmless=_harmless(beliefs, best, name) if name in best else None,
             )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
-from jfhpo_core.optimizer.importance import Estimate, Importance, Interaction
+import numpy as np
+
+from jfhpo_core.optimizer.importance import LEADING, Estimate, Importance, Interaction
 from jfhpo_core.optimizer.rank_agreement import FEW_PAIRS
 from jfhpo_core.report.text import duration, figures, number, setting, share, signed
 from jfhpo_core.report.why_records import Choice, Constraint, Front, More, Promise, Proxy, Topic, Why
@@ -17,6 +18,9 @@ NOTABLE = 0.05
 
 LITTLE = 0.1
 """Little depends on a hyperparameter if that interval begins below `NOTABLE` and ends below this."""
+
+CERTAIN = 0.95
+"""Probability with which it is said which hyperparameters are among the most important ones, and which are not."""
 
 POOR_RANKING = 0.3
 """A proxy with a rank correlation below this, the upper end of its interval included, tells little."""
@@ -48,10 +52,8 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
             f"{_percent(item.first)} alone."
         )
         matters.append(f"{text} {_locally(study, page, item)}".rstrip())
-    matters += [
-        f"Whether {', '.join(names[:-1])} and {names[-1]} matter in this order is not told: their intervals overlap."
-        for names in _alike(matter)
-    ]
+    if len(matter) >= LEADING:
+        matters.append(_leading_sentence(page.importance))
     little = [item for item in page.importance if _is_little(item)]
     if little:
         each = "each at" if len(little) > 1 else "at"
@@ -131,19 +133,37 @@ def _front_sentence(front: Front) -> str:
     )
 
 
-def told_apart(first: Importance, second: Importance) -> bool:
-    """Whether a hyperparameter is clearly more important than the next: its interval lies above the other's share."""
-    return first.total.low >= second.total.value
+def leaders(importance: Sequence[Importance]) -> tuple[list[str], list[str]]:
+    """Names of those that are among the most important hyperparameters, and of the others that may be.
+
+    That the former are, and that no further one is, hold with a probability of `CERTAIN` each (Bonferroni).
+    """
+    ranked = sorted(importance, key=lambda item: -item.leading)
+    doubt = np.cumsum([1 - item.leading for item in ranked])
+    chance = np.cumsum([item.leading for item in reversed(ranked)])[::-1]
+    certain = [item.name for item, most in zip(ranked, doubt, strict=True) if most <= 1 - CERTAIN]
+    possible = [item.name for item, most in zip(ranked, chance, strict=True) if most > 1 - CERTAIN]
+    return certain, possible[len(certain) :]
 
 
-def _alike(importance: Sequence[Importance]) -> list[list[str]]:
-    """Names of neighbours in the order of importance that are not told apart, by group."""
-    groups: list[list[str]] = [[item.name for item in importance[:1]]]
-    for first, second in pairwise(importance):
-        if told_apart(first, second):
-            groups.append([])
-        groups[-1].append(second.name)
-    return [names for names in groups if len(names) > 1]
+def _leading_sentence(importance: Sequence[Importance]) -> str:
+    """Which three hyperparameters matter most, as far as the draws agree."""
+    certain, possible = leaders(importance)
+    if len(certain) == LEADING or not possible:
+        return f"The hyperparameters that matter most are {_listed(certain, 'and')}."
+    if not certain:
+        return f"Which three matter most cannot be told: they are among {_listed(possible, 'and')}."
+    verb = "are" if len(certain) > 1 else "is"
+    rest = (
+        f"the third is {_listed(possible, 'or')}"
+        if len(certain) == LEADING - 1
+        else (f"the other two are among {_listed(possible, 'and')}")
+    )
+    return f"{_listed(certain, 'and')} {verb} among the three that matter most; {rest}."
+
+
+def _listed(names: Sequence[str], last: str) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
 
 
 def _promise_sentence(promise: Promise, standard_error: float, study: Study) -> str:
@@ -167,7 +187,7 @@ def _promise_sentence(promise: Promise, standard_error: float, study: Study) -> 
 
 def stands_out(importance: Sequence[Importance]) -> bool:
     """Whether the first hyperparameter is clearly the most important."""
-    return len(importance) < 2 or told_apart(*importance[:2])
+    return len(importance) < 2 or importance[0].total.low >= importance[1].total.value
 
 
 def _pair_sentence(pair: Interaction) -> str:

@@ -10,14 +10,26 @@ from benchmarks.why import FILE, Outcomes
 
 def test_the_page_counts_what_is_true_and_lists_what_is_not(tmp_path: Path) -> None:
     found = [
-        Outcomes(1, {"boundaries": 2}, [], top=True, boundary=True, blamed=False, told=True),
-        Outcomes(2, {"boundaries": 1, "pairs": 1}, ["pairs: x"], top=False, boundary=None, blamed=False, told=False),
+        Outcomes(1, {"boundaries": 2}, [], top=True, boundary=True, blamed=False, named=(3, 3), passed=0),
+        Outcomes(
+            2,
+            {"boundaries": 1, "pairs": 1},
+            ["pairs: x"],
+            top=False,
+            boundary=None,
+            blamed=False,
+            named=(1, 0),
+            passed=0,
+        ),
     ]
     why.write(found, tmp_path)
     text = (tmp_path / why.PAGE).read_text(encoding="utf-8")
-    assert "| the three most important hyperparameters are right | 1 of 2 (50%) | 95% | missed |" in text
+    assert (
+        "| the three hyperparameters listed first are the most important ones | 1 of 2 (50%) | 95% | missed |" in text
+    )
+    assert "is said to be among the three most important ones is one of them | 3 of 4 (75%) | 95% | missed |" in text
     assert "| all | 4 | 1 |" in text
-    assert "On 1 of these the\npage tells the third from the fourth, and is right on 1;" in text
+    assert "all three on 1 of these, two on 0, one on 1 and none on 0" in text
     assert "- 2: pairs: x" in text
 
 

@@ -54,6 +54,8 @@ def test_the_only_hyperparameter_that_matters_comes_first_and_alone_is_narrow(tm
     for item in (first, *others):
         assert 0 <= item.total.low <= item.total.value <= item.total.high <= 1
         assert item.first.value <= item.total.value
+    assert first.leading == 1.0
+    assert sum(item.leading for item in (first, *others)) == pytest.approx(3)
     assert first.harmless is not None
     low, high = (float(value) for value in first.harmless)
     assert low <= float(first.best or 0) <= high < 10 * low

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from markupsafe import escape
 
+from jfhpo_core.optimizer.importance import Estimate, Importance
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report import write_report
 from jfhpo_core.report.why import Why, boundaries, collapsed, why
+from jfhpo_core.report.why_sentences import sections
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.outcome import SearchResult, conclude
 from jfhpo_core.run.search import run_search
@@ -182,3 +185,28 @@ def test_a_study_in_which_everything_scores_alike_or_collapses_is_explained(tmp_
         assert page.boundaries == ()
         assert "nan" not in " ".join(page.sentences)
         assert Why.model_validate_json(page.model_dump_json()) == page
+
+
+@pytest.mark.parametrize(
+    ("leading", "sentence"),
+    [
+        ((1.0, 0.98, 0.98, 0.04), "The hyperparameters that matter most are a, b and c."),
+        ((1.0, 0.97, 0.6, 0.43), "a and b are among the three that matter most; the third is c or d."),
+        ((0.97, 0.97, 0.6, 0.46), "a is among the three that matter most; the other two are among b, c and d."),
+        ((0.9, 0.8, 0.7, 0.6), "Which three matter most cannot be told: they are among a, b, c and d."),
+        ((1.0, 0.97, 0.97, 0.06), "a and b are among the three that matter most; the third is c or d."),
+    ],
+)
+def test_the_most_important_are_named_as_far_as_the_draws_agree(
+    tmp_path: Path, leading: tuple[float, ...], sentence: str
+) -> None:
+    share = Estimate(value=0.2, low=0.1, high=0.3)
+    importance = tuple(
+        Importance(name=name, first=share, total=share, leading=item, best=None, harmless=None)
+        for name, item in zip("abcd", leading, strict=True)
+    )
+    study = simulated_study(tmp_path)
+    known: dict[str, Any] = {"study": study.spec.study, "configurations": 20, "standard_error": None}
+    assert sections(study, Why(**known, importance=importance))["matters"][-1] == sentence
+    few = tuple(item.model_copy(update={"total": Estimate(value=0.2, low=0.0, high=0.3)}) for item in importance[:2])
+    assert sentence not in sections(study, Why(**known, importance=(*few, *importance[2:])))["matters"]
