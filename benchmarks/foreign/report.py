@@ -73,14 +73,14 @@ The untouched half has been measured four times, each time with other seeds: bef
 cost of 3, 6 and 10), after its points 1 to 5 (2011 to 2015; 0.77, 0.47 and 0.36), after point 6 and [decision
 31](../decisions/0031-arch.md) (2016 to 2020; 0.47, 0.37 and 0.31), and after [decision
 33](../decisions/0033-what-is-believed.md) (2036 to 2040), which is what its rows show; those of the tuning half are
-from before decision 33. The others' rows are over all of their published seeds. On 2036 to 2040 alone, at a cost of 3, 6,
-10 and 20, `jfhpo` has 0.40, 0.36, 0.29 and 0.23, `hyperband` 0.39, 0.34, 0.34 and 0.27, `tpe` 1.28, 0.68, 0.41 and 0.33,
-`gp` 1.31, 0.74, 0.43 and 0.33, `random` 1.31, 0.74, 0.63 and 0.43; at most 1.05 times the best of seven others on 16 of
-24 settings and budgets (3, 3, 5 and 5 of six), 1.06 times on
-average. On the recorded RL runs (2031 to 2035) `jfhpo` is told nothing here; [what is shipped](prior.md) has its
-own page. Point 6, that the first run is the middle of the ranges, was suggested by the second measurement:
-`hyperband` begins there, as SMAC does by default, and led. So these seeds are new and the half is not untouched any
-more as regards that point; nothing else was chosen by a measurement of it."""
+from before decision 33. The others' rows are over all of their published seeds. On 2036 to 2040 alone, at a cost of
+3, 6, 10 and 20, `jfhpo` has 0.40, 0.36, 0.29 and 0.23, `hyperband` 0.39, 0.34, 0.34 and 0.27, `tpe` 1.28, 0.68,
+0.41 and 0.33, `gp` 1.31, 0.74, 0.43 and 0.33, `random` 1.31, 0.74, 0.63 and 0.43; at most 1.05 times the best of
+seven others on 16 of 24 settings and budgets (3, 3, 5 and 5 of six), 1.06 times on average. On the recorded RL runs
+(2031 to 2035) `jfhpo` is told nothing here; [what is shipped](prior.md) has its own page. Point 6, that the first
+run is the middle of the ranges, was suggested by the second measurement: `hyperband` begins there, as SMAC does by
+default, and led. So these seeds are new and the half is not untouched any more as regards that point; nothing else
+was chosen by a measurement of it."""
 
 RULES = """\
 All strategies get the same space, cost law and credit for checkpoints, and may stop and continue runs at the same
