@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from requests import HTTPError
 from sqlalchemy import Engine, event
 
 from jfhpo.testing.ledgers import (
@@ -456,6 +457,27 @@ def test_records_that_do_not_come_are_no_lost_ones(
     with pytest.raises(LedgerUnavailable, match="does not come"):
         again.step_records(trial.key)
     assert again.step_records(trial.key) == make_records(0, 8)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(HTTPError("503 Server Error"), LedgerError), (OSError("stale handle"), LedgerError), (TypeError(), TypeError)],
+)
+def test_only_errors_of_the_artifact_store_mean_a_lost_artifact(
+    ledger: MlflowLedger, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, error: Exception, told: type[Exception]
+) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, make_result(segment), make_records(0, 4))
+    again = MlflowLedger(client)
+    assert again.look(make_study())
+
+    def fail(*_: Any, **__: Any) -> ArtifactRepository:
+        raise error
+
+    monkeypatch.setattr("mlflow_plugin.runs.get_artifact_repository", fail)
+    with pytest.raises(told):
+        again.step_records(trial.key)
 
 
 def test_records_are_read_without_asking_the_database(ledger: MlflowLedger, client: MlflowClient) -> None:
