@@ -232,6 +232,11 @@ def test_saved_views_name_what_the_runs_have(ledger: MlflowLedger, client: Mlflo
     }
     for view in views.values():
         state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+        # Widths count only for columns whose order is given.
+        assert (
+            list(state["columnWidths"]) == state["columnOrder"] == ["attributes.`Run Name`", *state["selectedColumns"]]
+        )
+        assert state["columnWidths"]["metrics.`spent/device_seconds`"] > 8 * len("spent/device_seconds")
         # These two are set once a trial was stopped or failed.
         assert set(state["selectedColumns"]) - {"tags.`jfhpo.stopped_by`", "tags.`jfhpo.failure`"} <= known
         found = client.search_runs(
@@ -247,7 +252,8 @@ def test_saved_views_name_what_the_runs_have(ledger: MlflowLedger, client: Mlflo
         found = client.search_runs([ledger.experiment_id], state["searchFilter"])
         assert [run.info.run_id for run in found] == expected
     note = tags["mlflow.note.content"]
-    assert note.startswith(f"**[Open the trials]({ledger.page()})**")
+    lead, link, _ = note.partition(f"**[open the trials]({ledger.page()})**")
+    assert link and len(lead) > 40, "the list of experiments shows the beginning without rendering it"
     shown = tags[f"mlflow.sharedViewState.{ledger.page().partition('viewStateShareKey=')[2].partition('&')[0]}"]
     assert json.loads(shown)["name"] == "Trials"
 

@@ -69,9 +69,13 @@ def test_it_says_that_none_collapsed_or_that_nothing_separates_those_that_did(tm
     assert said([]) == ()
     assert said(runs(study, 1e-3, PROMISE, count=6)) == ("None of 6 runs collapsed.",)
     few = runs(study, 1e-3, count=4)
-    count = sum(float(trial.configuration["learning_rate"]) > 1e-3 for trial in few)
-    assert count
-    assert said(few) == (f"{count} of 4 runs collapsed; no hyperparameter separates them from the others.",)
+    ruined = [trial for trial in few if float(trial.configuration["learning_rate"]) > 1e-3]
+    assert len(ruined) > 1
+    named = ", ".join(str(trial.number) for trial in ruined)
+    rest = "no single hyperparameter tells where runs collapse."
+    assert said(few) == (f"{len(ruined)} of 4 runs collapsed (trials {named}); {rest}",)
+    one = [trial for trial in few if trial not in ruined[1:]]
+    assert said(one) == (f"1 of {len(one)} runs collapsed (trial {ruined[0].number}); {rest}",)
 
 
 @pytest.mark.parametrize(
