@@ -105,7 +105,8 @@ def experiment_note(experiment_id: str) -> str:
     Some plain words come before it, as the list of experiments shows the beginning without rendering it.
     """
     return (
-        f"Hyperparameter studies, one run each, trials nested below: **[open the trials]({view_page(experiment_id)})** · "
+        "Hyperparameter studies, one run each, trials nested below: "
+        f"**[open the trials]({view_page(experiment_id)})** · "
         f"[compare studies]({view_page(experiment_id, STUDIES_VIEW)})\n\n"
         "Made by jfhpo. By hand: *Model training* at the top left, then a view above the table of runs."
     )

@@ -253,7 +253,8 @@ def test_saved_views_name_what_the_runs_have(ledger: MlflowLedger, client: Mlflo
         assert [run.info.run_id for run in found] == expected
     note = tags["mlflow.note.content"]
     lead, link, _ = note.partition(f"**[open the trials]({ledger.page()})**")
-    assert link and len(lead) > 40, "the list of experiments shows the beginning without rendering it"
+    assert link
+    assert len(lead) > 40, "the list of experiments shows the beginning without rendering it"
     shown = tags[f"mlflow.sharedViewState.{ledger.page().partition('viewStateShareKey=')[2].partition('&')[0]}"]
     assert json.loads(shown)["name"] == "Trials"
 
@@ -402,6 +403,8 @@ def test_a_study_that_was_created_twice_goes_on_where_it_was(
     first.begin(trial, segment)
     first.commit(trial.key, make_result(segment), make_records(0, 4))
     assert len(created) == 2
+    (empty,) = {run.info.run_id for run in created} - {first.study_run_id}
+    assert client.get_run(empty).info.lifecycle_stage == "deleted"
     again = MlflowLedger(client)
     again.open(make_study())
     assert again.trials() == first.trials()
@@ -417,10 +420,28 @@ def test_a_study_stays_in_its_run_when_a_late_request_creates_an_older_one(
     ledger.begin(trial, segment)
     ledger.commit(trial.key, make_result(segment), make_records(0, 4))
     tags = {"jfhpo.study": make_study().study, "jfhpo.identity": make_study().identity()}
-    client.create_run(ledger.experiment_id, start_time=0, tags=tags)
+    late = client.create_run(ledger.experiment_id, start_time=0, tags=tags).info.run_id
     again = MlflowLedger(client)
     again.open(make_study())
     assert again.trials() == ledger.trials()
+    assert client.get_run(late).info.lifecycle_stage == "deleted"
+    again.end(StudyState.FINISHED)
+    client.delete_run(ledger.study_run_id)
+    with pytest.raises(LedgerError, match=f"--run-id {ledger.study_run_id}"):
+        MlflowLedger(client).open(make_study())
+
+
+def test_only_empty_runs_of_a_study_are_removed(ledger: MlflowLedger, client: MlflowClient) -> None:
+    tags = {"jfhpo.study": make_study().study, "jfhpo.identity": make_study().identity()}
+    owned, parent = (
+        client.create_run(ledger.experiment_id, tags={**tags, **more}).info.run_id
+        for more in ({"mlflow.jfhpo.owner": ""}, {})
+    )
+    client.create_run(ledger.experiment_id, tags={"mlflow.parentRunId": parent})
+    again = MlflowLedger(client)
+    again.open(make_study())
+    assert again.study_run_id == ledger.study_run_id
+    assert {client.get_run(run_id).info.lifecycle_stage for run_id in (owned, parent)} == {"active"}
 
 
 def test_unreadable_content_is_explained(ledger: MlflowLedger, client: MlflowClient) -> None:
