@@ -59,6 +59,7 @@ from mlflow_plugin.study_run import (
     refuse_deleted_study,
     refuse_lost_study,
     refuse_other_meaning,
+    remove_duplicates,
 )
 from mlflow_plugin.tags import (
     CHANGED,
@@ -144,6 +145,7 @@ class MlflowLedger:
         self._trial_runs = TrialRuns(client, study, self._experiment_id, self.study_run_id, self._particulars)
         self._account_for_deleted()
         self._owner = Owner.claim(client, self.study_run_id, study.study)
+        remove_duplicates(client, self._experiment_id, study)
         self._describe_study()
         self._trial_runs.put_right(self.changed if changes else ())
         if any(trial.open_segment is not None for trial in self.trials()):

@@ -100,12 +100,15 @@ def view_page(experiment_id: str, view: str = TRIALS_VIEW) -> str:
 
 
 def experiment_note(experiment_id: str) -> str:
-    """Description of an experiment: what to click comes first, since MLflow cuts what is long."""
+    """Description of an experiment: what to click comes first, since MLflow cuts what is long.
+
+    Some plain words come before it, as the list of experiments shows the beginning without rendering it.
+    """
     return (
-        f"**[Open the trials]({view_page(experiment_id)})** · "
+        "Hyperparameter studies, one run each, trials nested below: "
+        f"**[open the trials]({view_page(experiment_id)})** · "
         f"[compare studies]({view_page(experiment_id, STUDIES_VIEW)})\n\n"
-        "Hyperparameter studies of jfhpo: one run for each study, with its trials nested below. By hand: *Model "
-        "training* at the top left, then a view above the table of runs."
+        "Made by jfhpo. By hand: *Model training* at the top left, then a view above the table of runs."
     )
 
 

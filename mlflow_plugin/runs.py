@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunInfo, RunTag, ViewType
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from jfhpo_core.errors import LedgerError, LedgerUnavailable
@@ -53,6 +54,9 @@ def read_text(client: MlflowClient, run: RunInfo, path: str) -> str:
     By the address that the run has noted: MLflow's own download by run looks for logged models as well, which takes
     several queries for each file of a study with a thousand trials.
 
+    MLflow raises an MlflowException for whatever goes wrong while it downloads a file, and passes on the HTTP errors of
+    the listing before it, which are OSErrors. A file that is not text counts as lost.
+
     Raises:
         LedgerUnavailable: The run has it, but its server does not send it.
         LedgerError: The run has lost it.
@@ -61,7 +65,7 @@ def read_text(client: MlflowClient, run: RunInfo, path: str) -> str:
         try:
             repository = get_artifact_repository(run.artifact_uri, tracking_uri=client.tracking_uri)
             return Path(repository.download_artifacts(path, folder)).read_text(encoding="utf-8")
-        except Exception as error:  # each kind of artifact store has exceptions of its own
+        except (MlflowException, OSError, UnicodeDecodeError) as error:
             # MLflow says the same of a server that does not answer and of a file that is not there.
             if is_server(client.tracking_uri) and _holds(client, run.run_id, path):
                 raise LedgerUnavailable(f"artifact {path} of MLflow run {run.run_id} does not come: {error}") from error

@@ -39,13 +39,31 @@ from mlflow_plugin.tracking import connect, experiment_name, store_exists
 
 
 def find_study_run(client: MlflowClient, experiment_id: str, study: StudySpec) -> Run | None:
-    """The run of a study; None if there is none.
+    """The run of a study; None if there is none."""
+    return next(iter(_study_runs(client, experiment_id, study)), None)
+
+
+def remove_duplicates(client: MlflowClient, experiment_id: str, study: StudySpec) -> None:
+    """Remove the runs of a study beside the one that `find_study_run` returns, as far as they are empty.
+
+    A run is empty that no process has owned and below which there is none: trials are only written by an owner. It also
+    loses the tag of the study, so that nobody who looks for a deleted study finds it instead.
+    """
+    for run in _study_runs(client, experiment_id, study)[1:]:
+        run_id = run.info.run_id
+        if OWNER not in run.data.tags and not search_runs(client, experiment_id, f"tags.`{PARENT}` = '{run_id}'"):
+            client.delete_tag(run_id, STUDY)
+            client.delete_run(run_id)
+
+
+def _study_runs(client: MlflowClient, experiment_id: str, study: StudySpec) -> list[Run]:
+    """All runs of a study, the one that counts first.
 
     A `create_run` that was sent twice, or by two processes at a time, leaves two runs: the one that a process has owned
     counts, or else the oldest.
     """
     runs = search_runs(client, experiment_id, f"tags.`{STUDY}` = '{study.study}'")
-    return min(runs, key=lambda run: OWNER not in run.data.tags, default=None)
+    return sorted(runs, key=lambda run: OWNER not in run.data.tags)
 
 
 def refuse_other_meaning(client: MlflowClient, run: Run, study: StudySpec) -> None:

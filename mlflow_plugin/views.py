@@ -33,6 +33,15 @@ UNFOLDED = ("eval", "study")
 """Those of them that come up unfolded."""
 AT_A_GLANCE = "At a glance"
 
+RUN_NAME = "attributes.`Run Name`"
+"""MLflow's id of the column of run names, which every table has."""
+WIDTHS = {RUN_NAME: 320, **dict.fromkeys(REASONS, 260)}
+"""Pixels of columns with texts; a run's name ends with how far it got."""
+LEAST_WIDTH = 100
+"""Pixels of other columns, unless their header needs more: MLflow cuts what is longer."""
+CHARACTER_WIDTH = 8
+HEADER_MARGIN = 24
+
 
 def saved_views(study: StudySpec, ladder: Ladder, created: int) -> dict[str, str]:
     """Tags of the experiment that make the saved views.
@@ -113,8 +122,8 @@ def _state(columns: Sequence[str], charts: Sequence[Mapping[str, Any]]) -> dict[
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": list(columns),
-        "columnOrder": list(columns),
-        "columnWidths": {},
+        "columnOrder": [RUN_NAME, *columns],  # widths count for these only
+        "columnWidths": {column: _width(column) for column in (RUN_NAME, *columns)},
         "runsHiddenMode": "SHOW_ALL",
         "viewMaximized": False,
         "runListHidden": False,
@@ -127,6 +136,12 @@ def _state(columns: Sequence[str], charts: Sequence[Mapping[str, Any]]) -> dict[
         "compareRunCharts": list(charts),
         "compareRunSections": sections,
     }
+
+
+def _width(column: str) -> int:
+    """Pixels that a column needs."""
+    header = column.split("`")[1]
+    return WIDTHS.get(column, max(LEAST_WIDTH, CHARACTER_WIDTH * len(header) + HEADER_MARGIN))
 
 
 def _envelope(name: str, state: Mapping[str, Any], created: int) -> str:

@@ -98,14 +98,14 @@ def plan_view(now: Prospect, larger: Prospect | None = None) -> Group:
 def _models_table(study: Study, bills: Forecast) -> Table:
     """The models, and how many full-length runs of each the budget would buy."""
     budget, smallest = study.spec.budget, study.ladder.models[0]
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading, justify in (
-        ("model", "left"), ("parameters", "right"), ("role", "left"), ("full-length run (90 % interval)", "left"),
+        ("model", "left"), ("parameters", "right"), ("role", "left"), ("full-length run\n(90 % interval)", "left"),
         ("budget buys", "right"),
     ):  # fmt: skip
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for model in study.ladder.models:
-        role = "target" if model == study.ladder.target else "smallest proxy" if model == smallest else "intermediate"
+        role = "target" if model == study.ladder.target else "smallest" if model == smallest else "intermediate"
         cost = bills.full_runs[model.name]
         runs = [f"{int(budget.device_seconds / seconds):,}" for seconds in (cost.seconds, cost.high, cost.low)]
         bought = runs[0] if runs[1] == runs[2] else f"{runs[0]} ({runs[1]} to {runs[2]})"

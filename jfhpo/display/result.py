@@ -36,9 +36,8 @@ MLFLOW_UI = "http://127.0.0.1:5000/"
 
 def comparison_table(result: SearchResult) -> Table:
     """The recommendation and what it is measured against."""
-    table = Table(
-        box=SIMPLE_HEAD, title=f"Held-out score on {result.study.ladder.target.name}, full length", title_justify="left"
-    )
+    title = f"Held-out score on {result.study.ladder.target.name}, full length"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     for heading, justify in (
         ("", "left"), ("score", "right"), ("95 % interval", "right"), ("seeds", "right"),
         ("recommended is ahead by", "right"),

@@ -75,10 +75,13 @@ def predicted_front(beliefs: Beliefs) -> tuple[Predicted, ...]:
     study, second = history.study, history.study.spec.second_objective
     if second is None:
         return ()
-    known = [value for trial in history.finished if (value := history.measured(trial.configuration).get(second.metric))]
+    measured = (history.measured(trial.configuration).get(second.metric) for trial in history.finished)
+    known = [value for value in measured if value is not None]
     if not known:
         return ()
-    model = LimitModel.fit(history, Limit(second.metric, second.direction == "minimize", median(known)))
+    # The bound only sets the scale below which values count as 0, so it must be above 0.
+    bound = median([value for value in known if value > 0] or [1.0])
+    model = LimitModel.fit(history, Limit(second.metric, second.direction == "minimize", bound))
     if model is None:
         return ()
     space, random = study.space, np.random.default_rng(0)

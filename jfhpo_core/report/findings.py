@@ -248,8 +248,8 @@ def caveats(result: SearchResult) -> list[str]:
         notes.append(
             f"One seed only: {', '.join(single)}. Those intervals hold evaluation noise and not the spread of training."
         )
-    elif finished and min(row.seeds for row in finished) < 5:
-        notes.append("With so few seeds the spread between runs is itself uncertain, and so are the intervals.")
+    elif finished and (fewest := min(row.seeds for row in finished)) < 5:
+        notes.append(f"With {fewest} seeds the spread between runs is itself uncertain, and so are the intervals.")
     if any(row.label == "random search" for row in result.rows):
         notes.append("Random search counts with the best of its full runs, which flatters it as well.")
     if result.study.spec.limits and result.recommended is not None:

@@ -265,6 +265,7 @@ def _context(
         "unlisted": max(0, len(trials) - LISTED_TRIALS),
         "yaml": without_credentials(study.spec.to_yaml()),
         "versions": versions(),
+        "model_uri": facts.get("model_uri"),
         "facts": [(name, clip(text.setting(value)), is_address(value)) for name, value in facts.items()],
     }
 

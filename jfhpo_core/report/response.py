@@ -228,7 +228,9 @@ def pair_figure(result: SearchResult, beliefs: Beliefs, names: tuple[str, str], 
     for index, (y, x) in enumerate((y, x) for y in ys for x in xs):
         points[index, space.slices()[names[0]]] = first.encode(x)
         points[index, space.slices()[names[1]]] = second.encode(y)
-    means = _scores(beliefs, target, space.snap(points))[0].reshape(len(ys), len(xs))
+    # In corners where nothing was run, the model may go below what scores can be: no level is spent on that.
+    measured = [evaluation.score for trial in result.trials for evaluation in trial.evaluations]
+    means = _scores(beliefs, target, space.snap(points))[0].reshape(len(ys), len(xs)).clip(min=np.nanmin(measured))
     with canvas(8.4, 4.2) as figure:
         axes = figure.subplots()
         across, up = _placer(axes, first), _vertical(axes, second)

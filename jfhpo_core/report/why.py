@@ -233,12 +233,15 @@ def _telling(trials: Sequence[Trial]) -> list[Trial]:
 
 def _without_boundary(runs: Sequence[Trial]) -> tuple[str, ...]:
     """What is said of collapse where no hyperparameter separates the runs."""
-    count = sum(collapsed(trial) for trial in runs)
+    ruined = [trial.number for trial in runs if collapsed(trial)]
     if not runs:
         return ()
-    if not count:
+    if not ruined:
         return (f"None of {len(runs)} runs collapsed.",)
-    return (f"{count} of {len(runs)} runs collapsed; no hyperparameter separates them from the others.",)
+    which = f"trial{'s' if len(ruined) > 1 else ''} {', '.join(map(str, ruined))}"
+    return (
+        f"{len(ruined)} of {len(runs)} runs collapsed ({which}); no single hyperparameter tells where runs collapse.",
+    )
 
 
 def collapsed(trial: Trial) -> bool:

@@ -59,6 +59,9 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
         each = "each at" if len(little) > 1 else "at"
         ceiling = share(max(item.total.high for item in little))
         matters.append(f"Little depends on {', '.join(item.name for item in little)}: {each} most {ceiling}.")
+    unclear = [item.name for item in page.importance if item not in matter and item not in little]
+    if unclear:
+        matters.append(_unclear_sentence(unclear))
     matters += [_pair_sentence(pair) for pair in page.interactions if pair.share.low >= NOTABLE]
     for boundary in page.boundaries:
         where = f"on {boundary.model}" if boundary.model is not None else "on models of any size"
@@ -80,7 +83,10 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
                 f"{number(most, 2)})"
             )
         if proxy.shared is not None:
-            parts.append(f"the model believes that it shares {share(proxy.shared)} of its variance with {target}")
+            parts.append(
+                f"the model believes that it shares {share(proxy.shared)} of its variance with {target} (at 100 % it "
+                f"would rank configurations as {target} does, but for best values that shift with size)"
+            )
         if parts:
             proxies.append(f"Proxy {proxy.name}: {'; '.join(parts)}.")
     if page.choice is not None:
@@ -99,8 +105,8 @@ def sections(study: Study, page: Why) -> dict[Topic, list[str]]:
     edges = [name for name in page.edges if name not in unimportant]
     if edges:
         following.append(
-            f"Recommended at the edge of the range: {', '.join(edges)}. A better value may lie beyond; widen the "
-            "range before spending more."
+            f"Recommended at the edge of the range: {', '.join(edges)}. A better value may lie beyond; before spending "
+            f"more, widen the range in a study of another name, with `warm_start: [{page.study}]`."
         )
     return {
         "tradeoffs": tradeoffs,
@@ -183,6 +189,14 @@ def _promise_sentence(promise: Promise, standard_error: float, study: Study) -> 
         f"{number(item.score_low)} to {number(item.score_high)}) with {second.metric} {metric} ({low} to {high}), "
         f"where the best that was measured with {side} {end} scores {number(promise.measured)}: {values}."
     )
+
+
+def _unclear_sentence(names: Sequence[str]) -> str:
+    """Which hyperparameters may or may not matter."""
+    if len(names) == 1:
+        return f"Whether {names[0]} matters is not told: its interval begins below {share(NOTABLE)}."
+    listed = f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"Whether {listed} matter is not told: their intervals begin below {share(NOTABLE)}."
 
 
 def stands_out(importance: Sequence[Importance]) -> bool:
@@ -269,4 +283,4 @@ def _more_sentence(more: More, standard_error: float | None) -> str:
             f"{text}: less than one standard error of a score ({number(standard_error)}) is to be gained. Further "
             "training seeds of the best configurations would tell more than a longer search."
         )
-    return f"{text}."
+    return f"{text}. To spend it, raise the budget in the study file by as much and run the search again."

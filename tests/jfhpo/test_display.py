@@ -214,6 +214,16 @@ def test_at_80_columns_a_trial_takes_two_lines_with_all_its_values(study: Study)
         assert f"{marks['learning_rate']}={trial.configuration['learning_rate']:.2g}" in values
 
 
+def test_at_80_columns_intervals_stay_in_one_line(tmp_path: Path) -> None:
+    recipe = {"name": "size-appropriate", "configuration": {"learning_rate": 1e-4}}
+    study = simulated_study(tmp_path, baselines=[recipe])
+    result, _ = follow(study)
+    view = text_of(result_view(result), width=80)
+    assert re.search(r"size-appropriate .* [+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)", view)
+    plan = text_of(plan_view(Prospect(study, forecast(study, []), None)), width=80)
+    assert "(90 % interval)" in plan
+
+
 def test_a_value_that_looks_like_markup_is_shown_as_it_is(tmp_path: Path) -> None:
     study = simulated_study(tmp_path)
     trial = study.new_trial(0, {"learning_rate": 1e-3}, "small", 0)

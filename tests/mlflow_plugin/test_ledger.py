@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from requests import HTTPError
 from sqlalchemy import Engine, event
 
 from jfhpo.testing.ledgers import (
@@ -231,6 +232,11 @@ def test_saved_views_name_what_the_runs_have(ledger: MlflowLedger, client: Mlflo
     }
     for view in views.values():
         state = json.loads(zlib.decompress(base64.b64decode(view["state"].removeprefix("deflate;"))))
+        # Widths count only for columns whose order is given.
+        assert (
+            list(state["columnWidths"]) == state["columnOrder"] == ["attributes.`Run Name`", *state["selectedColumns"]]
+        )
+        assert state["columnWidths"]["metrics.`spent/device_seconds`"] > 8 * len("spent/device_seconds")
         # These two are set once a trial was stopped or failed.
         assert set(state["selectedColumns"]) - {"tags.`jfhpo.stopped_by`", "tags.`jfhpo.failure`"} <= known
         found = client.search_runs(
@@ -246,7 +252,9 @@ def test_saved_views_name_what_the_runs_have(ledger: MlflowLedger, client: Mlflo
         found = client.search_runs([ledger.experiment_id], state["searchFilter"])
         assert [run.info.run_id for run in found] == expected
     note = tags["mlflow.note.content"]
-    assert note.startswith(f"**[Open the trials]({ledger.page()})**")
+    lead, link, _ = note.partition(f"**[open the trials]({ledger.page()})**")
+    assert link
+    assert len(lead) > 40, "the list of experiments shows the beginning without rendering it"
     shown = tags[f"mlflow.sharedViewState.{ledger.page().partition('viewStateShareKey=')[2].partition('&')[0]}"]
     assert json.loads(shown)["name"] == "Trials"
 
@@ -395,6 +403,8 @@ def test_a_study_that_was_created_twice_goes_on_where_it_was(
     first.begin(trial, segment)
     first.commit(trial.key, make_result(segment), make_records(0, 4))
     assert len(created) == 2
+    (empty,) = {run.info.run_id for run in created} - {first.study_run_id}
+    assert client.get_run(empty).info.lifecycle_stage == "deleted"
     again = MlflowLedger(client)
     again.open(make_study())
     assert again.trials() == first.trials()
@@ -410,10 +420,28 @@ def test_a_study_stays_in_its_run_when_a_late_request_creates_an_older_one(
     ledger.begin(trial, segment)
     ledger.commit(trial.key, make_result(segment), make_records(0, 4))
     tags = {"jfhpo.study": make_study().study, "jfhpo.identity": make_study().identity()}
-    client.create_run(ledger.experiment_id, start_time=0, tags=tags)
+    late = client.create_run(ledger.experiment_id, start_time=0, tags=tags).info.run_id
     again = MlflowLedger(client)
     again.open(make_study())
     assert again.trials() == ledger.trials()
+    assert client.get_run(late).info.lifecycle_stage == "deleted"
+    again.end(StudyState.FINISHED)
+    client.delete_run(ledger.study_run_id)
+    with pytest.raises(LedgerError, match=f"--run-id {ledger.study_run_id}"):
+        MlflowLedger(client).open(make_study())
+
+
+def test_only_empty_runs_of_a_study_are_removed(ledger: MlflowLedger, client: MlflowClient) -> None:
+    tags = {"jfhpo.study": make_study().study, "jfhpo.identity": make_study().identity()}
+    owned, parent = (
+        client.create_run(ledger.experiment_id, tags={**tags, **more}).info.run_id
+        for more in ({"mlflow.jfhpo.owner": ""}, {})
+    )
+    client.create_run(ledger.experiment_id, tags={"mlflow.parentRunId": parent})
+    again = MlflowLedger(client)
+    again.open(make_study())
+    assert again.study_run_id == ledger.study_run_id
+    assert {client.get_run(run_id).info.lifecycle_stage for run_id in (owned, parent)} == {"active"}
 
 
 def test_unreadable_content_is_explained(ledger: MlflowLedger, client: MlflowClient) -> None:
@@ -456,6 +484,27 @@ def test_records_that_do_not_come_are_no_lost_ones(
     with pytest.raises(LedgerUnavailable, match="does not come"):
         again.step_records(trial.key)
     assert again.step_records(trial.key) == make_records(0, 8)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(HTTPError("503 Server Error"), LedgerError), (OSError("stale handle"), LedgerError), (TypeError(), TypeError)],
+)
+def test_only_errors_of_the_artifact_store_mean_a_lost_artifact(
+    ledger: MlflowLedger, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, error: Exception, told: type[Exception]
+) -> None:
+    trial, segment = make_trial(0), make_segment(0, 0, 4)
+    ledger.begin(trial, segment)
+    ledger.commit(trial.key, make_result(segment), make_records(0, 4))
+    again = MlflowLedger(client)
+    assert again.look(make_study())
+
+    def fail(*_: Any, **__: Any) -> ArtifactRepository:
+        raise error
+
+    monkeypatch.setattr("mlflow_plugin.runs.get_artifact_repository", fail)
+    with pytest.raises(told):
+        again.step_records(trial.key)
 
 
 def test_records_are_read_without_asking_the_database(ledger: MlflowLedger, client: MlflowClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,14 @@ def test_what_probably_breaks_a_constraint_is_not_on_it(tmp_path: Path) -> None:
 def test_without_a_second_objective_that_was_recorded_there_is_none(tmp_path: Path, second: str | None) -> None:
     study = study_of(tmp_path, second_objective=second)
     assert front(study, runs(study, 8)) == ()
+
+
+@pytest.mark.parametrize(("metric", "values"), [("truncated_share", [0.0]), ("kl", [0.0]), ("kl", [0.0, 0.0, 0.3])])
+def test_values_of_0_are_known_values(tmp_path: Path, metric: str, values: list[float]) -> None:
+    study = study_of(tmp_path, second_objective=metric)
+    trials = [
+        with_metrics(trial, **{metric: value}) for trial, value in zip(runs(study, 8), cycle(values), strict=False)
+    ]
+    found = front(study, trials)
+    assert found
+    assert all(0 <= item.metric_low <= item.metric for item in found)

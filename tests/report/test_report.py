@@ -362,7 +362,9 @@ def test_a_model_without_trials_has_no_panel_and_a_stopped_trial_its_configurati
     result = conclude(study, [stopped], RandomSearch(), complete=False)
     titles = [axes.get_title(loc="left") for axes in figures.learning_figure(result).axes]
     assert [title for title in titles if title] == ["large"]
-    text = write_report(result, {}, tmp_path, {"spent_seconds": 295.88264110900036}).read_text(encoding="utf-8")
+    facts = {"spent_seconds": 295.88264110900036, "model_uri": "models:/report/1"}
+    text = write_report(result, {}, tmp_path, facts).read_text(encoding="utf-8")
+    assert "models:/report/1" in text[text.index('id="next"') : text.index('id="curves"')]
     assert "295.9" in text
     assert "295.88264" not in text
     collapse = text[text.index('id="stopped"') : text.index('id="next"')]

@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jfhpo_core.optimizer.beliefs import Beliefs
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report.page import write_plots, write_report
-from jfhpo_core.report.response import belief_of, parallel_figure, response, response_figure
+from jfhpo_core.report.response import belief_of, pair_figure, parallel_figure, response, response_figure
 from jfhpo_core.report.why import why
 from jfhpo_core.run.outcome import SearchResult, conclude
+from jfhpo_core.study.space import Vector
 from jfhpo_core.trainers.simulated import study_surface, true_score
 from tests.studies import simulated_study, trained
 
@@ -76,6 +78,23 @@ def test_no_curve_or_point_of_a_response_is_cut_off(tmp_path: Path) -> None:
         )
         assert low < heights.min()
         assert heights.max() < high
+
+
+@pytest.mark.slow
+def test_contours_do_not_go_below_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = result_of(tmp_path, 36)
+    beliefs = belief_of(result)
+    assert beliefs is not None
+    best = result.trials[-1].configuration
+
+    def extrapolated(_beliefs: Beliefs, _model: str, points: Vector) -> tuple[Vector, Vector, Vector]:
+        scores = np.linspace(-1.0, 1.0, len(points))
+        return scores, scores, scores
+
+    monkeypatch.setattr("jfhpo_core.report.response._scores", extrapolated)
+    _, bar = pair_figure(result, beliefs, ("learning_rate", "kl_coefficient"), best).axes
+    lowest = min(evaluation.score for trial in result.trials for evaluation in trial.evaluations)
+    assert bar.get_ylim() == pytest.approx((lowest, 1.0))
 
 
 def test_few_lines_are_no_picture(tmp_path: Path) -> None:

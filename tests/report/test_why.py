@@ -9,7 +9,9 @@ from markupsafe import escape
 from jfhpo_core.optimizer.importance import Estimate, Importance
 from jfhpo_core.optimizer.strategy import RandomSearch, fresh_configurations
 from jfhpo_core.report import write_report
+from jfhpo_core.report.text import share
 from jfhpo_core.report.why import Why, boundaries, collapsed, why
+from jfhpo_core.report.why_records import More
 from jfhpo_core.report.why_sentences import sections
 from jfhpo_core.run.dispatch import InlineDispatcher
 from jfhpo_core.run.outcome import SearchResult, conclude
@@ -72,9 +74,11 @@ def test_it_says_that_none_collapsed_or_that_nothing_separates_those_that_did(tm
     assert said([]) == ()
     assert said(runs(study, 1e-3, PROMISE, count=6)) == ("None of 6 runs collapsed.",)
     few = runs(study, 1e-3, count=4)
-    count = sum(float(trial.configuration["learning_rate"]) > 1e-3 for trial in few)
-    assert count
-    assert said(few) == (f"{count} of 4 runs collapsed; no hyperparameter separates them from the others.",)
+    (ruined,) = (trial for trial in few if float(trial.configuration["learning_rate"]) > 1e-3)
+    rest = "no single hyperparameter tells where runs collapse."
+    assert said(few) == (f"1 of 4 runs collapsed (trial {ruined.number}); {rest}",)
+    again = ruined.model_copy(update={"key": "again", "number": 4})
+    assert said([*few, again]) == (f"2 of 5 runs collapsed (trials {ruined.number}, 4); {rest}",)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +169,25 @@ def test_a_search_is_explained_from_what_matters_to_what_more_would_bring(tmp_pa
     assert [sentence for said in page.topics.values() for sentence in said] == list(page.sentences)
     assert page.metrics()["importance/learning_rate"] == page.importance[0].total.value
     assert Why.model_validate_json(page.model_dump_json()) == page
+
+
+def test_what_is_not_told_is_named_and_what_to_do_next_can_be_done(tmp_path: Path) -> None:
+    study = simulated_study(tmp_path)
+    shares = {"learning_rate": (0.2, 0.6), "n_samples": (0.02, 0.4), "kl_coefficient": (0.0, 0.2)}
+    importance = tuple(
+        Importance.model_construct(name=name, first=part, total=part, best=None, harmless=None)
+        for name, (low, high) in shares.items()
+        for part in [Estimate(value=high / 2, low=low, high=high)]
+    )
+    more = More(seconds=600, now=0.6, score=0.7, low=0.65, high=0.75)
+    page = Why(study="first", configurations=14, standard_error=0.02, more=more, edges=("n_samples",))
+    topics = sections(study, page.model_copy(update={"importance": importance}))
+    assert topics["matters"][-1] == (
+        f"Whether n_samples and kl_coefficient matter is not told: their intervals begin below {share(0.05)}."
+    )
+    budget, edge = topics["next"]
+    assert "raise the budget in the study file by as much and run the search again" in budget
+    assert "`warm_start: [first]`" in edge
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
