@@ -45,6 +45,7 @@ test coverage test-fast: export HF_HUB_OFFLINE = 1
 test coverage test-fast: export RAY_USAGE_STATS_ENABLED = 0
 
 test: $(READY) ## Run the whole test suite
+	@echo "Collecting the tests; those that wait longest run first, so it takes a minute or two until the first dot appears"
 	@$(BIN)/pytest --quiet --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 coverage: $(READY) ## Run the whole test suite and say which lines it has not run (slower)

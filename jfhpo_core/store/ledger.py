@@ -82,11 +82,11 @@ def check_begin(trial: Trial, segment: Segment) -> None:
     """
     if trial.open_segment is not None and not _same(trial.open_segment, segment):
         raise LedgerError(
-            f"trial {trial.key}: segment {trial.open_segment.index} is open; commit it before beginning another"
+            f"trial #{trial.number}: segment {trial.open_segment.index} is open; commit it before beginning another"
         )
     if segment.index != len(trial.segments):
         raise LedgerError(
-            f"trial {trial.key}: segment {segment.index} begun, but the next one is {len(trial.segments)}"
+            f"trial #{trial.number}: segment {segment.index} begun, but the next one is {len(trial.segments)}"
         )
 
 
@@ -100,9 +100,9 @@ def check_commit(trial: Trial, result: SegmentResult) -> bool:
     if index < len(trial.segments):
         if _same(trial.segments[index], result):
             return False
-        raise LedgerError(f"trial {trial.key}: segment {index} is already committed with another result")
+        raise LedgerError(f"trial #{trial.number}: segment {index} is already committed with another result")
     if trial.open_segment is None or not _same(trial.open_segment, result.segment):
-        raise LedgerError(f"trial {trial.key}: segment {index} was not begun")
+        raise LedgerError(f"trial #{trial.number}: segment {index} was not begun")
     return True
 
 

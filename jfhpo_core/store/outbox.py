@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -112,11 +112,8 @@ class Outbox:
         """See `Ledger.stream`; nothing is shown while the store is away."""
         self._retry()
         if not self._waiting and self._is_due:
-            try:
+            with self._excused("not shown"):
                 self._ledger.stream(key, records)
-            except LedgerUnavailable as error:
-                self._tried_at = time.monotonic()
-                logger.debug("not shown: %s", error)
 
     def commit(self, key: str, result: SegmentResult, records: Sequence[StepRecord]) -> None:
         """See `Ledger.commit`."""
@@ -182,11 +179,17 @@ class Outbox:
     def _retry(self) -> None:
         """Try again to write what waits, if the last attempt is a while ago."""
         if self._waiting and self._is_due:
-            try:
+            with self._excused("still away"):
                 self._empty()
-            except LedgerUnavailable as error:
-                self._tried_at = time.monotonic()
-                logger.debug("still away: %s", error)
+
+    @contextlib.contextmanager
+    def _excused(self, what: str) -> Iterator[None]:
+        """Do without the store while it is away, and note when it was found so."""
+        try:
+            yield
+        except LedgerUnavailable as error:
+            self._tried_at = time.monotonic()
+            logger.debug("%s: %s", what, error)
 
     @property
     def _is_due(self) -> bool:

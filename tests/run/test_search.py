@@ -238,6 +238,19 @@ def test_a_single_loss_does_not_end_a_study(tmp_path: Path) -> None:
     assert outcome.complete
 
 
+class DeliversTwice(InlineDispatcher):
+    """Delivers each result a second time, as a cluster does that took a worker for dead."""
+
+    def wait(self, timeout_seconds: float) -> list[Event]:
+        return [event for event in super().wait(timeout_seconds) for _ in range(1 + isinstance(event, Finished))]
+
+
+def test_a_result_that_comes_twice_counts_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    outcome = run_search(simulated_study(tmp_path), MemoryLedger(), DeliversTwice())
+    assert outcome.complete
+    assert "trial #0: a result of segment 0 came late" in caplog.messages
+
+
 class LosesValidations(LosingDispatcher):
     """Loses validations alone."""
 
