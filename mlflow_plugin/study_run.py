@@ -52,7 +52,7 @@ def remove_duplicates(client: MlflowClient, experiment_id: str, study: StudySpec
     for run in _study_runs(client, experiment_id, study)[1:]:
         run_id = run.info.run_id
         if OWNER not in run.data.tags and not search_runs(client, experiment_id, f"tags.`{PARENT}` = '{run_id}'"):
-            client.delete_tag(run_id, STUDY)
+            client.set_tag(run_id, STUDY, "")  # like the next request, it may be sent twice
             client.delete_run(run_id)
 
 

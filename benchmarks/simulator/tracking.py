@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from mlflow.entities import LifecycleStage
+
 TAG_CHARACTERS = 5000
 """What is longer is cut off, as MLflow does."""
 CONDITION = re.compile(r"tags\.`([^`]+)` = '([^']*)'")
@@ -26,6 +28,7 @@ class StoredRun:
     tags: dict[str, str] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
+    lifecycle_stage: str = LifecycleStage.ACTIVE
 
     def shown(self) -> Any:
         """As the client returns it."""
@@ -33,7 +36,7 @@ class StoredRun:
             run_id=self.identity,
             run_name=self.name,
             status=self.status,
-            lifecycle_stage="active",
+            lifecycle_stage=self.lifecycle_stage,
             experiment_id="1",
             artifact_uri=self.identity,
         )
@@ -110,7 +113,8 @@ class Client:
         wanted = CONDITION.findall(condition)
 
         def search() -> Page:
-            runs = [] if view != 1 else list(self._server.runs.values())  # nothing is ever deleted
+            stages = LifecycleStage.view_type_to_stages(view)
+            runs = [run for run in self._server.runs.values() if run.lifecycle_stage in stages]
             found = [run for run in runs if all(run.tags.get(name) == value for name, value in wanted)]
             start = int(page_token or 0)
             page = Page(run.shown() for run in found[start : start + PAGE])
@@ -132,6 +136,9 @@ class Client:
 
     def set_tag(self, run_id: str, name: str, value: str) -> None:
         self._request(lambda: self._server.tag(self._server.runs[run_id], {name: value}))
+
+    def delete_run(self, run_id: str) -> None:
+        self._request(lambda: setattr(self._server.runs[run_id], "lifecycle_stage", LifecycleStage.DELETED))
 
     def update_run(self, run_id: str, status: str) -> None:
         self._request(lambda: setattr(self._server.runs[run_id], "status", status))

@@ -284,10 +284,12 @@ def _absorb(run: _Run, event: Event) -> None:
             run.live.pop(event.key, None)
         return
     trials = run.ledger.trials()
-    trial = next(trial for trial in trials if trial.key == event.key)
-    if trial.open_segment is None or trial.open_segment.index != event.result.segment.index:
+    opened = {trial.key: trial.open_segment.index for trial in trials if trial.open_segment is not None}
+    if opened.get(event.key) != event.result.segment.index:
         # Delivered twice, or by a worker that was given up for dead: the segment counts once.
-        logger.warning("trial #%d: a result of segment %d came late", trial.number, event.result.segment.index)
+        numbers = {trial.key: f"#{trial.number}" for trial in trials}
+        name = numbers.get(event.key, event.key)
+        logger.warning("trial %s: a result of segment %d came late", name, event.result.segment.index)
         return
     if event.result.failure is FailureKind.REWARD:
         # No hyperparameter is to blame. The segment stays open, so a mended reward is tried by it first.
