@@ -34,7 +34,7 @@ from jfhpo_core.optimizer.beliefs import Beliefs
 from jfhpo_core.optimizer.observations import full_length_inputs
 from jfhpo_core.optimizer.score_scale import TARGET
 from jfhpo_core.optimizer.surrogate import JITTER
-from jfhpo_core.study.space import ChoiceParameter, Parameter, Vector
+from jfhpo_core.study.space import ChoiceParameter, Vector
 from jfhpo_core.study.trial import Configuration, Record, Value
 
 DRAWS = 64
@@ -202,10 +202,12 @@ def _harmless(beliefs: Beliefs, best: Configuration, name: str) -> tuple[Value, 
     """See `Importance.harmless`."""
     space = beliefs.history.study.space
     parameter = space[name]
-    values = _tried_values(parameter, best[name])
+    values = parameter.grid(GRID, best[name])
+    places = [parameter.encode(value) for value in values]
+    place = places.index(parameter.encode(best[name]))
     points = np.tile(space.encode(best), (len(values), 1))
-    points[:, space.slices()[name]] = [parameter.encode(value) for value in values]
-    inputs, place = full_length_inputs(space.snap(points)), values.index(best[name])
+    points[:, space.slices()[name]] = places
+    inputs = full_length_inputs(space.snap(points))
     # In scores: the scale is logarithmic below the best.
     scores = beliefs.scale.score(TARGET, beliefs.expected(inputs)[0].tolist())
     draws = beliefs.scale.score(TARGET, expected_draws(beliefs, inputs).flatten().tolist()).reshape(-1, len(values))
@@ -217,11 +219,3 @@ def _harmless(beliefs: Beliefs, best: Configuration, name: str) -> tuple[Value, 
     low = next((i + 1 for i in range(place, -1, -1) if not kept[i]), 0)
     high = next((i - 1 for i in range(place, len(values)) if not kept[i]), len(values) - 1)
     return values[low], values[high]
-
-
-def _tried_values(parameter: Parameter, best: Value) -> list[Value]:
-    """All values of a hyperparameter, or `GRID` of them, ascending, the best one among them."""
-    if isinstance(parameter, ChoiceParameter):
-        return [best if value == best and type(value) is type(best) else value for value in parameter.values]
-    decoded = {parameter.decode([share]) for share in np.linspace(0, 1, GRID)}
-    return sorted(decoded | {best}, key=float)

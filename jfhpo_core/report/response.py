@@ -68,7 +68,7 @@ def response(beliefs: Beliefs, best: Configuration, name: str, model: str) -> Re
     """Over one hyperparameter on one model of the study, at full length."""
     space = beliefs.history.study.space
     parameter, columns = space[name], space.slices()[name]
-    values = _grid(parameter, best.get(name))
+    values = parameter.grid(GRID, *([best[name]] if name in best else []))
     places = np.array([parameter.encode(value) for value in values])
     points = np.tile(space.encode(best), (len(values), 1))
     points[:, columns] = places
@@ -78,13 +78,6 @@ def response(beliefs: Beliefs, best: Configuration, name: str, model: str) -> Re
     spread[:, :, columns] = places[:, None]
     average = _scores(beliefs, model, space.snap(spread.reshape(-1, space.dimension)))[0]
     return Response(tuple(values), mean, low, high, average.reshape(len(values), SAMPLE).mean(1))
-
-
-def _grid(parameter: Parameter, best: Value | None) -> list[Value]:
-    if isinstance(parameter, ChoiceParameter):
-        return list(parameter.values)
-    decoded = {parameter.decode([share]) for share in np.linspace(0, 1, GRID)}
-    return sorted(decoded | ({best} if best is not None else set()), key=float)
 
 
 def _scores(beliefs: Beliefs, model: str, points: Vector) -> tuple[Vector, Vector, Vector]:
@@ -223,7 +216,7 @@ def pair_figure(result: SearchResult, beliefs: Beliefs, names: tuple[str, str], 
     study = result.study
     space, target = study.space, study.ladder.target.name
     first, second = (space[name] for name in names)
-    xs, ys = (_pair_grid(parameter) for parameter in (first, second))
+    xs, ys = (parameter.grid(PAIR_GRID) for parameter in (first, second))
     points = np.tile(space.encode(best), (len(xs) * len(ys), 1))
     for index, (y, x) in enumerate((y, x) for y in ys for x in xs):
         points[index, space.slices()[names[0]]] = first.encode(x)
@@ -263,12 +256,6 @@ def pair_figure(result: SearchResult, beliefs: Beliefs, names: tuple[str, str], 
         axes.set_ylabel(short_label(names[1]))
         axes.grid(visible=False)
     return figure
-
-
-def _pair_grid(parameter: Parameter) -> list[Value]:
-    if isinstance(parameter, ChoiceParameter):
-        return list(parameter.values)
-    return sorted({parameter.decode([share]) for share in np.linspace(0, 1, PAIR_GRID)}, key=float)
 
 
 def _vertical(axes: Axes, parameter: Parameter) -> Callable[[Value], float]:

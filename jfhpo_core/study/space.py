@@ -128,6 +128,13 @@ class Parameter(BaseModel, ABC):
     def decode(self, coordinates: Sequence[float]) -> Value:
         """Coordinates to the value that they stand for; `encode` of a value leads back to the value, exactly."""
 
+    def grid(self, count: int, *further: Value) -> list[Value]:
+        """At most `count` values at even distances from one end of the range to the other, and further ones, ascending.
+
+        Of a choice, all its values as they stand.
+        """
+        return sorted({self.decode([share]) for share in np.linspace(0, 1, count)} | set(further), key=float)
+
     @abstractmethod
     def snap(self, coordinates: Vector) -> Vector:
         """`encode(decode(p))` for many points at once, shape (n, width): see `Space.snap`."""
@@ -394,6 +401,10 @@ class ChoiceParameter(Parameter):
         if self.ordered:
             return self.values[min(len(self.values) - 1, int(max(0.0, coordinates[0]) * len(self.values)))]
         return self.values[int(np.argmax(coordinates))]
+
+    def grid(self, count: int, *further: Value) -> list[Value]:
+        """See `Parameter.grid`."""
+        return list(self.values)
 
     def snap(self, coordinates: Vector) -> Vector:
         """See `Space.snap`; shape (n, width)."""

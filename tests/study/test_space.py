@@ -464,3 +464,10 @@ def test_values_that_cannot_be_listed_are_refused() -> None:
     assert list(space.options("n")) == list(range(1, 65))
     with pytest.raises(SpecError, match=r"space\.rate: its values must be a list or whole numbers"):
         space.options("rate")
+
+
+def test_a_grid_spans_the_range_and_holds_what_is_asked_for() -> None:
+    rate = FloatParameter(type="float", low=1e-6, high=1e-2, log=True)
+    assert rate.grid(5, 3e-4) == pytest.approx([1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 1e-2])
+    assert IntParameter(type="int", low=1, high=3).grid(9) == [1, 2, 3]
+    assert ChoiceParameter(type="choice", values=["linear", "cosine"]).grid(9, "cosine") == ["linear", "cosine"]
