@@ -32,7 +32,7 @@ from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import Space, Vector
 from jfhpo_core.study.trial import Configuration, Evaluation, FailureKind, Outcome, SegmentResult, Suggestion, Trial
 
-FILE = RESULTS / "recipe.jsonl"
+FILE = RESULTS / "recipe" / "cases.jsonl"
 PAGE = "recipe.md"
 
 RUNS = 24

@@ -26,7 +26,7 @@ from scipy.stats import t as student
 
 from benchmarks import ablations, report, runner, store
 from benchmarks.ablations import FULL, Variant
-from benchmarks.markdown import markdown_table
+from benchmarks.markdown import BEFORE_REWRITE, markdown_table
 from benchmarks.rl_table.generate import REFERENCE, prepare_process, test_score, versions
 from jfhpo_core.embedded import family_folder, make
 from jfhpo_core.optimizer.strategy import Proposal, Recommendation, load_strategy
@@ -56,13 +56,6 @@ RECIPE_BUDGET = 1e6
 POLL_SECONDS = 1.0
 
 YARDSTICK = "suited-recipe"
-
-BEFORE_REWRITE = (
-    "**Measured with the optimizer as it was before 2026-11-29** (decisions "
-    "[23](../decisions/0023-scores-without-units.md) and [24](../decisions/0024-stopping-on-the-target.md)), and not "
-    "again since. What the present one does is measured on [foreign data](foreign.md)."
-)
-"""Stands on the page as long as its results are older than the optimizer."""
 
 RECIPES: Mapping[str, Configuration] = {
     "verl-recipe": {**REFERENCE, "learning_rate": 1e-6, "n_samples": 5, "mini_batches": 4},

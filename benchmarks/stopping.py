@@ -33,7 +33,7 @@ from jfhpo_core.run.search import run_search
 from jfhpo_core.store.ledger import MemoryLedger
 from jfhpo_core.study.trial import Configuration
 
-FILE = RESULTS / "stopping.jsonl"
+FILE = RESULTS / "stopping" / "cases.jsonl"
 PAGE = "stopping.md"
 
 BUDGET = 10

@@ -36,7 +36,7 @@ from jfhpo_core.study.space import ChoiceParameter, Vector
 from jfhpo_core.study.trial import Configuration, Decision, Evaluation, Outcome, SegmentResult, Suggestion, Trial
 from jfhpo_core.trainers.simulated import study_surface
 
-FILE = RESULTS / "why.jsonl"
+FILE = RESULTS / "why" / "cases.jsonl"
 PAGE = "why.md"
 
 SEEDS = range(8150, 8200)

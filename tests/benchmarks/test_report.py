@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import analysis, report
 from benchmarks.analysis import GRID, common_keys, cost_ratio, cost_to_reach, ranks, regret_curve, wins
-from benchmarks.store import Key, Result, load, save
+from benchmarks.store import RESULTS, Key, Result, load, load_all, save
 
 
 def run(strategy: str, seed: int, *trace: tuple[float, float], landscape: str = "aligned") -> Result:
@@ -117,6 +117,10 @@ def test_results_are_stored_and_read_again_in_order(tmp_path: Path) -> None:
     found = load(tmp_path, "gp")
     assert [key[1] for key in found] == [0, 1, 2]
     assert found["aligned", 1].final_regret == pytest.approx(0.3)
+
+
+def test_what_is_published_can_be_read() -> None:
+    assert {"jfhpo", "gp", "random"} <= set(load_all(RESULTS))
 
 
 def test_the_text_table_shows_common_seeds_only() -> None:
