@@ -237,7 +237,7 @@ def caveats(result: SearchResult) -> list[str]:
     if fresh is not None:
         others = "seed" if fresh.seeds == 1 else f"{fresh.seeds} seeds"
         notes.append(
-            "The first seed also served to choose the configuration, so it flatters it. "
+            "The first seed also served to choose the configuration, so its score is too high on average. "
             f"On the other {others} alone it scores {number(fresh.score)}."
         )
     elif result.recommended is not None:
