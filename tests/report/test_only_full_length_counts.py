@@ -44,14 +44,17 @@ AGGRESSIVE: dict[str, Any] = {
 
 
 def measured(outcome: SearchResult) -> dict[str, float]:
-    """Label to mean score of the runs at full length (random search: the best); rows without any are left out."""
+    """Label to mean score of the runs at full length, the first of each seed (random search: the best of all).
+
+    Rows without any are left out.
+    """
     target, seeds = outcome.study.ladder.target.name, outcome.study.spec.seeds.training
     history = History.of(outcome.study, outcome.trials)
     found = {}
     for row in outcome.rows:
         random = row.label == "random search"
-        scores = [
-            trial.evaluations[-1].score
+        ended = [
+            trial
             for trial in outcome.trials
             if trial.model == target
             and history.canonical(trial.configuration) == history.canonical(row.configuration)
@@ -60,8 +63,10 @@ def measured(outcome: SearchResult) -> dict[str, float]:
             and trial.evaluations
             and trial.evaluations[-1].step == trial.total_steps
         ]
-        if scores:
-            found[row.label] = max(scores) if random else fmean(scores)
+        by_seed = {trial.seed: trial.evaluations[-1].score for trial in reversed(ended)}
+        if ended:
+            scores = [trial.evaluations[-1].score for trial in ended]
+            found[row.label] = max(scores) if random else fmean(by_seed.values())
     return found
 
 
