@@ -198,12 +198,12 @@ def stopping_rule(
     seeds: Annotated[str, typer.Option(help="1000:1020 or 3,5,8. Tuning: 0 to 99; publication: from 1000.")] = "0:3",
     workers: Annotated[int, typer.Option(help="Processes, one thread each.")] = 1,
     folder: Annotated[Path, typer.Option("--to", help="Where the page goes.")] = report.EVIDENCE,
-    results: Annotated[Path, typer.Option(help="File of the results.")] = store.RESULTS / "stopping" / "cases.jsonl",
+    results: Annotated[Path | None, typer.Option(help="File of the results; none: the published ones.")] = None,
 ) -> None:
     """Compare when `stop_gain` ends a search with the best fixed cost, and write the page of the docs."""
     from benchmarks import stopping
 
-    stopping.write(stopping.run(_seeds(seeds), workers, results), folder)
+    stopping.write(stopping.run(_seeds(seeds), workers, results or stopping.FILE), folder)
 
 
 @app.command("recipe")

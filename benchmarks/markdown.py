@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,6 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def joined(parts: Iterable[str]) -> str:
-    """Parts of a sentence: 'a', 'a and b', 'a, b and c'."""
-    *first, last = parts
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 BEFORE_REWRITE = (

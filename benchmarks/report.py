@@ -84,9 +84,8 @@ BEFORE = """\
 From [decision 23](../decisions/0023-scores-without-units.md) on the optimizer was changed for [data that nobody here
 made](foreign.md), and got better there. Here it got worse: before, on the seeds 1003 to 1022, `jfhpo` had the lowest
 mean regret on eleven of twelve landscapes, and 0.1958 on average where `fastbo` had 0.3105. It ran 87 segments of a
-search on proxies then. The proxies of most of these landscapes rank configurations almost as the target does; those of
-recorded runs do not. On the recorded RL tables it is told [what is shipped](prior.md), less what was recorded of the
-same task; the others are not."""
+search on proxies then. Why it got worse was not found out. On the recorded RL tables it is told [what is
+shipped](prior.md), less what was recorded of the same task; the others are not."""
 
 LIMITS = """\
 Rank correlations are over random configurations at full length, collapsed runs included. The regret of the proxy's best

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from benchmarks.markdown import joined
 from benchmarks.rl_table import generate as made
 from benchmarks.rl_table.generate import Part, Training, configurations, plan, read_parts, study_of
 from jfhpo_core.errors import JfhpoError
+from jfhpo_core.report.text import listed
 from jfhpo_core.study.trial import Evaluation, StepRecord
 
 _Group = tuple[str, str, int]
@@ -189,7 +189,7 @@ def _card(parts: Sequence[Part]) -> str:
         name: json.dumps(parameter.model_dump(exclude_defaults=True, exclude={"shifts_with_size"}))
         for name, parameter in study_of(made.TASKS[0]).space.root.items()
     }
-    counts = joined(f"{count} on `{task}`" for task, count in made.CONFIGURATIONS.items())
+    counts = listed(f"{count} on `{task}`" for task, count in made.CONFIGURATIONS.items())
     return f"""# Recorded RL trainings
 
 Learning curves of GRPO trainings of tiny language models: up to {len(configurations())} configurations of
@@ -208,11 +208,11 @@ which fill the same space more thinly. Trainings present / planned (of these, cu
 
 ## How it was made
 
-- Tasks: the embedded tasks {joined(f"`{task}`" for task in made.TASKS)}. On the first two an answer is
+- Tasks: the embedded tasks {listed(f"`{task}`" for task in made.TASKS)}. On the first two an answer is
   right or wrong, and only one is right. On `countdown` a number is to be written as a sum or difference of two to four
   digits, and three digits are barred (`17!358=` may be answered by `9+9-1`): many answers of different lengths are
   right, and others earn something for being well-formed and near.
-- Base models: {joined(f"`{size}`" for size in made.SIZES)} of the family with the task's name, which are Qwen2 models,
+- Base models: {listed(f"`{size}`" for size in made.SIZES)} of the family with the task's name, which are Qwen2 models,
   for `countdown` GPT-NeoX models.
 - Trainer: `trl` with its defaults on a CPU, one thread, float32; {made.STEPS} steps of {made.PROMPTS_PER_STEP} prompts;
   no stopping rules.

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.markdown import joined, markdown_table
+from benchmarks.markdown import markdown_table
 from benchmarks.rl_table.generate import SIZES
 from jfhpo_core.optimizer.rank_agreement import rank_agreement
+from jfhpo_core.report.text import listed
 from jfhpo_core.trainers.replay_surrogate import FOLDS, cross_validate, fit
 from jfhpo_core.trainers.replay_table import read_table, recorded_tasks
 
@@ -48,7 +49,7 @@ noise; the spread is the standard deviation of the recorded scores. Made by `pyt
 {markdown_table(head, rows)}
 
 It adds the noise of an evaluation to a trial, and the noise between seeds, which has a standard deviation of
-{joined(noises)} (0 as long as the table has no second seeds).
+{listed(noises)} (0 as long as the table has no second seeds).
 """,
         encoding="utf-8",
     )

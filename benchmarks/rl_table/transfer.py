@@ -15,10 +15,11 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.markdown import joined, markdown_table
+from benchmarks.markdown import markdown_table
 from benchmarks.rl_table import figures
 from benchmarks.rl_table.generate import RUNGS, SIZES
 from jfhpo_core.optimizer.rank_agreement import RankAgreement, rank_agreement
+from jfhpo_core.report.text import listed
 from jfhpo_core.trainers.replay_table import Recording, Table, read_table, recorded_tasks
 
 Scores = dict[int, float]
@@ -264,7 +265,7 @@ target; by luck it can be negative. A configuration drawn at random is given for
 
 def _counts(tables: Mapping[str, Table]) -> str:
     counts = [f"{len(scores(table, SIZES[-1]))} configurations on `{task}`" for task, table in tables.items()]
-    return joined(counts)
+    return listed(counts)
 
 
 def _sizes_table(tables: Mapping[str, Table]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from jfhpo_core.report.text import figures, number, signed
+from jfhpo_core.report.text import figures, listed, number, signed
 from jfhpo_core.run.outcome import Comparison, SearchResult
 from jfhpo_core.run.standing import is_rewardless, runs_without_reward
 from jfhpo_core.study.history import History
@@ -121,13 +121,13 @@ def verdict(result: SearchResult) -> str:
         label = f"{contrast.label} ({signed(contrast.difference)}{breaks.get(contrast.label, '')})"
         groups.setdefault(contrast.verdict, []).append(label)
     if groups:
-        text += f" It is {'; '.join(f'{words} {_listed(labels)}' for words, labels in groups.items())}."
+        text += f" It is {'; '.join(f'{words} {listed(labels)}' for words, labels in groups.items())}."
     return text
 
 
 def broken_text(limits: Sequence[Limit], measured: Mapping[str, float]) -> str:
     """Constraints with what was measured: 'kl <= 0.2 (0.31)'."""
-    return _listed([f"{limit} ({metric_text(limit.metric, measured)})" for limit in limits])
+    return listed([f"{limit} ({metric_text(limit.metric, measured)})" for limit in limits])
 
 
 def metric_text(name: str, measured: Mapping[str, float]) -> str:
@@ -208,7 +208,7 @@ def _none_respects(result: SearchResult) -> str:
     lead = f"Nothing can be recommended: none of {configurations} {study.ladder.target.name} is known to respect "
     if unknown:
         return (
-            f"{lead}{_listed([str(limit) for limit in limits])}, as no full run has recorded {_listed(unknown)}: "
+            f"{lead}{listed([str(limit) for limit in limits])}, as no full run has recorded {listed(unknown)}: "
             f"trainer {study.spec.trainer.name!r} does not measure it with these hyperparameters, or the runs are from "
             "an earlier version. Remove the constraint and run the same command again: nothing is trained twice."
         )
@@ -219,13 +219,9 @@ def _none_respects(result: SearchResult) -> str:
         else "The study is not finished: run the same command to continue."
     )
     return (
-        f"{lead}{_listed([str(limit) for limit in limits])}. Trial {nearest.trial} comes nearest: it scores "
+        f"{lead}{listed([str(limit) for limit in limits])}. Trial {nearest.trial} comes nearest: it scores "
         f"{number(nearest.score)} and breaks {broken_text(nearest.broken, nearest.measured)}. {more}"
     )
-
-
-def _listed(items: Sequence[str]) -> str:
-    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
 def caveats(result: SearchResult) -> list[str]:

@@ -1,8 +1,9 @@
-"""Numbers as people write them."""
+"""Numbers and lists as people write them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from jfhpo_core.study.trial import Value
 
@@ -101,3 +102,9 @@ def setting(value: Value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def listed(parts: Iterable[str], last: str = "and") -> str:
+    """Parts of a sentence: 'a', 'a and b', 'a, b and c'; with `last` in place of 'and'."""
+    items = list(parts)
+    return f" {last} ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)

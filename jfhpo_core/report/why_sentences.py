@@ -8,7 +8,7 @@ import numpy as np
 
 from jfhpo_core.optimizer.importance import LEADING, Estimate, Importance, Interaction
 from jfhpo_core.optimizer.rank_agreement import FEW_PAIRS
-from jfhpo_core.report.text import duration, figures, number, setting, share, signed
+from jfhpo_core.report.text import duration, figures, listed, number, setting, share, signed
 from jfhpo_core.report.why_records import Choice, Constraint, Front, More, Promise, Proxy, Topic, Why
 from jfhpo_core.study.resolved import Study
 from jfhpo_core.study.space import ChoiceParameter
@@ -156,20 +156,13 @@ def _leading_sentence(importance: Sequence[Importance]) -> str:
     """Which three hyperparameters matter most, as far as the draws agree."""
     certain, possible = leaders(importance)
     if len(certain) == LEADING or not possible:
-        return f"The hyperparameters that matter most are {_listed(certain, 'and')}."
+        return f"The hyperparameters that matter most are {listed(certain)}."
     if not certain:
-        return f"Which three matter most cannot be told: they are among {_listed(possible, 'and')}."
+        return f"Which three matter most cannot be told: they are among {listed(possible)}."
     verb = "are" if len(certain) > 1 else "is"
-    rest = (
-        f"the third is {_listed(possible, 'or')}"
-        if len(certain) == LEADING - 1
-        else (f"the other two are among {_listed(possible, 'and')}")
-    )
-    return f"{_listed(certain, 'and')} {verb} among the three that matter most; {rest}."
-
-
-def _listed(names: Sequence[str], last: str) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"
+    one = len(certain) == LEADING - 1
+    rest = f"the third is {listed(possible, 'or')}" if one else f"the other two are among {listed(possible)}"
+    return f"{listed(certain)} {verb} among the three that matter most; {rest}."
 
 
 def _promise_sentence(promise: Promise, standard_error: float, study: Study) -> str:
@@ -195,8 +188,7 @@ def _unclear_sentence(names: Sequence[str]) -> str:
     """Which hyperparameters may or may not matter."""
     if len(names) == 1:
         return f"Whether {names[0]} matters is not told: its interval begins below {share(NOTABLE)}."
-    listed = f"{', '.join(names[:-1])} and {names[-1]}"
-    return f"Whether {listed} matter is not told: their intervals begin below {share(NOTABLE)}."
+    return f"Whether {listed(names)} matter is not told: their intervals begin below {share(NOTABLE)}."
 
 
 def stands_out(importance: Sequence[Importance]) -> bool:

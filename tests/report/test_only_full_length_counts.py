@@ -54,7 +54,7 @@ def measured(outcome: SearchResult) -> dict[str, float]:
     for row in outcome.rows:
         random = row.label == "random search"
         ended = [
-            trial
+            (trial.seed, trial.evaluations[-1].score)
             for trial in outcome.trials
             if trial.model == target
             and history.canonical(trial.configuration) == history.canonical(row.configuration)
@@ -63,10 +63,9 @@ def measured(outcome: SearchResult) -> dict[str, float]:
             and trial.evaluations
             and trial.evaluations[-1].step == trial.total_steps
         ]
-        by_seed = {trial.seed: trial.evaluations[-1].score for trial in reversed(ended)}
         if ended:
-            scores = [trial.evaluations[-1].score for trial in ended]
-            found[row.label] = max(scores) if random else fmean(by_seed.values())
+            first = dict(reversed(ended))
+            found[row.label] = max(score for _, score in ended) if random else fmean(first.values())
     return found
 
 
